@@ -1,0 +1,211 @@
+"""The two attention operators: argument checks and the choice of a backend.
+
+The paths behind them (`rlr_fast.dense`, `rlr_fast.tiled`) never import each other; they meet here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from rlr_fast import dense, tiled
+
+Backend = Literal["auto", "triton", "tiled", "dense"]
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+_Operator = Callable[[Tensor, Tensor, Tensor, tuple[int, int], tuple[int, int], float], Tensor]
+_LCA: dict[str, _Operator] = {
+    "tiled": tiled.local_cross_attention,
+    "dense": dense.local_cross_attention,
+}
+_MLKA: dict[str, _Operator] = {
+    "tiled": tiled.masked_learnable_key_attention,
+    "dense": dense.masked_learnable_key_attention,
+}
+
+
+def local_cross_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grid: tuple[int, int],
+    window: int | Sequence[int],
+    scale: float | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Attend to the keys inside a window around each token (LCA, eq. 10-12).
+
+    ``output_i = Σ_j softmax_j(scale · q_i · k_j) v_j`` over the keys j with
+    ``|Δy| <= window[0] // 2`` and ``|Δx| <= window[1] // 2``. Token i lies at ``(i // W, i % W)``;
+    the window is clipped at the border.
+
+    Args:
+        query: (B, h, N, d); float32, float64, bfloat16 or float16.
+        key: (h, N, d), shared over the batch, or (B, h, N, d).
+        value: (h, N, d), shared over the batch, or (B, h, N, d), independently of ``key``.
+        grid: Token grid (H, W), N = H·W.
+        window: Odd side, or (height, width), in tokens.
+        scale: Factor of the scores; ``None`` is ``d**-0.5``.
+        backend: ``"auto"`` takes the fastest path that runs here; any other is honoured or refused.
+
+    Returns:
+        (B, h, N, d) in the query's dtype, or in autocast's dtype where autocast is on.
+
+    Raises:
+        ValueError: An argument breaks a rule above; the message names it.
+        RuntimeError: The requested backend cannot run here.
+    """
+    return _apply(_LCA, query, key, value, grid, window, scale, backend)
+
+
+def masked_learnable_key_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grid: tuple[int, int],
+    window: int | Sequence[int],
+    scale: float | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Attend to the keys outside a window around each token (MLKA, eq. 7-9).
+
+    ``output_i = Σ_j softmax_j(scale · q_i · k_j) v_j`` over the keys j with
+    ``|Δy| > window[0] // 2`` or ``|Δx| > window[1] // 2``. Token i lies at ``(i // W, i % W)``; the
+    window is clipped at the border. A token whose window covers the grid has no key: its output is
+    0 and it gives no gradient.
+
+    Args:
+        query: (B, h, N, d); float32, float64, bfloat16 or float16.
+        key: (h, N, d), shared over the batch, or (B, h, N, d).
+        value: (h, N, d), shared over the batch, or (B, h, N, d), independently of ``key``.
+        grid: Token grid (H, W), N = H·W.
+        window: Odd side, or (height, width), in tokens.
+        scale: Factor of the scores; ``None`` is ``d**-0.5``.
+        backend: ``"auto"`` takes the fastest path that runs here; any other is honoured or refused.
+
+    Returns:
+        (B, h, N, d) in the query's dtype, or in autocast's dtype where autocast is on.
+
+    Raises:
+        ValueError: An argument breaks a rule above; the message names it.
+        RuntimeError: The requested backend cannot run here.
+    """
+    return _apply(_MLKA, query, key, value, grid, window, scale, backend)
+
+
+def window_pair(window: int | Sequence[int]) -> tuple[int, int]:
+    """Return a window as (height, width).
+
+    Raises:
+        ValueError: ``window`` is neither an odd positive integer nor a pair of them.
+    """
+    pair = (window, window) if isinstance(window, int) else window
+    if not isinstance(pair, Sequence) or isinstance(pair, str) or not _are_integers(pair):
+        raise ValueError(f"window must be an odd integer or a pair of them, got {window=}")
+    if any(side < 1 or side % 2 == 0 for side in pair):
+        raise ValueError(f"window must be odd and positive, got {window=}")
+    return pair[0], pair[1]
+
+
+def unsupported_reason(backend: str, device: torch.device | str) -> str | None:
+    """Say why ``backend`` cannot run on ``device``; ``None`` if it can.
+
+    Raises:
+        ValueError: There is no such backend.
+    """
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, got {backend=}")
+    if backend == "triton":
+        return "the Triton kernels are not part of this version"
+    return None
+
+
+def resolve_backend(backend: str, device: torch.device | str) -> str:
+    """Return the path to take on ``device``: "triton", "tiled" or "dense".
+
+    Raises:
+        ValueError: There is no such backend.
+        RuntimeError: ``backend`` is a path that cannot run on ``device``.
+    """
+    reason = unsupported_reason(backend, device)
+    if reason is not None:
+        raise RuntimeError(f"backend {backend!r} cannot run on {device}: {reason}")
+    if backend == "auto":
+        return "triton" if unsupported_reason("triton", device) is None else "tiled"
+    return backend
+
+
+def _apply(
+    paths: dict[str, _Operator],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grid: tuple[int, int],
+    window: int | Sequence[int],
+    scale: float | None,
+    backend: str,
+) -> Tensor:
+    device = query.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        query, key, value = (_lowered(x, dtype) for x in (query, key, value))
+        # Off inside, or autocast would cast every mask of every call again.
+        with torch.autocast(device, enabled=False):
+            return _apply(paths, query, key, value, grid, window, scale, backend)
+    _check_tensors(query, key, value)
+    height, width = _check_grid(grid, query.shape[2])
+    if scale is None:
+        scale = query.shape[3] ** -0.5
+    elif not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale=}")
+    path = paths[resolve_backend(backend, query.device)]
+    return path(query, key, value, (height, width), window_pair(window), scale)
+
+
+def _lowered(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast as autocast casts the inputs of PyTorch's own attention: float64 stays."""
+    eligible = tensor.is_floating_point() and tensor.dtype != torch.float64
+    return tensor.to(dtype) if eligible else tensor
+
+
+def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
+    if query.dim() != 4 or 0 in query.shape[1:]:
+        raise ValueError(
+            f"query must be (B, h, N, d) with at least one head, token and channel, "
+            f"got shape {tuple(query.shape)}"
+        )
+    if query.dtype not in DTYPES:
+        raise ValueError(
+            f"query must be float32, float64, bfloat16 or float16, got dtype {query.dtype}"
+        )
+    for name, tensor in (("key", key), ("value", value)):
+        if tensor.dim() not in (3, 4) or tensor.shape != query.shape[4 - tensor.dim() :]:
+            raise ValueError(
+                f"{name} must be (h, N, d) = {tuple(query.shape[1:])} or (B, h, N, d) = "
+                f"{tuple(query.shape)} as the query, got shape {tuple(tensor.shape)}"
+            )
+        if tensor.dtype != query.dtype:
+            raise ValueError(
+                f"{name} must have the query's dtype {query.dtype}, got dtype {tensor.dtype}"
+            )
+        if tensor.device != query.device:
+            raise ValueError(
+                f"{name} must be on the query's device {query.device}, got device {tensor.device}"
+            )
+
+
+def _check_grid(grid: Sequence[int], tokens: int) -> tuple[int, int]:
+    if not isinstance(grid, Sequence) or not _are_integers(grid) or min(grid) < 1:
+        raise ValueError(f"grid must be two positive integers (H, W), got {grid=}")
+    if grid[0] * grid[1] != tokens:
+        raise ValueError(f"grid must have H·W = N = {tokens} tokens, got {grid=}")
+    return grid[0], grid[1]
+
+
+def _are_integers(pair: Sequence[int]) -> bool:
+    return len(pair) == 2 and all(isinstance(v, int) and not isinstance(v, bool) for v in pair)
