@@ -1,0 +1,47 @@
+"""Data sets on disk: reading, decoding and checking them."""
+
+from __future__ import annotations
+
+from rlr_fast.data.check import ClassReport, Problem, Report, check_dataset, format_report
+from rlr_fast.data.images import (
+    ImageBatch,
+    ImageFailure,
+    UnreadableImageError,
+    iterate_images,
+    load_image,
+    load_mask,
+    load_sample_mask,
+    open_image,
+    read_image_size,
+)
+from rlr_fast.data.layouts import (
+    LAYOUTS,
+    DataSet,
+    Sample,
+    detect_layout,
+    list_images,
+    read_dataset,
+)
+
+__all__ = [
+    "LAYOUTS",
+    "ClassReport",
+    "DataSet",
+    "ImageBatch",
+    "ImageFailure",
+    "Problem",
+    "Report",
+    "Sample",
+    "UnreadableImageError",
+    "check_dataset",
+    "detect_layout",
+    "format_report",
+    "iterate_images",
+    "list_images",
+    "load_image",
+    "load_mask",
+    "load_sample_mask",
+    "open_image",
+    "read_dataset",
+    "read_image_size",
+]

@@ -1,0 +1,431 @@
+"""Whether a data set is fit for a run: every file is decoded, and what is wrong is told at once.
+
+Errors would stop a run or leave it without a result that was asked for; warnings would not, but
+make its numbers doubtful:
+
+===============  ========  =======================================================================
+kind             severity  meaning
+===============  ========  =======================================================================
+``missing``      error     a listed file is not there (VisA's table; a link that leads nowhere)
+``unreadable``   error     an image or mask cannot be decoded
+``mask-size``    error     a mask has another size than its image
+``no-mask``      error     a defect has no mask though others have: its pixels cannot be scored
+``no-train``     error     a class has no image to train on
+``no-truth``     warning   no defect of the data set has a mask: images can be scored, not pixels
+``no-test``      warning   a class has no normal, or no defective, image to test on: no AUROC
+``empty-mask``   warning   a mask marks nothing, as stored or once resized
+``lossy-mask``   warning   a mask is a JPEG file, whose noise around edges counts as anomaly
+``orphan-mask``  warning   a mask in the ground truth belongs to no image
+``not-read``     warning   images in the folder of a class that the layout has no use for
+``dark``         warning   all 16-bit images of a class use 12 bits or fewer: read nearly black
+``leak``         warning   a test image is, byte for byte, one to train or validate on
+===============  ========  =======================================================================
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from rlr_fast.data.images import (
+    UnreadableImageError,
+    checked_size,
+    default_workers,
+    open_image,
+    read_mask,
+    resize_mask,
+    to_rgb,
+)
+from rlr_fast.data.layouts import (
+    DataSet,
+    Sample,
+    list_images,
+    normal_folder,
+    read_dataset,
+    subfolders,
+)
+
+_ERRORS = frozenset({"missing", "unreadable", "mask-size", "no-mask", "no-train"})
+_SHOWN_OF_A_KIND = 5
+_TWELVE_BITS = 4096
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong.
+
+    Attributes:
+        kind: One of the kinds in the table on top of this file.
+        category: The class, empty for the whole data set.
+        path: The file or folder, None where there is none to point at.
+        message: What is wrong with it.
+    """
+
+    kind: str
+    category: str
+    path: Path | None
+    message: str
+
+    @property
+    def severity(self) -> Literal["error", "warning"]:
+        """``"error"`` if a run would fail or lack a result over it."""
+        return "error" if self.kind in _ERRORS else "warning"
+
+
+@dataclass(frozen=True)
+class ClassReport:
+    """What was found of one class.
+
+    Attributes:
+        train: Images to train on.
+        validation: Normal images held back from training.
+        test_good: Normal images to test on.
+        test_defects: Kind of defect → images to test on.
+        masks: Mask files.
+        image_sizes: (height, width) → images of that size, of those that could be read.
+    """
+
+    train: int
+    validation: int
+    test_good: int
+    test_defects: dict[str, int]
+    masks: int
+    image_sizes: dict[tuple[int, int], int]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `check_dataset` found.
+
+    Attributes:
+        root: The folder that was read.
+        layout: Its layout.
+        classes: Report of each class, by name.
+        problems: Class by class, in the order of the files.
+    """
+
+    root: Path
+    layout: str
+    classes: dict[str, ClassReport]
+    problems: list[Problem]
+
+    @property
+    def ok(self) -> bool:
+        """Whether a run would get through: there may be warnings, but no errors."""
+        return not self.errors
+
+    @property
+    def errors(self) -> list[Problem]:
+        """The problems that would stop a run."""
+        return [problem for problem in self.problems if problem.severity == "error"]
+
+    @property
+    def warnings(self) -> list[Problem]:
+        """The problems that would not."""
+        return [problem for problem in self.problems if problem.severity == "warning"]
+
+
+@dataclass
+class _Checked:
+    """What decoding one sample gave."""
+
+    image_size: tuple[int, int] | None = None
+    peak_16_bit: int | None = None
+    problems: list[Problem] = field(default_factory=list)
+
+
+def check_dataset(
+    root: str | os.PathLike[str],
+    layout: str = "auto",
+    classes: Iterable[str] | None = None,
+    size: tuple[int, int] | None = None,
+    workers: int | None = None,
+) -> Report:
+    """Decode every file of a data set and report what would stop a run or spoil its numbers.
+
+    Args:
+        root: As for `read_dataset`.
+        layout: As for `read_dataset`.
+        classes: As for `read_dataset`.
+        size: (H, W) that a run would work at; with it, defects that vanish at that size are told.
+        workers: Threads that decode; `default_workers` by default.
+
+    Raises:
+        ValueError: If `read_dataset` refuses `root`, `layout` or `classes`, or `size` is not two
+            positive integers.
+    """
+    if size is not None:
+        size = checked_size(size)
+    data = read_dataset(root, layout, classes)
+    problems: list[Problem] = []
+    reports: dict[str, ClassReport] = {}
+    leaks = _leaks(data)
+    has_masks = data.has_masks
+    if not has_masks and any(
+        sample.is_anomaly for name in data.classes for sample in data.test[name]
+    ):
+        message = "no defective image has a mask: images can be scored, their pixels cannot"
+        problems.append(Problem("no-truth", "", data.root, message))
+
+    with ThreadPoolExecutor(default_workers() if workers is None else workers) as pool:
+        for name in data.classes:
+            train, test = data.train[name], data.test[name]
+            validation = data.validation.get(name, [])
+            samples = [*train, *validation, *test]
+            checked = list(pool.map(lambda sample: _check_sample(sample, has_masks, size), samples))
+
+            problems += _check_counts(name, train, test, data.layout)
+            for sample, result in zip(samples, checked, strict=True):
+                problems += result.problems
+                if sample in leaks:
+                    message = f"the same file as {leaks[sample]}, which is not to be tested on"
+                    problems.append(Problem("leak", name, sample.path, message))
+            peaks = [result.peak_16_bit for result in checked if result.peak_16_bit is not None]
+            if peaks and max(peaks) < _TWELVE_BITS:
+                message = (
+                    f"no 16-bit image exceeds {max(peaks)} of 65535, so all are read nearly black; "
+                    "stretch them to the full range"
+                )
+                problems.append(Problem("dark", name, data.folders[name], message))
+            problems += _check_unused(name, samples, data)
+
+            defects = Counter(sample.defect for sample in test if sample.is_anomaly)
+            sizes = Counter(
+                result.image_size for result in checked if result.image_size is not None
+            )
+            reports[name] = ClassReport(
+                train=len(train),
+                validation=len(validation),
+                test_good=sum(not sample.is_anomaly for sample in test),
+                test_defects=dict(sorted(defects.items())),
+                masks=sum(len(sample.mask_paths) for sample in test),
+                image_sizes=dict(sorted(sizes.items())),
+            )
+    return Report(data.root, data.layout, reports, problems)
+
+
+def format_report(report: Report) -> str:
+    """A report as text: a table of the classes, the problems, and one line that sums up.
+
+    Of many problems of one kind in one class the first few are shown and the others counted.
+    """
+    lines = [f"{report.root} (layout {report.layout})", "", *_table(report)]
+    for severity, problems in (("error", report.errors), ("warning", report.warnings)):
+        groups: dict[tuple[str, str], list[Problem]] = {}
+        for problem in problems:
+            groups.setdefault((problem.category, problem.kind), []).append(problem)
+        if groups:
+            lines.append("")
+        for (category, kind), group in groups.items():
+            where = f" in {category}" if category else ""
+            for problem in group[:_SHOWN_OF_A_KIND]:
+                path = "" if problem.path is None else f"{problem.path}: "
+                lines.append(f"{severity}{where} [{kind}] {path}{problem.message}")
+            if len(group) > _SHOWN_OF_A_KIND:
+                more = len(group) - _SHOWN_OF_A_KIND
+                lines.append(f"{severity}{where} [{kind}] and {more} more like these")
+    return "\n".join([*lines, "", _verdict(report)])
+
+
+def _check_sample(sample: Sample, has_masks: bool, size: tuple[int, int] | None) -> _Checked:
+    result = _Checked()
+
+    def problem(kind: str, path: Path, message: str) -> None:
+        result.problems.append(Problem(kind, sample.category, path, message))
+
+    def unreadable(error: UnreadableImageError) -> None:
+        is_missing = isinstance(error.__cause__, FileNotFoundError)
+        problem("missing" if is_missing else "unreadable", error.path, error.reason)
+
+    try:
+        image = open_image(sample.path)
+        to_rgb(image, sample.path)
+    except UnreadableImageError as error:
+        unreadable(error)
+    else:
+        result.image_size = (image.height, image.width)
+        if image.mode.startswith("I;16") or image.mode == "I":
+            result.peak_16_bit = int(np.asarray(image).max())
+    if not sample.is_anomaly:
+        return result
+    if not sample.mask_paths:
+        if has_masks:
+            problem("no-mask", sample.path, f"no mask marks its defect ({sample.defect})")
+        return result
+
+    masks = []
+    for path in sample.mask_paths:
+        try:
+            mask = read_mask(path)
+        except UnreadableImageError as error:
+            unreadable(error)
+            continue
+        masks.append(mask)
+        if result.image_size is not None and mask.shape != result.image_size:
+            message = (
+                f"it is {_by(mask.shape)}, its image {sample.path} is {_by(result.image_size)}"
+            )
+            problem("mask-size", path, message)
+        elif not mask.any():
+            problem("empty-mask", path, f"it marks nothing, though its image shows {sample.defect}")
+        if path.suffix.lower() in (".jpg", ".jpeg"):
+            problem("lossy-mask", path, "JPEG noise counts as anomaly; save the mask as PNG")
+    # A mask that is empty, broken or of another size has been told of already.
+    is_sound = len(masks) == len(sample.mask_paths) and len({mask.shape for mask in masks}) == 1
+    if size is not None and is_sound and all(mask.any() for mask in masks):
+        union = np.logical_or.reduce(masks)
+        if not resize_mask(union, size).any():
+            message = f"its {int(union.sum())} marked pixels vanish when resized to {_by(size)}"
+            problem("empty-mask", sample.mask_paths[0], message)
+    return result
+
+
+def _check_counts(
+    name: str, train: list[Sample], test: list[Sample], layout: str
+) -> Iterable[Problem]:
+    if not train:
+        yield Problem("no-train", name, None, "no image to train on")
+    if layout == "folder":
+        return  # It has no place for test images, so none are expected.
+    if not test:
+        yield Problem("no-test", name, None, "no image to test on")
+    elif all(sample.is_anomaly for sample in test):
+        yield Problem("no-test", name, None, "no normal image to test on: AUROC is undefined")
+    elif not any(sample.is_anomaly for sample in test):
+        yield Problem("no-test", name, None, "no defective image to test on: AUROC is undefined")
+
+
+def _check_unused(name: str, samples: list[Sample], data: DataSet) -> Iterable[Problem]:
+    """Masks that belong to no image one by one, images without use folder by folder."""
+    folder = data.folders[name]
+    used = {str(path) for sample in samples for path in (sample.path, *sample.mask_paths)}
+    truth = ("Data", "Masks") if data.layout == "visa" else ("ground_truth",)
+    for part, images in _image_tree(folder):
+        unused = [path for path in images if str(path) not in used]
+        parts = part.relative_to(folder).parts
+        if not unused or parts[:2] == ("ground_truth", normal_folder(data.layout)):
+            continue  # Some sets ship empty masks of normal images; they are not needed.
+        if data.layout != "folder" and parts[: len(truth)] == truth:
+            for path in unused:
+                yield Problem("orphan-mask", name, path, "no image to test on belongs to it")
+        else:
+            count = _count(len(unused), "image")
+            yield Problem(
+                "not-read", name, part, f"layout {data.layout} has no use for {count} in it"
+            )
+
+
+def _image_tree(folder: Path) -> Iterable[tuple[Path, list[Path]]]:
+    """Every folder from `folder` down, sorted, with the images right in it; no folder twice."""
+    seen: set[str] = set()  # Linked folders may lead back up.
+    todo = [folder]
+    while todo:
+        part = todo.pop()
+        real = os.path.realpath(part)
+        if real in seen:
+            continue
+        seen.add(real)
+        yield part, list_images(part)
+        todo += reversed(subfolders(part).values())
+
+
+def _leaks(data: DataSet) -> dict[Sample, Path]:
+    """Test sample → the image of training or validation, of any class, with the same content."""
+    seen_by_length: dict[int, list[Sample]] = {}
+    test_by_length: dict[int, list[Sample]] = {}
+    for splits, by_length in (
+        ((data.train, data.validation), seen_by_length),
+        ((data.test,), test_by_length),
+    ):
+        for samples_of in splits:
+            for samples in samples_of.values():
+                for sample in samples:
+                    if os.path.isfile(sample.path):
+                        length = os.path.getsize(sample.path)
+                        by_length.setdefault(length, []).append(sample)
+    leaks: dict[Sample, Path] = {}
+    # Files of different length differ, so few need to be read.
+    for length in seen_by_length.keys() & test_by_length.keys():
+        seen = {_digest(sample.path): sample.path for sample in reversed(seen_by_length[length])}
+        for sample in test_by_length[length]:
+            if (path := seen.get(_digest(sample.path))) is not None:
+                leaks[sample] = path
+    return leaks
+
+
+def _digest(path: Path) -> bytes:
+    return hashlib.blake2b(path.read_bytes(), digest_size=16).digest()
+
+
+def _table(report: Report) -> list[str]:
+    problems = Counter(problem.category for problem in report.problems)
+    has_validation = any(found.validation for found in report.classes.values())
+    rows = [
+        ["class", "train", "validation", "good", "defective", "image size", "problems", "defects"]
+    ]
+    for name, found in report.classes.items():
+        rows.append(
+            [
+                name,
+                str(found.train),
+                str(found.validation),
+                str(found.test_good),
+                str(sum(found.test_defects.values())),
+                _size_range(found.image_sizes),
+                str(problems[name]),
+                ", ".join(f"{defect} {count}" for defect, count in found.test_defects.items()),
+            ]
+        )
+    if not has_validation:
+        rows = [[*row[:2], *row[3:]] for row in rows]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(width) if title in ("class", "image size", "defects") else cell.rjust(width)
+            for title, cell, width in zip(rows[0], row, widths, strict=True)
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def _size_range(sizes: dict[tuple[int, int], int]) -> str:
+    if not sizes:
+        return "-"
+    if len(sizes) == 1:
+        return _by(next(iter(sizes)))
+    heights, widths = zip(*sizes, strict=True)
+    smallest, largest = (min(heights), min(widths)), (max(heights), max(widths))
+    return f"{_by(smallest)} to {_by(largest)}"
+
+
+def _verdict(report: Report) -> str:
+    warnings = f", {_count(len(report.warnings), 'warning')}" if report.warnings else ""
+    if not report.ok:
+        return f"{_count(len(report.errors), 'problem')} would stop a run{warnings}"
+    found = report.classes.values()
+    images = sum(
+        item.train + item.validation + item.test_good + sum(item.test_defects.values())
+        for item in found
+    )
+    masks = sum(item.masks for item in found)
+    return (
+        f"ok: {_count(len(report.classes), 'class', 'classes')}, {_count(images, 'image')} and "
+        f"{_count(masks, 'mask')} can be read{warnings}"
+    )
+
+
+def _count(number: int, one: str, many: str = "") -> str:
+    return f"{number} {one if number == 1 else many or one + 's'}"
+
+
+def _by(size: tuple[int, ...]) -> str:
+    return f"{size[0]} x {size[1]}"

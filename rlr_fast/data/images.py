@@ -1,0 +1,379 @@
+"""Image and mask files as tensors, one at a time or decoded ahead by threads.
+
+What becomes of a picture, the same in training, testing and prediction:
+
+- Grey, palette and CMYK pictures become RGB as Pillow converts them; colour profiles are ignored.
+- Transparent pixels are laid over black: what cannot be seen cannot be scored.
+- 16-bit pixels keep their high byte (65535 → 255), as Pillow does for 16-bit colour. The full range
+  counts, not the range of the file: two files with equal pixels stay equal. 12-bit data should thus
+  be stretched to 16 bits before.
+- 32-bit integers and floats have no agreed white and are refused.
+- The orientation in EXIF is not applied: masks are drawn on the pixels as stored.
+- Of several frames or pages the first is read.
+- Images are resized by Lanczos; masks are thresholded ``!= 0`` as stored, then resized by nearest
+  neighbour (pixel centres, as Pillow and torchvision do).
+
+Every size is (height, width) in pixels.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from rlr_fast.data.layouts import Sample
+
+# What Pillow raised over 150,000 broken files: cut short, or with bytes changed.
+_BROKEN_FILE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    Image.DecompressionBombError,
+)
+
+
+class UnreadableImageError(OSError):
+    """An image file that is missing, broken, too large, or of pixels with no meaning as a picture.
+
+    Attributes:
+        path: The file.
+        reason: What is wrong with it.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], reason: str) -> None:
+        # Both as arguments of OSError, so that the error can be pickled to another process.
+        super().__init__(str(path), reason)
+        self.path = Path(path)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"cannot read image {str(self.path)!r}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class ImageFailure:
+    """A file that could not be read: its place in the list, and why.
+
+    Attributes:
+        index: Place in the list.
+        error: Names the file and the reason.
+    """
+
+    index: int
+    error: UnreadableImageError
+
+
+@dataclass(frozen=True)
+class ImageBatch:
+    """Some images of a list, and the files among them that could not be read.
+
+    Attributes:
+        indices: Place in the list of each image.
+        images: (B, 3, H, W) uint8, RGB.
+        original_sizes: (height, width) of each file before resizing.
+        failures: Files met on the way that could not be read; they are in neither of the above.
+    """
+
+    indices: list[int]
+    images: torch.Tensor
+    original_sizes: list[tuple[int, int]]
+    failures: list[ImageFailure]
+
+
+def open_image(path: str | os.PathLike[str]) -> Image.Image:
+    """Decode a file, in the mode it is stored in.
+
+    Raises:
+        UnreadableImageError: If the file is missing, truncated, broken, no image at all, or so
+            large that Pillow takes it for an attack.
+    """
+    image: Image.Image
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except _BROKEN_FILE as error:
+        raise UnreadableImageError(path, _reason(path, error)) from error
+    return image
+
+
+def read_image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """(height, width) of an image file, from its header alone.
+
+    Raises:
+        UnreadableImageError: If the header cannot be read.
+    """
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+    except _BROKEN_FILE as error:
+        raise UnreadableImageError(path, _reason(path, error)) from error
+    return height, width
+
+
+def to_rgb(image: Image.Image, path: str | os.PathLike[str]) -> Image.Image:
+    """A decoded image in mode RGB, by the rules on top of this file.
+
+    Args:
+        image: What `open_image` returned.
+        path: Its file, for the error.
+
+    Raises:
+        UnreadableImageError: If the pixels are 32-bit integers, floats, or of a mode that Pillow
+            cannot convert.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        # Pillow's own conversion clips at 255, which turns a 16-bit picture white.
+        high_byte = np.asarray(image).astype(np.uint16) >> 8
+        image = Image.fromarray(high_byte.astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        kind = "floats" if image.mode == "F" else "32-bit integers"
+        raise UnreadableImageError(
+            path, f"its pixels are {kind}, which have no agreed white; save it with 8 or 16 bits"
+        )
+    try:
+        if image.mode == "La":
+            image = image.convert("LA")  # Pillow converts La to nothing else.
+        if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
+            black = Image.new("RGBA", image.size, (0, 0, 0, 255))
+            image = Image.alpha_composite(black, image.convert("RGBA"))
+        return image if image.mode == "RGB" else image.convert("RGB")
+    except ValueError as error:
+        raise UnreadableImageError(path, f"mode {image.mode}: {error}") from error
+
+
+def load_image(path: str | os.PathLike[str], size: tuple[int, int]) -> torch.Tensor:
+    """An image file as RGB tensor (3, H, W) of uint8, resized to `size` by Lanczos.
+
+    Args:
+        path: Image file.
+        size: (H, W) of the result.
+
+    Raises:
+        UnreadableImageError: If the file cannot be read as a picture.
+        ValueError: If `size` is not two positive integers.
+    """
+    return _load_image(path, checked_size(size))[0]
+
+
+def load_mask(
+    paths: Sequence[str | os.PathLike[str]], image_size: tuple[int, int], size: tuple[int, int]
+) -> torch.Tensor:
+    """Union of mask files as tensor (H, W) of bool; without files, nothing is marked.
+
+    Any pixel that is neither 0 (black) nor transparent in the file counts as anomalous, however
+    small its value. Palette masks count by colour.
+
+    Args:
+        paths: Mask files of one image.
+        image_size: (height, width) of the image's file, which each mask must have.
+        size: (H, W) of the result, by nearest neighbour.
+
+    Raises:
+        UnreadableImageError: If a file cannot be read.
+        ValueError: If a mask has another size than its image, or a size is not two positive
+            integers.
+    """
+    return _load_mask(paths, checked_size(image_size), checked_size(size), "its image")
+
+
+def load_sample_mask(sample: Sample, size: tuple[int, int]) -> torch.Tensor:
+    """Ground truth of a sample as tensor (H, W) of bool; nothing is marked in a normal image.
+
+    Args:
+        sample: A sample of a data set.
+        size: (H, W) of the result, by nearest neighbour.
+
+    Raises:
+        UnreadableImageError: If a mask, or the header of the image, cannot be read.
+        ValueError: If a mask has another size than the image, or a defective image has no mask.
+    """
+    size = checked_size(size)
+    if not sample.is_anomaly:
+        return torch.zeros(size, dtype=torch.bool)
+    if not sample.mask_paths:
+        raise ValueError(
+            "an image with a defect must have a mask to score its pixels, got "
+            f"{str(sample.path)!r} (defect {sample.defect!r}) without one"
+        )
+    image_size = read_image_size(sample.path)
+    return _load_mask(sample.mask_paths, image_size, size, f"its image {str(sample.path)!r}")
+
+
+def iterate_images(
+    items: Sequence[Sample | str | os.PathLike[str]],
+    size: tuple[int, int],
+    batch_size: int,
+    workers: int | None = None,
+) -> Iterator[ImageBatch]:
+    """Images in the order of `items`, decoded ahead by threads while the caller is busy.
+
+    A file that cannot be read does not end the iteration: it is told in `ImageBatch.failures`, and
+    the next one takes its place. So every batch has `batch_size` images but the last, which may
+    have fewer, or none where only failures were left. The threads are at most `batch_size` images
+    ahead of the caller, or two a thread if that is more.
+
+    Args:
+        items: Samples or paths.
+        size: (H, W) of the images.
+        batch_size: Images in a batch.
+        workers: Threads that decode; `default_workers` by default.
+
+    Raises:
+        ValueError: If `size`, `batch_size` or `workers` is not positive.
+    """
+    size = checked_size(size)
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be positive, got {batch_size=}")
+    if workers is None:
+        workers = default_workers()
+    if workers < 1:
+        raise ValueError(f"workers must be positive, got {workers=}")
+    paths = [item.path if isinstance(item, Sample) else Path(item) for item in items]
+    # Checked before the first batch is asked for, hence two functions.
+    return _iterate(paths, size, batch_size, workers)
+
+
+def default_workers() -> int:
+    """Threads that decode images: the processors this process may use, 8 at most."""
+    # sched_getaffinity sees the limits of a container or a batch queue; only Linux has it.
+    if hasattr(os, "sched_getaffinity"):
+        return min(8, len(os.sched_getaffinity(0)))
+    return min(8, os.cpu_count() or 1)
+
+
+def _iterate(
+    paths: list[Path], size: tuple[int, int], batch_size: int, workers: int
+) -> Iterator[ImageBatch]:
+    indices: list[int] = []
+    images: list[torch.Tensor] = []
+    original_sizes: list[tuple[int, int]] = []
+    failures: list[ImageFailure] = []
+
+    def take_batch() -> ImageBatch:
+        stacked = torch.stack(images) if images else torch.empty(0, 3, *size, dtype=torch.uint8)
+        batch = ImageBatch(indices[:], stacked, original_sizes[:], failures[:])
+        for collected in (indices, images, original_sizes, failures):
+            collected.clear()
+        return batch
+
+    look_ahead = max(batch_size, 2 * workers)
+    pending: deque[Future[tuple[torch.Tensor, tuple[int, int]]]] = deque()
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="images")
+    try:
+        submitted = 0
+        for index in range(len(paths)):
+            while submitted < len(paths) and len(pending) < look_ahead:
+                pending.append(pool.submit(_load_image, paths[submitted], size))
+                submitted += 1
+            try:
+                image, original_size = pending.popleft().result()
+            except UnreadableImageError as error:
+                failures.append(ImageFailure(index, error))
+                continue
+            indices.append(index)
+            images.append(image)
+            original_sizes.append(original_size)
+            if len(images) == batch_size:
+                yield take_batch()
+        if images or failures:
+            yield take_batch()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _load_image(
+    path: str | os.PathLike[str], size: tuple[int, int]
+) -> tuple[torch.Tensor, tuple[int, int]]:
+    """The image (3, H, W) and the (height, width) of its file."""
+    image = to_rgb(open_image(path), path)
+    original_size = (image.height, image.width)
+    if original_size != size:
+        image = image.resize((size[1], size[0]), Image.Resampling.LANCZOS)
+    # Transposed by NumPy: PyTorch would start its own threads within each of ours.
+    pixels = np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+    return torch.from_numpy(pixels), original_size
+
+
+def _load_mask(
+    paths: Sequence[str | os.PathLike[str]],
+    image_size: tuple[int, int],
+    size: tuple[int, int],
+    image_name: str,
+) -> torch.Tensor:
+    union = np.zeros(image_size, dtype=bool)
+    for path in paths:
+        marked = read_mask(path)
+        if marked.shape != image_size:
+            raise ValueError(
+                f"a mask must have the size of its image: mask {str(path)!r} is "
+                f"{marked.shape[0]} x {marked.shape[1]}, {image_name} is "
+                f"{image_size[0]} x {image_size[1]} (height x width)"
+            )
+        union |= marked
+    return torch.from_numpy(resize_mask(union, size))
+
+
+def read_mask(path: str | os.PathLike[str]) -> npt.NDArray[np.bool_]:
+    """A mask file as array (height, width) of bool, in the size it is stored in.
+
+    Raises:
+        UnreadableImageError: If the file cannot be read.
+    """
+    mask = open_image(path)
+    if "transparency" in mask.info:
+        mask = mask.convert("RGBA")
+    elif mask.mode not in ("1", "L", "LA", "RGB", "RGBA", "I", "F") and mask.mode[:4] != "I;16":
+        mask = to_rgb(mask, path)
+    pixels: npt.NDArray[Any] = np.asarray(mask)
+    marked: npt.NDArray[np.bool_]
+    if mask.mode in ("LA", "RGBA"):
+        marked = (pixels[..., :-1] != 0).any(axis=-1) & (pixels[..., -1] != 0)
+    elif mask.mode == "RGB":
+        marked = (pixels != 0).any(axis=-1)
+    else:
+        marked = pixels != 0
+    return marked
+
+
+def resize_mask(mask: npt.NDArray[np.bool_], size: tuple[int, int]) -> npt.NDArray[np.bool_]:
+    """A mask (height, width) of bool resized to `size` by nearest neighbour at pixel centres."""
+    if mask.shape == size:
+        return mask
+    resized = Image.fromarray(mask.astype(np.uint8)).resize(
+        (size[1], size[0]), Image.Resampling.NEAREST
+    )
+    return np.array(resized, dtype=bool)
+
+
+def checked_size(size: tuple[int, int]) -> tuple[int, int]:
+    """`size` itself, if it is two positive integers; ValueError otherwise."""
+    if (
+        not isinstance(size, Sequence)
+        or len(size) != 2
+        or not all(isinstance(side, int) and side > 0 for side in size)
+    ):
+        raise ValueError(f"size must be (height, width), two positive integers, got {size=}")
+    return size[0], size[1]
+
+
+def _reason(path: str | os.PathLike[str], error: BaseException) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    if isinstance(error, UnidentifiedImageError):
+        return (
+            "the file is empty" if os.path.getsize(path) == 0 else "not an image of a known format"
+        )
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) or type(error).__name__
