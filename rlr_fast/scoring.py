@@ -1,0 +1,81 @@
+"""From original and reconstructed tokens to distance, loss, score map and image score."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.ndimage import gaussian_filter1d
+from torch import Tensor, nn
+
+
+def distance(reconstructed: Tensor, original: Tensor) -> Tensor:
+    """Return each token's distance to its reconstruction: eq. 15-16, or 13-14 before the mean.
+
+    ``mean_c (rec - org)^2 + 1 - cos(rec, org)``; a token of norm 0 has cosine 0.
+
+    Args:
+        reconstructed: (B, N, C).
+        original: (B, N, C).
+
+    Returns:
+        (B, N), in float32 or wider.
+    """
+    dtype = torch.promote_types(
+        torch.promote_types(reconstructed.dtype, original.dtype), torch.float32
+    )
+    reconstructed, original = reconstructed.to(dtype), original.to(dtype)
+    squared = (reconstructed - original).square().mean(-1)
+    return squared + 1 - F.cosine_similarity(reconstructed, original, dim=-1)
+
+
+def perturb(tokens: Tensor, strength: float, noise: Tensor) -> Tensor:
+    """Return ``tokens + noise * |token|_2 / C * strength`` (eq. 3).
+
+    Args:
+        tokens: (B, N, C).
+        strength: s; 0 leaves the tokens as they are.
+        noise: Standard normal numbers, (B, N, C).
+    """
+    if strength == 0:
+        return tokens
+    scale = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True) * (strength / tokens.shape[-1])
+    return tokens + noise * scale
+
+
+class ScoreMap(nn.Module):
+    """Token distances of all levels → score map and image score (eq. 16).
+
+    Each level's map is upsampled bilinearly (corners aligned); the score map is their mean. The
+    image score is the maximum of the score map after a Gaussian whose sigma grows with the image:
+    ``smoothing * size / 256`` pixels along each axis, borders mirrored, cut at 4 sigma.
+
+    Args:
+        image_size: (H, W) of the score map.
+        smoothing: Sigma in pixels at 256 px; 0 takes the maximum of the map itself.
+    """
+
+    def __init__(self, image_size: tuple[int, int], smoothing: float) -> None:
+        super().__init__()
+        self.image_size = image_size
+        # The filter with its border rule as a matrix an axis: two small products, on any device.
+        for name, size in zip(("blur_y", "blur_x"), image_size, strict=True):
+            matrix = np.eye(size)
+            if smoothing > 0:
+                matrix = gaussian_filter1d(matrix, smoothing * size / 256, axis=0, mode="reflect")
+            self.register_buffer(name, torch.from_numpy(matrix).float(), persistent=False)
+        self.blur_y: Tensor
+        self.blur_x: Tensor
+
+    def forward(self, level_maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return ``score_map`` (B, 1, H, W) and ``score`` (B,) of ``level_maps`` [(B, 1, h, w)]."""
+        maps = [
+            F.interpolate(m, self.image_size, mode="bilinear", align_corners=True)
+            for m in level_maps
+        ]
+        score_map = torch.stack(maps).mean(0)
+        with torch.autocast(score_map.device.type, enabled=False):
+            smooth = self.blur_y @ score_map.float() @ self.blur_x.T
+        return score_map, smooth.amax((1, 2, 3))

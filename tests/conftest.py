@@ -1,0 +1,92 @@
+"""Shared fixtures: seeds, poisoned uninitialised memory, small data sets and a small model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from rlr_fast import RLRConfig, TrainConfig
+from rlr_fast.data import DataSet, read_dataset
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_empty():
+    """Fill torch.empty with NaN, so that a value nobody wrote is seen."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+SMALL = RLRConfig(
+    backbone="tf_efficientnet_lite0",
+    backbone_weights="random",
+    out_indices=(2, 3),
+    image_size=(48, 64),
+    hidden=(16, 32),
+    heads=(2, 4),
+    windows=(3, (3, 5)),
+    blocks=1,
+)
+BRIEF = TrainConfig(epochs=3, batch_size=4, lr=1e-3)
+
+
+@pytest.fixture
+def small() -> RLRConfig:
+    """A model of two levels on 6x8 and 3x4 tokens with an untrained backbone."""
+    return SMALL
+
+
+@pytest.fixture
+def brief() -> TrainConfig:
+    """Three epochs."""
+    return BRIEF
+
+
+def save_picture(path: Path, seed: int, size: tuple[int, int] = (48, 64)) -> None:
+    """Write a picture of smooth noise."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 255, (6, 8, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize((size[1], size[0])).save(path)
+
+
+def make_tree(root: Path, classes: tuple[str, ...] = ("bolt", "cloth"), train: int = 5) -> Path:
+    """Write a small set in MVTec-AD's layout: ``train`` + 2 normal, 2 defective images a class."""
+    for k, name in enumerate(classes):
+        for i in range(train):
+            save_picture(root / name / "train/good" / f"{i:03d}.png", 100 * k + i)
+        for i in range(2):
+            save_picture(root / name / "test/good" / f"{i:03d}.png", 100 * k + 20 + i)
+            save_picture(root / name / "test/hole" / f"{i:03d}.png", 100 * k + 40 + i)
+            mask = np.zeros((48, 64), dtype=np.uint8)
+            mask[8 + 8 * i : 20 + 8 * i, 16:40] = 255
+            target = root / name / "ground_truth/hole" / f"{i:03d}_mask.png"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(mask).save(target)
+    return root
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """The folder of a small data set with two classes."""
+    return make_tree(tmp_path / "data")
+
+
+@pytest.fixture
+def dataset(tree: Path) -> DataSet:
+    return read_dataset(tree)

@@ -1,0 +1,91 @@
+"""RLRConfig, TrainConfig and presets."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from rlr_fast.config import PRESETS, RLRConfig, TrainConfig, from_dict
+
+
+def test_defaults_are_the_papers_recipe():
+    config, recipe = RLRConfig(), TrainConfig()
+    assert config.backbone == "tf_efficientnet_b6.aa_in1k"
+    assert config.image_size == (256, 256)
+    assert config.out_indices == (1, 2, 3)
+    assert config.hidden == (128, 256, 512)
+    assert config.windows == (5, 7, 11)
+    assert (config.alpha, config.blocks, config.neighborhood) == (2.0, 4, 3)
+    assert config.attention == ("mlka", "lca") and not config.residual
+    assert (recipe.lr, recipe.epochs, recipe.schedule) == (1e-4, 200, "constant")
+
+
+def test_authors_preset_pairs_the_largest_window_with_the_finest_grid():
+    assert RLRConfig.preset("authors").windows == (11, 7, 5)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_json_round_trip_gives_the_same_configuration(name):
+    config = RLRConfig.preset(name)
+    assert RLRConfig.from_dict(json.loads(config.to_json())) == config
+
+
+def test_window_pairs_survive_json():
+    config = RLRConfig(windows=((3, 5), 7, 11))
+    assert RLRConfig.from_dict(json.loads(config.to_json())).windows == ((3, 5), 7, 11)
+
+
+def test_single_values_are_repeated_for_every_level():
+    config = RLRConfig(hidden=64, heads=4, windows=5, image_size=128)
+    assert config.hidden == (64,) * 3 and config.heads == (4,) * 3
+    assert config.windows == (5,) * 3 and config.image_size == (128, 128)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("windows", (4, 7, 11)),
+        ("windows", (5, 7)),
+        ("hidden", (130, 256, 512)),
+        ("heads", 0),
+        ("neighborhood", 2),
+        ("image_size", (0, 4)),
+        ("image_size", (1, 2, 3)),
+        ("attention", ("mkla",)),
+        ("attention", ()),
+        ("attention", ("lca", "lca")),
+        ("out_indices", ()),
+        ("out_indices", (1, 1, 2)),
+        ("blocks", 0),
+        ("perturbation", -1.0),
+    ],
+)
+def test_broken_rule_names_the_field_and_the_value(field, value):
+    with pytest.raises(ValueError, match=field.rstrip("s")):
+        RLRConfig(**{field: value})
+
+
+@pytest.mark.parametrize("value", ["slow", "constnat"])
+def test_unknown_choice_says_what_exists(value):
+    with pytest.raises(ValueError, match="constant"):
+        TrainConfig(schedule=value)
+
+
+def test_unknown_preset_suggests_the_nearest():
+    with pytest.raises(ValueError, match="did you mean 'paper'"):
+        RLRConfig.preset("papr")
+
+
+def test_unknown_field_suggests_the_nearest():
+    with pytest.raises(ValueError, match="did you mean 'alpha'"):
+        from_dict(RLRConfig, {"alfa": 3})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("blocks", "four"), ("blocks", True), ("standardize", 1), ("hidden", [1.5, 2, 3])],
+)
+def test_wrong_type_names_the_field(field, value):
+    with pytest.raises(ValueError, match=field):
+        from_dict(RLRConfig, {field: value})
