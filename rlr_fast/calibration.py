@@ -1,0 +1,80 @@
+"""What scores normal images get: quantiles over the training set, kept beside the weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlr_fast.feature_cache import FeatureCache
+from rlr_fast.model import CheckpointError, RLRModel
+
+CALIBRATION_FILE = "calibration.json"
+_QUANTILES = (0.5, 0.9, 0.99, 0.999)
+_BATCH = 16
+
+
+@torch.no_grad()
+def calibrate(model: RLRModel, features: FeatureCache, categories: Sequence[str]) -> dict[str, Any]:
+    """Score the training images and return quantiles of their pixels' and images' scores.
+
+    Args:
+        model: The trained model.
+        features: Its training features.
+        categories: Class of each row of ``features``.
+
+    Returns:
+        ``{"pixel": {quantile: score}, "image": {"max": score, "classes": {name: {"max": …}}}}``;
+        the scores are those of `RLRModel.forward`. Pixel quantiles are means over the images' own.
+    """
+    model.eval()
+    device = next(model.levels.parameters()).device
+    wanted = torch.tensor(_QUANTILES, device=device)
+    pixels, scores = [], []
+    for rows in torch.arange(len(features)).split(_BATCH):
+        out = model.predict_tokens(features.batch(rows, device))
+        pixels += [torch.quantile(m.flatten().float(), wanted) for m in _thinned(out.score_map)]
+        scores.append(out.score.float())
+    score = torch.cat(scores).cpu()
+    means = torch.stack(pixels).mean(0).cpu()
+    per_class = {
+        name: {"max": float(score[[c == name for c in categories]].max())}
+        for name in sorted(set(categories))
+    }
+    return {
+        "pixel": {str(q): float(v) for q, v in zip(_QUANTILES, means, strict=True)},
+        "image": {"max": float(score.max()), "classes": per_class},
+    }
+
+
+def _thinned(score_map: torch.Tensor) -> torch.Tensor:
+    """Every k-th pixel of each axis, so that 512² at most are left: torch.quantile has a limit."""
+    step = max(1, max(score_map.shape[-2:]) // 512)
+    return score_map[..., ::step, ::step]
+
+
+def color_scale(checkpoint: Path) -> tuple[float, float]:
+    """Return the fixed colour scale (low, high) of a checkpoint's heat maps.
+
+    Low is the median pixel of normal training images, high three times as far above it as the
+    highest image score among them: normal images stay dark, whatever is shown beside them.
+
+    Raises:
+        CheckpointError: The checkpoint has no calibration (training has not finished), or a
+            damaged one.
+    """
+    path = checkpoint / CALIBRATION_FILE
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        low, high = values["pixel"]["0.5"], values["pixel"]["0.999"]
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{checkpoint} has no {CALIBRATION_FILE} (written when training ends), so heat maps "
+            "have no colour scale; give one by --scale LOW HIGH"
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    return low, low + 3 * (high - low)

@@ -1,0 +1,254 @@
+"""Feature cache: a frozen backbone's tokens of a list of images, computed once and kept."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import psutil
+import torch
+from torch import Tensor
+
+from rlr_fast.data.images import ImageFailure, UnreadableImageError, iterate_images
+from rlr_fast.data.layouts import Sample
+from rlr_fast.files import write_atomically
+from rlr_fast.model import RLRModel
+
+Placement = Literal["auto", "gpu", "ram", "disk"]
+PLACEMENTS: tuple[str, ...] = get_args(Placement)
+
+_FORMAT = 1
+_META = "meta.json"
+_BATCH = 8
+# A placement may take this share of what is free; the rest is for the model and everybody else.
+_SHARE = 0.5
+_STALE_SECONDS = 3600.0
+
+
+class CacheError(RuntimeError):
+    """The feature cache cannot be written or read; the message says where and why."""
+
+
+@dataclass(frozen=True)
+class FeatureCache:
+    """Pooled feature tokens of a list of images, in bfloat16.
+
+    Attributes:
+        levels: [(n, N_j, C_j)] tokens of all images, as `RLRModel.tokens` gives them.
+        failures: Images of the list that could not be read; they have no row in ``levels``.
+        placement: Where the tokens lie: ``gpu``, ``ram`` or ``disk`` (a memory-mapped file).
+        folder: Where the cache lies on disk.
+    """
+
+    levels: list[Tensor]
+    failures: list[ImageFailure]
+    placement: str
+    folder: Path
+
+    def __len__(self) -> int:
+        return self.levels[0].shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where `batch` gathers; its indices should lie there."""
+        return self.levels[0].device
+
+    def batch(self, indices: Tensor, device: torch.device) -> list[Tensor]:
+        """Return the tokens [(B, N_j, C_j)] of the rows ``indices`` (B,), float32 on ``device``."""
+        return [
+            level.index_select(0, indices.to(level.device)).to(device, non_blocking=True).float()
+            for level in self.levels
+        ]
+
+
+def default_cache_root() -> Path:
+    """Where caches lie by default: ``rlr_fast`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "rlr_fast" / "features"
+
+
+def cached_features(
+    model: RLRModel,
+    samples: Sequence[Sample],
+    root: Path | None = None,
+    placement: Placement = "auto",
+    *,
+    workers: int | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> FeatureCache:
+    """Return the features of ``samples``, computed now or taken from an earlier run.
+
+    A cache is known by everything that decides its numbers: backbone and fingerprint of its
+        weights,
+    levels, image size, neighbourhood, and path, size and time of change of each file. It appears
+    under its name only when complete, so half a cache is never read.
+
+    Args:
+        model: Its backbone and neighbourhood give the features, on the device where it lies.
+        samples: The images.
+        root: Folder of all caches; default `default_cache_root`.
+        placement: ``gpu``, ``ram``, ``disk``, or ``auto``: the first of them with room.
+        workers: Threads that decode images.
+        progress: Called with the number of images done since the last call.
+
+    Raises:
+        CacheError: The disk is full, the folder cannot be written, or no image can be read.
+    """
+    root = default_cache_root() if root is None else root
+    identity = _identity(model, samples)
+    folder = root / identity["key"][:20]
+    meta = _read_meta(folder, identity)
+    if meta is None:
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            _remove_stale(root, folder.name)
+            meta = _build(model, samples, folder, identity, workers, progress)
+        except OSError as error:
+            raise CacheError(f"cannot write the feature cache in {str(root)!r}: {error}") from error
+    failures = [
+        ImageFailure(f["index"], UnreadableImageError(f["path"], f["reason"]))
+        for f in meta["failures"]
+    ]
+    count = len(samples) - len(failures)
+    if count == 0:
+        raise CacheError(f"none of the {len(samples)} images can be read: {failures[0].error}")
+    levels = [
+        torch.from_file(
+            str(folder / f"level_{j}.bf16"), size=count * tokens * channels, dtype=torch.bfloat16
+        ).view(count, tokens, channels)
+        for j, (tokens, channels) in enumerate(meta["levels"])
+    ]
+    device = next(model.levels.parameters()).device
+    where = _choose(placement, sum(level.nbytes for level in levels), device)
+    if where == "gpu":
+        levels = [level.to(device) for level in levels]
+    elif where == "ram":
+        levels = [level.clone() for level in levels]
+    return FeatureCache(levels, failures, where, folder)
+
+
+def _identity(model: RLRModel, samples: Sequence[Sample]) -> dict[str, Any]:
+    backbone, config = model.backbone, model.config
+    digest = hashlib.sha256()
+    for sample in samples:
+        try:
+            stat = sample.path.stat()
+            state = f"{stat.st_size} {stat.st_mtime_ns}"
+        except OSError:
+            state = "missing"  # reported as unreadable when its turn comes
+        digest.update(f"{sample.path.resolve()}\0{state}\n".encode())
+    identity: dict[str, Any] = {
+        "format": _FORMAT,
+        "backbone": config.backbone,
+        "fingerprint": backbone.fingerprint,
+        "out_indices": list(config.out_indices),
+        "image_size": list(config.image_size),
+        "neighborhood": config.neighborhood,
+        "files": len(samples),
+        "files_digest": digest.hexdigest(),
+    }
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    return identity | {"key": key}
+
+
+def _read_meta(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """Return what a complete cache of this identity says of itself, or None."""
+    try:
+        meta = json.loads((folder / _META).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise CacheError(
+            f"{folder / _META} cannot be read ({error}); delete {str(folder)!r}"
+        ) from error
+    if meta.get("identity") != identity:
+        raise CacheError(f"{str(folder)!r} holds another cache than its name says; delete it")
+    count = identity["files"] - len(meta["failures"])
+    for j, (tokens, channels) in enumerate(meta["levels"]):
+        file = folder / f"level_{j}.bf16"
+        size = file.stat().st_size if file.exists() else 0
+        if size != count * tokens * channels * 2:
+            raise CacheError(
+                f"{str(file)!r} has {size} bytes, not as written; delete {str(folder)!r}"
+            )
+    return dict(meta)
+
+
+def _build(
+    model: RLRModel,
+    samples: Sequence[Sample],
+    folder: Path,
+    identity: dict[str, Any],
+    workers: int | None,
+    progress: Callable[[int], object] | None,
+) -> dict[str, Any]:
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    device = next(model.levels.parameters()).device
+    failures: list[dict[str, Any]] = []
+    try:
+        with contextlib.ExitStack() as stack:
+            names = [f"level_{j}.bf16" for j in range(len(model.levels))]
+            files = [stack.enter_context(open(partial / name, "wb")) for name in names]
+            for batch in iterate_images(samples, model.config.image_size, _BATCH, workers):
+                failures += [
+                    {"index": f.index, "path": str(f.error.path), "reason": f.error.reason}
+                    for f in batch.failures
+                ]
+                if len(batch.images):
+                    for file, tokens in zip(
+                        files, model.tokens(batch.images.to(device)), strict=True
+                    ):
+                        stored = tokens.to(torch.bfloat16).contiguous().cpu()
+                        file.write(stored.view(torch.uint8).numpy().data)
+                if progress is not None:
+                    progress(len(batch.images) + len(batch.failures))
+            for file in files:
+                file.flush()
+                os.fsync(file.fileno())
+        meta = {
+            "identity": identity,
+            "levels": [
+                (h * w, channels)
+                for (h, w), channels in zip(
+                    model.backbone.grids, model.backbone.channels, strict=True
+                )
+            ],
+            "failures": failures,
+        }
+        write_atomically(partial / _META, json.dumps(meta, indent=2))
+        try:
+            partial.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process made the same cache meanwhile
+                raise
+            shutil.rmtree(partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return meta
+
+
+def _remove_stale(root: Path, name: str) -> None:
+    """Remove what a killed process left of this cache."""
+    for partial in root.glob(f".{name}-*"):
+        if time.time() - partial.stat().st_mtime > _STALE_SECONDS:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _choose(placement: Placement, size: int, device: torch.device) -> str:
+    if placement == "gpu" and device.type != "cuda":
+        raise ValueError(f"cache placement 'gpu' needs the model on a GPU, it is on {device}")
+    if placement != "auto":
+        return placement
+    if device.type == "cuda" and size < _SHARE * torch.cuda.mem_get_info(device)[0]:
+        return "gpu"
+    return "ram" if size < _SHARE * psutil.virtual_memory().available else "disk"

@@ -1,0 +1,488 @@
+"""Training: one model on all classes, checkpointed each epoch and resumable to the bit."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from rlr_fast.calibration import CALIBRATION_FILE, calibrate
+from rlr_fast.config import RLRConfig, TrainConfig
+from rlr_fast.data import DataSet, ImageFailure, Sample
+from rlr_fast.environment import environment
+from rlr_fast.feature_cache import FeatureCache, Placement, cached_features
+from rlr_fast.figures import loss_curve
+from rlr_fast.files import write_atomically, write_tensors
+from rlr_fast.functional import Backend
+from rlr_fast.model import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    CheckpointError,
+    RLRModel,
+    Standardize,
+    read_weights,
+)
+from rlr_fast.progress import progress_bar
+
+RUN_FILE = "run.json"
+STATE_FILE = "training_state.safetensors"
+HISTORY_FILE = "history.jsonl"
+CURVE_FILE = "loss.png"
+
+_LOG_EVERY = 20  # steps between two looks at the loss: each look waits for the device
+
+
+class TrainingError(RuntimeError):
+    """Training cannot start or go on; the message says why, and what is kept."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a training run leaves.
+
+    Attributes:
+        out: The run's folder, a checkpoint for `RLRModel.from_pretrained`.
+        history: Rows of the log: step, epoch, loss, level_0 …, grad_norm, lr, images_per_s.
+        failures: Training images that could not be read and were left out.
+        images_per_s: Median over the run.
+    """
+
+    out: Path
+    history: list[dict[str, float]]
+    failures: list[ImageFailure]
+    images_per_s: float
+
+
+@dataclass
+class _Processes:
+    """This process among those that train together; alone unless started by torchrun."""
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+    def wait(self) -> None:
+        if self.count > 1:
+            dist.barrier()
+
+
+def train(
+    config: RLRConfig,
+    recipe: TrainConfig,
+    data: DataSet,
+    out: Path,
+    *,
+    device: torch.device,
+    resume: bool = False,
+    backend: Backend = "auto",
+    cache_root: Path | None = None,
+    cache: Placement = "auto",
+    workers: int | None = None,
+    quiet: bool = False,
+) -> TrainResult:
+    """Train one model on the normal images of all classes and leave a checkpoint in ``out``.
+
+    Minimises eq. 13-14 with Adam. The features of the frozen backbone are computed once. Images are
+    shuffled and perturbed by numbers that depend on seed, epoch and step alone, so that a resumed
+    run, and several processes with the same global batch, see what one uninterrupted process sees.
+
+    Args:
+        config: The model.
+        recipe: Epochs, batch size, learning rate, precision, seed.
+        data: Its ``train`` samples are used.
+        out: Folder of the run: ``config.json``, ``model.safetensors``,
+            ``training_state.safetensors``, ``run.json``, ``history.jsonl``, a TensorBoard log,
+            ``loss.png``, ``calibration.json``.
+        device: Where to train.
+        resume: Go on from the last finished epoch of the run in ``out``, if there is one.
+        backend: Backend of the attention operators.
+        cache_root: Folder of feature caches.
+        cache: Where the cached features lie while training.
+        workers: Threads that decode images.
+        quiet: No progress bar.
+
+    Raises:
+        ValueError: A class has no training images, or an option does not fit the device.
+        TrainingError: ``out`` holds another run, the disk is full, or the loss is not finite.
+        CacheError: The feature cache cannot be written.
+    """
+    data.require_train()
+    if recipe.precision == "fp16" and device.type != "cuda":
+        raise ValueError(f"precision fp16 needs a CUDA device, got device={str(device)!r}")
+    with _processes(device) as processes:
+        record = {
+            "model": dataclasses.asdict(config),
+            "recipe": dataclasses.asdict(recipe),
+            "data": {"root": str(data.root), "layout": data.layout, "classes": list(data.classes)},
+        }
+        _prepare_folder(out, record, resume, processes)
+        torch.manual_seed(recipe.seed)
+        model = RLRModel(config, backend=backend).to(device)
+        features, samples = _features(model, data, cache_root, cache, workers, quiet, processes)
+        if config.standardize:
+            _fit_standardization(model, features)
+        run = _Run(model, recipe, features, out, processes, record)
+        run.go(quiet)
+        if processes.leads:
+            calibration = calibrate(model, features, [s.category for s in samples])
+            write_atomically(out / CALIBRATION_FILE, json.dumps(calibration, indent=2))
+            loss_curve(run.history, out / CURVE_FILE)
+        processes.wait()
+        speed = statistics.median(row["images_per_s"] for row in run.history)
+        return TrainResult(out, run.history, features.failures, speed)
+
+
+@contextlib.contextmanager
+def _processes(device: torch.device) -> Iterator[_Processes]:
+    count = int(os.environ.get("WORLD_SIZE", 1))
+    if count == 1:
+        yield _Processes()
+        return
+    started = not dist.is_initialized()
+    if started:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield _Processes(dist.get_rank(), dist.get_world_size())
+    finally:
+        if started:
+            dist.destroy_process_group()
+
+
+def read_run(out: Path) -> dict[str, Any] | None:
+    """Return the settings of the run in ``out``, or None where there is none.
+
+    Raises:
+        TrainingError: The record is damaged.
+    """
+    try:
+        return dict(json.loads((out / RUN_FILE).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"{out / RUN_FILE} cannot be read: {error}") from error
+
+
+def _prepare_folder(out: Path, record: dict[str, Any], resume: bool, processes: _Processes) -> None:
+    previous = read_run(out)
+    if previous is not None:
+        if not resume:
+            raise TrainingError(
+                f"{out} already holds a run; go on with it by --resume, or choose another --out"
+            )
+        changed = [
+            f"{name} was {old!r}, now {new!r}"
+            for part in ("model", "recipe", "data")
+            for name, old in previous[part].items()
+            if (new := json.loads(json.dumps(record[part][name]))) != old and name != "root"
+        ]
+        if changed:
+            raise TrainingError(
+                f"{out} cannot be resumed with other settings: {'; '.join(changed)}"
+            )
+    processes.wait()
+    if previous is None and processes.leads:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            write_atomically(out / RUN_FILE, json.dumps(record, indent=2))
+        except OSError as error:
+            raise TrainingError(f"cannot write the run in {str(out)!r}: {error}") from error
+    processes.wait()
+
+
+def _features(
+    model: RLRModel,
+    data: DataSet,
+    root: Path | None,
+    placement: Placement,
+    workers: int | None,
+    quiet: bool,
+    processes: _Processes,
+) -> tuple[FeatureCache, list[Sample]]:
+    """Return the features of all training images, and the samples that they belong to."""
+    samples = [sample for group in data.train.values() for sample in group]
+
+    def take() -> FeatureCache:
+        with progress_bar("features", len(samples), quiet) as bar:
+            return cached_features(
+                model, samples, root, placement, workers=workers, progress=bar.update
+            )
+
+    features = take() if processes.leads else None
+    processes.wait()
+    if features is None:
+        features = take()
+    failed = {failure.index for failure in features.failures}
+    readable = [sample for i, sample in enumerate(samples) if i not in failed]
+    empty = set(data.classes) - {sample.category for sample in readable}
+    if empty:
+        raise TrainingError(
+            f"no training image of {', '.join(sorted(empty))} can be read: "
+            f"{features.failures[0].error}"
+        )
+    return features, readable
+
+
+@torch.no_grad()
+def _fit_standardization(model: RLRModel, features: FeatureCache) -> None:
+    """Set each level's channel mean and deviation over the training set's tokens, in float64."""
+    for level, module in zip(features.levels, model.standardize, strict=True):
+        standardize = cast(Standardize, module)
+        count = level.shape[0] * level.shape[1]
+        total = torch.zeros(level.shape[2], dtype=torch.float64, device=level.device)
+        squares = torch.zeros_like(total)
+        for chunk in level.split(64):
+            values = chunk.flatten(0, 1).double()
+            total += values.sum(0)
+            squares += values.square().sum(0)
+        mean = total / count
+        std = (squares / count - mean.square()).clamp_min(0).sqrt()
+        standardize.fit(mean.float(), std.float())
+
+
+@dataclass
+class _Run:
+    """The loop and its state."""
+
+    model: RLRModel
+    recipe: TrainConfig
+    features: FeatureCache
+    out: Path
+    processes: _Processes
+    record: dict[str, Any]
+    history: list[dict[str, float]] = field(default_factory=list)
+    epoch: int = 0
+
+    def __post_init__(self) -> None:
+        self.device = next(self.model.levels.parameters()).device
+        self.level_parameters = [list(level.parameters()) for level in self.model.levels]
+        self.parameters = [p for group in self.level_parameters for p in group]
+        self.optimizer = torch.optim.Adam(self.parameters, lr=self.recipe.lr)
+        self.scaler = torch.amp.GradScaler(
+            self.device.type, enabled=self.recipe.precision == "fp16"
+        )
+        self.steps = math.ceil(len(self.features) / self.recipe.batch_size)
+        self.noise = torch.Generator(self.device)
+        self.pending: list[tuple[Tensor, Tensor]] = []
+        self.since = (0, 0.0)  # images seen and time of the last look at the loss
+
+    # The loop
+
+    def go(self, quiet: bool) -> None:
+        """Train to the last epoch, from the last checkpoint if there is one."""
+        self._load()
+        if self.epoch >= self.recipe.epochs:
+            if self.processes.leads:
+                self._export()  # the last one may have been killed before it was written
+            return
+        writer = None
+        if self.processes.leads:
+            self._write_static()
+            writer = SummaryWriter(str(self.out), purge_step=self.epoch * self.steps + 1)
+        self.model.train()
+        total = self.recipe.epochs * len(self.features)
+        done = self.epoch * len(self.features)
+        with tqdm(
+            total=total,
+            initial=done,
+            unit="img",
+            desc="train",
+            disable=quiet or not self.processes.leads,
+        ) as bar:
+            while self.epoch < self.recipe.epochs:
+                self._train_epoch(bar, writer)
+                self.epoch += 1
+                if self.processes.leads:
+                    self._save()
+        if writer is not None:
+            writer.close()
+
+    def _train_epoch(self, bar: Any, writer: SummaryWriter | None) -> None:
+        order = torch.randperm(
+            len(self.features), generator=torch.Generator().manual_seed(self._seed(-1 - self.epoch))
+        ).to(self.features.device)
+        self.since = (0, time.perf_counter())
+        for i, rows in enumerate(order.split(self.recipe.batch_size)):
+            step = self.epoch * self.steps + i
+            self._step(step, rows)
+            bar.update(len(rows))
+            self.since = (self.since[0] + len(rows), self.since[1])
+            if len(self.pending) == _LOG_EVERY or i + 1 == self.steps:
+                self._look(step, bar, writer)
+
+    def _step(self, step: int, rows: Tensor) -> None:
+        mine = slice(self.processes.rank, None, self.processes.count)
+        count = len(rows)
+        tokens = self.features.batch(rows[mine], self.device)
+        noise = None
+        if self.model.config.perturbation > 0:
+            # Every process draws the whole batch's numbers and takes its own rows.
+            self.noise.manual_seed(self._seed(step))
+            noise = [
+                torch.randn(count, *t.shape[1:], generator=self.noise, device=self.device)[mine]
+                for t in tokens
+            ]
+        rate = self.recipe.lr * self._schedule(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        precision = self.recipe.precision
+        with torch.autocast(
+            self.device.type,
+            torch.float16 if precision == "fp16" else torch.bfloat16,
+            enabled=precision != "fp32",
+        ):
+            distances = self.model.distances(tokens, noise)
+        # Sums over this process's images over the whole batch's count: the processes' losses add
+        # up.
+        losses = torch.stack([d.mean(1).sum() / count for d in distances])
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(losses.sum()).backward()
+        losses = losses.detach()
+        if self.processes.count > 1:
+            _sum_gradients(self.parameters)
+            dist.all_reduce(losses)
+        self.scaler.unscale_(self.optimizer)
+        norms = torch.stack([self._clip(group) for group in self.level_parameters])
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.pending.append((losses, norms))
+
+    def _clip(self, parameters: Sequence[Tensor]) -> Tensor:
+        """Return the gradient norm of one level, after limiting it where the recipe says so."""
+        limit = self.recipe.clip_grad
+        return torch.nn.utils.clip_grad_norm_(parameters, limit if limit > 0 else math.inf)
+
+    def _schedule(self, step: int) -> float:
+        progress = step / (self.steps * self.recipe.epochs)
+        if self.recipe.schedule == "step":
+            return 1.0 if progress < 0.8 else 0.1
+        if self.recipe.schedule == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * progress))
+        return 1.0
+
+    def _seed(self, index: int) -> int:
+        """A seed for each step (index from 0) and each epoch (index -1 - epoch)."""
+        return ((self.recipe.seed << 33) + index) % 2**63
+
+    def _look(self, step: int, bar: Any, writer: SummaryWriter | None) -> None:
+        """Read the losses since the last look; stop at the first that is not finite."""
+        losses = torch.stack([loss for loss, _ in self.pending]).double().cpu()
+        norms = torch.stack([norm for _, norm in self.pending]).double().cpu()
+        first = step + 1 - len(self.pending)
+        self.pending.clear()
+        skipped = self.scaler.is_enabled()  # fp16 skips steps whose gradients overflow
+        bad = ~losses.isfinite() if skipped else ~(losses.isfinite() & norms.isfinite())
+        if bad.any():
+            row, level = (int(i) for i in bad.nonzero()[0])
+            what = "loss" if not losses[row, level].isfinite() else "gradient"
+            raise TrainingError(
+                f"the {what} of level {level} is not finite at step {first + row} "
+                f"(epoch {self.epoch + 1}); the checkpoint of epoch {self.epoch} is kept. "
+                "A smaller --lr, --clip-grad 1 or --precision fp32 may help"
+            )
+        images, start = self.since
+        speed = images / max(time.perf_counter() - start, 1e-9)
+        row_values = {
+            "step": step + 1,
+            "epoch": (step + 1) / self.steps,
+            "loss": float(losses.sum(1).mean()),
+            **{f"level_{j}": float(v) for j, v in enumerate(losses.mean(0))},
+            "grad_norm": float(norms.square().sum(1).sqrt().mean()),
+            "lr": self.recipe.lr * self._schedule(step),
+            "images_per_s": speed,
+        }
+        self.history.append(row_values)
+        bar.set_postfix(loss=f"{row_values['loss']:.4f}", refresh=False)
+        if writer is not None:
+            for name, value in row_values.items():
+                if name != "step":
+                    writer.add_scalar(f"train/{name}", value, step + 1)
+        self.since = (0, time.perf_counter())
+
+    # The checkpoint: each file is whole at any time, and training_state alone suffices to resume.
+
+    def _write_static(self) -> None:
+        try:
+            write_atomically(self.out / CONFIG_FILE, self.model.config.to_json())
+            record = self.record | {"environment": environment(self.device)}
+            write_atomically(self.out / RUN_FILE, json.dumps(record, indent=2))
+        except OSError as error:
+            raise TrainingError(f"cannot write the run in {str(self.out)!r}: {error}") from error
+
+    def _save(self) -> None:
+        tensors = {f"model.{k}": v for k, v in self.model.checkpoint_state().items()}
+        for index, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{k}": v for k, v in state.items()}
+        metadata = self.model.checkpoint_metadata() | {
+            "epoch": str(self.epoch),
+            "scaler": json.dumps(self.scaler.state_dict()),
+        }
+        history = "".join(json.dumps(row) + "\n" for row in self.history)
+        try:
+            write_atomically(self.out / HISTORY_FILE, history)
+            write_tensors(self.out / STATE_FILE, tensors, metadata)
+            self._export()
+        except OSError as error:
+            raise TrainingError(
+                f"cannot write the checkpoint of epoch {self.epoch} in {str(self.out)!r}: {error}; "
+                "the last one is intact: make room and go on with --resume"
+            ) from error
+
+    def _export(self) -> None:
+        state, metadata = self.model.checkpoint_state(), self.model.checkpoint_metadata()
+        write_tensors(self.out / WEIGHTS_FILE, state, metadata)
+
+    def _load(self) -> None:
+        path = self.out / STATE_FILE
+        if not path.exists():
+            return
+        try:
+            tensors, metadata = read_weights(path)
+        except CheckpointError as error:
+            raise TrainingError(
+                f"cannot resume: {error}. Delete it to start the run anew; "
+                f"{WEIGHTS_FILE} beside it can still be used"
+            ) from error
+        self.model.check_backbone(metadata, path)
+        self.model.load_checkpoint_state(
+            {k[len("model.") :]: v for k, v in tensors.items() if k.startswith("model.")}
+        )
+        optimizer = self.optimizer.state_dict()
+        optimizer["state"] = {}
+        for key, value in tensors.items():
+            if key.startswith("optimizer."):
+                _, index, name = key.split(".")
+                optimizer["state"].setdefault(int(index), {})[name] = value
+        self.optimizer.load_state_dict(optimizer)
+        self.scaler.load_state_dict(json.loads(metadata["scaler"]))
+        self.epoch = int(metadata["epoch"])
+        with contextlib.suppress(FileNotFoundError):
+            rows = (self.out / HISTORY_FILE).read_text(encoding="utf-8").splitlines()
+            self.history = [
+                row for row in map(json.loads, rows) if row["step"] <= self.epoch * self.steps
+            ]
+
+
+def _sum_gradients(parameters: Sequence[Tensor]) -> None:
+    """Add up the gradients of all processes, in one message."""
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = torch.cat([g.flatten() for g in grads])
+    dist.all_reduce(flat)
+    for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        p.grad = part.view_as(p)

@@ -1,0 +1,269 @@
+"""Training: the loss falls, a resumed run equals an uninterrupted one, nothing written is lost."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import safetensors.torch
+import torch
+from conftest import BRIEF, SMALL
+
+from rlr_fast import RLRModel
+from rlr_fast import train as train_module
+from rlr_fast.train import TrainingError, train
+
+CPU = torch.device("cpu")
+
+
+def run(dataset, out, tmp_path, config=SMALL, recipe=BRIEF, **options):
+    options = {"device": CPU, "quiet": True, "cache_root": tmp_path / "cache"} | options
+    return train(config, recipe, dataset, out, **options)
+
+
+def weights(out):
+    return safetensors.torch.load_file(out / "model.safetensors")
+
+
+def same(one, other):
+    assert one.keys() == other.keys()
+    return all(torch.equal(one[k], other[k]) for k in one)
+
+
+def test_loss_falls_and_the_run_folder_is_complete(dataset, tmp_path):
+    recipe = dataclasses.replace(BRIEF, epochs=15)
+    result = run(dataset, tmp_path / "run", tmp_path, recipe=recipe)
+    assert result.history[-1]["loss"] < 0.8 * result.history[0]["loss"]
+    names = {p.name for p in (tmp_path / "run").iterdir()}
+    assert {
+        "config.json",
+        "model.safetensors",
+        "training_state.safetensors",
+        "run.json",
+        "history.jsonl",
+        "loss.png",
+        "calibration.json",
+    } <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    assert not any("partial" in name for name in names)
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    assert record["recipe"]["epochs"] == 15 and record["environment"]["packages"]["torch"]
+
+
+def test_tensorboard_reads_the_log(dataset, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    result = run(dataset, tmp_path / "run", tmp_path)
+    log = EventAccumulator(str(tmp_path / "run")).Reload()
+    logged = [event.value for event in log.Scalars("train/loss")]
+    assert logged == pytest.approx([row["loss"] for row in result.history])
+
+
+def test_the_saved_model_is_the_trained_one(dataset, tmp_path):
+    run(dataset, tmp_path / "run", tmp_path)
+    model = RLRModel.from_pretrained(tmp_path / "run")
+    assert same(model.checkpoint_state(), weights(tmp_path / "run"))
+    assert not same(model.checkpoint_state(), RLRModel(SMALL).checkpoint_state())
+
+
+@pytest.mark.parametrize("setting", [{}, {"schedule": "cosine", "clip_grad": 1.0}], ids=str)
+def test_resumed_run_ends_with_the_same_bits(dataset, tmp_path, monkeypatch, setting):
+    recipe = dataclasses.replace(BRIEF, epochs=4, **setting)
+    config = dataclasses.replace(SMALL, standardize=True)
+    run(dataset, tmp_path / "whole", tmp_path, config, recipe)
+    save = train_module._Run._save
+
+    def stop_after_two(self):
+        save(self)
+        if self.epoch == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_module._Run, "_save", stop_after_two)
+    with pytest.raises(KeyboardInterrupt):
+        run(dataset, tmp_path / "halves", tmp_path, config, recipe)
+    monkeypatch.setattr(train_module._Run, "_save", save)
+    torch.rand(7)  # the global generator's state does not matter
+    result = run(dataset, tmp_path / "halves", tmp_path, config, recipe, resume=True)
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "halves"))
+    assert [row["step"] for row in result.history] == [3, 6, 9, 12]
+
+
+def test_kill_between_the_last_two_writes_is_made_good_by_resume(dataset, tmp_path, monkeypatch):
+    run(dataset, tmp_path / "whole", tmp_path)
+    export = train_module._Run._export
+
+    def die(self):
+        if self.epoch == BRIEF.epochs:
+            raise KeyboardInterrupt
+        export(self)
+
+    monkeypatch.setattr(train_module._Run, "_export", die)
+    with pytest.raises(KeyboardInterrupt):
+        run(dataset, tmp_path / "run", tmp_path)
+    monkeypatch.setattr(train_module._Run, "_export", export)
+    assert not same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+    run(dataset, tmp_path / "run", tmp_path, resume=True)
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+
+
+def test_seed_decides_the_result(dataset, tmp_path):
+    run(dataset, tmp_path / "a", tmp_path)
+    run(dataset, tmp_path / "b", tmp_path)
+    run(dataset, tmp_path / "c", tmp_path, recipe=dataclasses.replace(BRIEF, seed=1))
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    assert not same(weights(tmp_path / "a"), weights(tmp_path / "c"))
+
+
+def command(tree, out, tmp_path, *flags):
+    return [
+        *("-m", "rlr_fast", "train", str(tree), "--out", str(out)),
+        *(
+            "--preset",
+            "tiny",
+            "--backbone-weights",
+            "random",
+            "--image-size",
+            "32",
+            "--blocks",
+            "1",
+        ),
+        *("--hidden", "16", "--heads", "2", "--windows", "3", "--device", "cpu", "--quiet"),
+        *("--cache-dir", str(tmp_path / "cache"), "--epochs", "6", "--batch-size", "4", *flags),
+    ]
+
+
+def test_kill_9_at_any_moment_then_resume_ends_with_the_same_bits(tree, tmp_path):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    arguments = command(tree, tmp_path / "whole", tmp_path)
+    subprocess.run([sys.executable, *arguments], check=True, env=environment)
+    killed = tmp_path / "killed"
+    arguments = command(tree, killed, tmp_path, "--resume")
+    process = subprocess.Popen([sys.executable, *arguments], env=environment)
+    while not (killed / "training_state.safetensors").exists():
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    subprocess.run([sys.executable, *arguments], check=True, env=environment)
+    assert same(weights(tmp_path / "whole"), weights(killed))
+
+
+def test_two_processes_give_the_weights_of_one_with_the_same_global_batch(tree, tmp_path):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    # 10 images in batches of 3: the last one has a single image, so one process has none.
+    one = command(tree, tmp_path / "one", tmp_path, "--batch-size", "3")
+    subprocess.run([sys.executable, *one], check=True, env=environment)
+    two = command(tree, tmp_path / "two", tmp_path, "--batch-size", "3")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    launcher += ["--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    subprocess.run([*launcher, *two], check=True, env=environment)
+    expected, found = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-5, msg=name)
+
+
+def test_loss_that_is_not_finite_stops_with_step_and_level(dataset, tmp_path, monkeypatch):
+    step = train_module._Run._step
+
+    def poison(self, index, rows):
+        if index == 4:
+            with torch.no_grad():
+                self.model.levels[1].token_out.bias.fill_(torch.nan)
+        step(self, index, rows)
+
+    monkeypatch.setattr(train_module._Run, "_step", poison)
+    with pytest.raises(TrainingError, match=r"loss of level 1 is not finite at step 4 \(epoch 2\)"):
+        run(dataset, tmp_path / "run", tmp_path)
+    assert all(v.isfinite().all() for v in weights(tmp_path / "run").values())
+
+
+def test_full_disk_keeps_the_last_checkpoint(dataset, tmp_path, monkeypatch):
+    write = train_module.write_tensors
+    calls = []
+
+    def full(path, *arguments):
+        calls.append(path)
+        if len(calls) > 2:
+            path.with_name("." + path.name + ".partial").write_bytes(b"half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, *arguments)
+
+    monkeypatch.setattr(train_module, "write_tensors", full)
+    with pytest.raises(TrainingError, match="No space left on device; the last one is intact"):
+        run(dataset, tmp_path / "run", tmp_path)
+    monkeypatch.setattr(train_module, "write_tensors", write)
+    run(dataset, tmp_path / "run", tmp_path, resume=True)
+    run(dataset, tmp_path / "whole", tmp_path)
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+
+
+def test_a_second_run_does_not_overwrite_the_first(dataset, tmp_path):
+    run(dataset, tmp_path / "run", tmp_path)
+    before = weights(tmp_path / "run")
+    with pytest.raises(TrainingError, match="already holds a run"):
+        run(dataset, tmp_path / "run", tmp_path)
+    assert same(before, weights(tmp_path / "run"))
+
+
+def test_resume_with_other_settings_names_them(dataset, tmp_path):
+    run(dataset, tmp_path / "run", tmp_path)
+    other = dataclasses.replace(BRIEF, lr=0.5)
+    with pytest.raises(TrainingError, match=r"lr was 0\.001, now 0\.5"):
+        run(dataset, tmp_path / "run", tmp_path, recipe=other, resume=True)
+
+
+def test_cut_training_state_is_named_and_the_weights_still_load(dataset, tmp_path):
+    run(dataset, tmp_path / "run", tmp_path)
+    state = tmp_path / "run/training_state.safetensors"
+    state.write_bytes(state.read_bytes()[:-1])
+    with pytest.raises(TrainingError, match="cannot resume: .*damaged or incomplete"):
+        run(dataset, tmp_path / "run", tmp_path, resume=True)
+    RLRModel.from_pretrained(tmp_path / "run")
+
+
+def test_a_corrupt_image_is_left_out_and_told(dataset, tmp_path):
+    broken = dataset.train["bolt"][1].path
+    broken.write_bytes(broken.read_bytes()[:40])
+    result = run(dataset, tmp_path / "run", tmp_path)
+    assert [failure.error.path for failure in result.failures] == [broken]
+
+
+def test_a_class_whose_images_are_all_corrupt_stops_before_training(dataset, tmp_path):
+    for sample in dataset.train["cloth"]:
+        sample.path.write_bytes(b"no image")
+    with pytest.raises(TrainingError, match="no training image of cloth"):
+        run(dataset, tmp_path / "run", tmp_path)
+
+
+def test_standardisation_is_that_of_the_training_set(dataset, tmp_path):
+    config = dataclasses.replace(SMALL, standardize=True)
+    run(dataset, tmp_path / "run", tmp_path, config)
+    model = RLRModel.from_pretrained(tmp_path / "run")
+    samples = [s for group in dataset.train.values() for s in group]
+    cache = train_module.cached_features(model, samples, tmp_path / "cache")
+    for level, module in zip(cache.levels, model.standardize, strict=True):
+        flat = level.double().flatten(0, 1)
+        torch.testing.assert_close(module.mean.double(), flat.mean(0), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            module.std.double(), flat.std(0, correction=0), atol=1e-5, rtol=1e-4
+        )
+
+
+def test_bf16_trains(dataset, tmp_path):
+    recipe = dataclasses.replace(BRIEF, precision="bf16", epochs=8)
+    result = run(dataset, tmp_path / "run", tmp_path, recipe=recipe)
+    assert result.history[-1]["loss"] < result.history[0]["loss"]
+    assert all(v.dtype == torch.float32 for v in weights(tmp_path / "run").values())
+
+
+def test_fp16_on_a_cpu_is_refused(dataset, tmp_path):
+    recipe = dataclasses.replace(BRIEF, precision="fp16")
+    with pytest.raises(ValueError, match="fp16 needs a CUDA device"):
+        run(dataset, tmp_path / "run", tmp_path, recipe=recipe)
