@@ -1,0 +1,237 @@
+"""Evaluation: seven metrics a class on a test set, with memory for one class at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rlr_fast.data import (
+    DataSet,
+    ImageFailure,
+    Sample,
+    UnreadableImageError,
+    iterate_images,
+    load_image,
+    load_sample_mask,
+    read_image_size,
+)
+from rlr_fast.environment import environment
+from rlr_fast.figures import SheetRow, sample_sheet
+from rlr_fast.metrics import class_metrics, format_table, mean_metrics
+from rlr_fast.model import RLRModel
+
+_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The figures of a checkpoint on a test set.
+
+    Attributes:
+        classes: Metrics of each class, as `rlr_fast.metrics.class_metrics` gives them.
+        mean: Their means over the classes.
+        protocol: How they were measured, in words and numbers.
+        environment: Versions and device.
+        failures: Files that could not be read and were left out.
+    """
+
+    classes: dict[str, dict[str, float]]
+    mean: dict[str, float]
+    protocol: dict[str, Any]
+    environment: dict[str, Any]
+    failures: list[str]
+
+    def to_json(self) -> str:
+        """Return the content of ``metrics.json``; a metric that is not defined is null."""
+
+        def plain(metrics: dict[str, float]) -> dict[str, float | None]:
+            return {k: v if np.isfinite(v) else None for k, v in metrics.items()}
+
+        values = {
+            "mean": plain(self.mean),
+            "classes": {name: plain(metrics) for name, metrics in self.classes.items()},
+            "protocol": self.protocol,
+            "environment": self.environment,
+            "failures": self.failures,
+        }
+        return json.dumps(values, indent=2, allow_nan=False)
+
+    def table(self) -> str:
+        """Return the figures as a text table, in percent."""
+        return format_table(self.classes, self.mean)
+
+
+@dataclass(frozen=True)
+class FigureOptions:
+    """Which test images `evaluate` shows, and how.
+
+    Attributes:
+        folder: Where the sheets are written, one a class.
+        scale: Fixed colour scale (low, high).
+        per_defect: Images of each kind of defect, and of ``good``.
+    """
+
+    folder: Path
+    scale: tuple[float, float]
+    per_defect: int = 1
+
+
+def evaluate(
+    model: RLRModel,
+    data: DataSet,
+    *,
+    workers: int | None = None,
+    figures: FigureOptions | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> Evaluation:
+    """Score the test images of every class and compare with the ground truth.
+
+    Masks are compared at the model's image size. Image files that cannot be read are left out and
+    named in the result.
+
+    Args:
+        model: A trained model, on its device.
+        data: Its ``test`` samples are used.
+        workers: Threads that decode images.
+        figures: Write a sheet of sample images a class.
+        progress: Called with the number of images done since the last call.
+
+    Raises:
+        ValueError: A class has no test images, or a mask does not fit its image; found before any
+            image is scored.
+    """
+    data.require_test()
+    _check_masks(data)
+    model.eval()
+    classes: dict[str, dict[str, float]] = {}
+    failures: list[str] = []
+    for name in data.classes:
+        scored = _score_class(model, data.test[name], workers, progress)
+        failures += [str(failure.error) for failure in scored.failures]
+        labels = np.array([sample.is_anomaly for sample in scored.samples], dtype=bool)
+        classes[name] = class_metrics(scored.scores, labels, scored.maps, scored.masks)
+        if figures is not None:
+            _write_sheet(name, scored, figures, model.config.image_size)
+    return Evaluation(
+        classes,
+        mean_metrics(classes),
+        protocol(model, data),
+        environment(next(model.levels.parameters()).device),
+        failures,
+    )
+
+
+def protocol(model: RLRModel, data: DataSet) -> dict[str, Any]:
+    """Return how the metrics are measured: what must stand beside the numbers."""
+    size, smoothing = model.config.image_size, model.config.smoothing
+    sigma = [round(smoothing * s / 256, 3) for s in size]
+    return {
+        "setting": "one model for all classes",
+        "data": {"root": str(data.root), "layout": data.layout, "classes": list(data.classes)},
+        "image_size": list(size),
+        "mask": "non-zero in the file, nearest-neighbour resize",
+        "pixel_score": "score map, not smoothed",
+        "image_score": f"maximum of the score map after a Gaussian, sigma {sigma} px",
+        "f1max": "every distinct score as threshold",
+        "aupro": "8-connected regions, FPR up to 0.3",
+        "checkpoint": "last epoch",
+    }
+
+
+@dataclass
+class _Scored:
+    samples: list[Sample]
+    scores: np.ndarray
+    maps: np.ndarray
+    masks: np.ndarray
+    failures: list[ImageFailure]
+
+
+def _check_masks(data: DataSet) -> None:
+    """Compare the sizes of all masks with their images', from the headers alone."""
+    wrong = []
+    for samples in data.test.values():
+        for sample in samples:
+            try:
+                size = read_image_size(sample.path)
+            except UnreadableImageError:
+                continue  # reported when its turn comes
+            for mask in sample.mask_paths:
+                found = read_image_size(mask)
+                if found != size:
+                    wrong.append(
+                        f"{mask} is {found[0]} x {found[1]}, its image {sample.path} is "
+                        f"{size[0]} x {size[1]}"
+                    )
+    if wrong:
+        shown = "\n  ".join(wrong[:10])
+        raise ValueError(f"{len(wrong)} masks do not have the size of their image:\n  {shown}")
+
+
+def _score_class(
+    model: RLRModel,
+    samples: list[Sample],
+    workers: int | None,
+    progress: Callable[[int], object] | None,
+) -> _Scored:
+    device = next(model.levels.parameters()).device
+    height, width = model.config.image_size
+    maps = np.empty((len(samples), height, width), dtype=np.float32)
+    masks = np.empty((len(samples), height, width), dtype=bool)
+    scores: list[np.ndarray] = []
+    kept: list[Sample] = []
+    failures: list[ImageFailure] = []
+    with torch.inference_mode():
+        for batch in iterate_images(samples, (height, width), _BATCH, workers):
+            failures += batch.failures
+            if batch.indices:
+                out = model(batch.images.to(device))
+                rows = slice(len(kept), len(kept) + len(batch.indices))
+                maps[rows] = out.score_map[:, 0].float().cpu().numpy()
+                scores.append(out.score.float().cpu().numpy())
+                for row, index in zip(range(rows.start, rows.stop), batch.indices, strict=True):
+                    masks[row] = _mask(samples[index], (height, width))
+                    kept.append(samples[index])
+            if progress is not None:
+                progress(len(batch.indices) + len(batch.failures))
+    if not kept:
+        raise ValueError(f"no test image of {samples[0].category} can be read: {failures[0].error}")
+    count = len(kept)
+    return _Scored(kept, np.concatenate(scores), maps[:count], masks[:count], failures)
+
+
+def _mask(sample: Sample, size: tuple[int, int]) -> np.ndarray:
+    """Ground truth (H, W); without masks nothing is marked and pixel metrics are undefined."""
+    if not sample.mask_paths:
+        return np.zeros(size, dtype=bool)
+    return load_sample_mask(sample, size).numpy()
+
+
+def _write_sheet(name: str, scored: _Scored, options: FigureOptions, size: tuple[int, int]) -> None:
+    shown: dict[str, int] = {}
+    rows = []
+    for sample, score, score_map, mask in zip(
+        scored.samples, scored.scores, scored.maps, scored.masks, strict=True
+    ):
+        if shown.get(sample.defect, 0) >= options.per_defect:
+            continue
+        shown[sample.defect] = shown.get(sample.defect, 0) + 1
+        image = load_image(sample.path, size).permute(1, 2, 0).numpy()
+        rows.append(
+            SheetRow(
+                image=image,
+                mask=mask,
+                score_map=score_map,
+                category=name,
+                defect=sample.defect,
+                score=float(score),
+            )
+        )
+    options.folder.mkdir(parents=True, exist_ok=True)
+    sample_sheet(rows, options.scale, options.folder / f"{name}.png")

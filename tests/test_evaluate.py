@@ -1,0 +1,143 @@
+"""Evaluation and prediction: the numbers are the model's, and a bad file does not stop the others."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import save_picture
+from PIL import Image
+from sklearn.metrics import roc_auc_score
+
+from rlr_fast import RLRModel
+from rlr_fast.data import load_image, load_sample_mask, read_dataset
+from rlr_fast.evaluate import FigureOptions, evaluate
+from rlr_fast.predict import find_images, predict
+
+
+@pytest.fixture
+def model(small):
+    return RLRModel(small).eval()
+
+
+@torch.no_grad()
+def scored(model, samples):
+    size = model.config.image_size
+    outs = [model(load_image(s.path, size)[None]) for s in samples]
+    return torch.cat([o.score for o in outs]), torch.cat([o.score_map[:, 0] for o in outs])
+
+
+def test_metrics_are_those_of_the_models_scores_and_the_masks(model, dataset, small):
+    result = evaluate(model, dataset)
+    for name, samples in dataset.test.items():
+        score, maps = scored(model, samples)
+        labels = [s.is_anomaly for s in samples]
+        masks = np.stack([load_sample_mask(s, small.image_size).numpy() for s in samples])
+        found = result.classes[name]
+        assert found["image_auroc"] == pytest.approx(roc_auc_score(labels, score))
+        assert found["pixel_auroc"] == pytest.approx(roc_auc_score(masks.ravel(), maps.ravel()))
+    means = [np.mean([c[k] for c in result.classes.values()]) for k in result.mean]
+    assert list(result.mean.values()) == pytest.approx(means)
+
+
+def test_metrics_file_has_the_agreed_format(model, dataset):
+    values = json.loads(evaluate(model, dataset).to_json())
+    assert list(values) == ["mean", "classes", "protocol", "environment", "failures"]
+    assert set(values["classes"]) == {"bolt", "cloth"}
+    metrics = "image_auroc image_ap image_f1max pixel_auroc pixel_ap pixel_f1max aupro"
+    assert list(values["mean"]) == metrics.split()
+    assert values["protocol"]["image_size"] == [48, 64]
+    assert torch.__version__.startswith(values["environment"]["packages"]["torch"])
+
+
+def test_a_corrupt_test_image_is_left_out_and_named(model, dataset):
+    broken = dataset.test["bolt"][0].path
+    broken.write_bytes(b"no image")
+    result = evaluate(model, dataset)
+    assert len(result.failures) == 1 and str(broken) in result.failures[0]
+    assert np.isfinite(result.classes["bolt"]["pixel_auroc"])
+
+
+def test_a_mask_of_the_wrong_size_stops_before_any_image_is_scored(model, dataset, tree):
+    Image.new("L", (10, 10)).save(tree / "cloth/ground_truth/hole/001_mask.png")
+    model.register_forward_pre_hook(lambda *_: pytest.fail("an image was scored"))
+    with pytest.raises(
+        ValueError, match=r"1 masks do not have the size.*\n.*001_mask\.png is 10 x"
+    ):
+        evaluate(model, dataset)
+
+
+def test_a_class_without_test_images_is_named(model, tree):
+    for path in (tree / "cloth/test").rglob("*.png"):
+        path.unlink()
+    with pytest.raises(ValueError, match="cloth"):
+        evaluate(model, read_dataset(tree))
+
+
+def test_only_normal_images_give_null_instead_of_numbers(model, tree):
+    for path in (tree / "cloth/test/hole").iterdir():
+        path.unlink()
+    values = json.loads(evaluate(model, read_dataset(tree)).to_json())
+    assert values["classes"]["cloth"]["image_auroc"] is None
+    assert values["mean"]["image_auroc"] == values["classes"]["bolt"]["image_auroc"]
+
+
+def test_figures_are_written_for_each_class(model, dataset, tmp_path):
+    evaluate(model, dataset, figures=FigureOptions(tmp_path / "figures", (0.0, 1.0)))
+    assert {p.name for p in (tmp_path / "figures").iterdir()} == {"bolt.png", "cloth.png"}
+
+
+def rows(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.reader(file))
+
+
+def test_predict_writes_score_and_picture_of_each_file(model, tree, tmp_path):
+    files = find_images([tree / "bolt/test"])
+    result = predict(model, files, tmp_path / "out", (0.0, 2.0))
+    table = rows(result.results)
+    assert table[0] == ["path", "score"] and len(table) == 5
+    size = model.config.image_size
+    for path, score in table[1:]:
+        assert float(score) == pytest.approx(model(load_image(path, size)[None]).score.item())
+    pictures = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*.png")}
+    assert pictures == {
+        f"pictures/test/{kind}/{i:03d}.png" for kind in ("good", "hole") for i in range(2)
+    }
+
+
+def test_predict_skips_a_corrupt_file_among_fifty(model, tmp_path):
+    for i in range(50):
+        save_picture(tmp_path / "images" / f"{i:02d}.png", i)
+    broken = tmp_path / "images/17.png"
+    broken.write_bytes(broken.read_bytes()[:30])
+    result = predict(model, find_images([tmp_path / "images"]), tmp_path / "out", None)
+    assert len(result.scores) == 49 and broken not in result.scores
+    assert len(result.failures) == 1 and str(broken) in result.failures[0]
+    assert len(rows(result.results)) == 50
+
+
+def test_files_of_one_name_do_not_share_a_picture(model, tmp_path):
+    for name in ("a/x.png", "b/x.png", "a/x.bmp"):
+        save_picture(tmp_path / name, 1)
+    files = find_images([tmp_path / "a", tmp_path / "b", tmp_path / "a/x.png"])
+    assert len(files) == 3
+    predict(model, files, tmp_path / "out", (0.0, 1.0))
+    assert len(list((tmp_path / "out").rglob("*.png"))) == 3
+
+
+def test_single_files_of_one_name_do_not_share_a_picture(tmp_path):
+    for name in ("a/x.png", "b/x.png"):
+        save_picture(tmp_path / name, 1)
+    files = find_images([tmp_path / "a/x.png", tmp_path / "b/x.png"])
+    assert len({f.picture for f in files}) == 2
+
+
+@pytest.mark.parametrize("path", ["missing.png", "empty"])
+def test_paths_without_images_are_named(path, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=path):
+        find_images([tmp_path / path])
