@@ -60,7 +60,7 @@ def test_equals_multihead_attention(kind, from_tokens, hidden):
         grads(expected, theirs),
         strict=True,
     ):
-        torch.testing.assert_close(ours_grad, theirs_grad, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(ours_grad, theirs_grad, msg=f"gradient of {name}")
 
 
 @pytest.mark.parametrize("kind", MODULES)
@@ -78,9 +78,12 @@ def test_starts_as_multihead_attention_starts(kind):
 def test_reference_is_projected_without_the_batch(kind, monkeypatch):
     shapes = []
     linear = nn.functional.linear
-    monkeypatch.setattr(
-        nn.functional, "linear", lambda x, *p: shapes.append(tuple(x.shape)) or linear(x, *p)
-    )
+
+    def recorded(x, *parameters):
+        shapes.append(tuple(x.shape))
+        return linear(x, *parameters)
+
+    monkeypatch.setattr(nn.functional, "linear", recorded)
     kind(DIM, HEADS, GRID, 3)(torch.randn(4, 30, DIM), torch.randn(30, DIM))
     assert (30, DIM) in shapes
     assert shapes.count((4, 30, DIM)) == 3 - shapes.count((30, DIM)) + 1  # and the output map
@@ -126,3 +129,22 @@ def test_wrong_constructor_argument_is_named(kind, arguments, message):
 def test_wrong_shape_is_named(kind, tokens, reference, message):
     with pytest.raises(ValueError, match=message):
         kind(DIM, HEADS, GRID, 3)(torch.zeros(tokens), torch.zeros(reference))
+
+
+def test_exports_with_a_free_batch_size():
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.local = LocalCrossAttention(DIM, HEADS, GRID, 3)
+            self.masked = MaskedLearnableKeyAttention(DIM, HEADS, GRID, 3)
+            self.reference = nn.Parameter(torch.randn(30, DIM))
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.local(tokens, self.reference) + self.masked(tokens, self.reference)
+
+    model = Both().eval()
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(model, (torch.randn(2, 30, DIM),), dynamic_shapes=({0: batch},))
+    for size in (1, 5):
+        tokens = torch.randn(size, 30, DIM)
+        torch.testing.assert_close(program.module()(tokens), model(tokens))
