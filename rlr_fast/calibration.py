@@ -59,8 +59,8 @@ def _thinned(score_map: torch.Tensor) -> torch.Tensor:
 def color_scale(checkpoint: Path) -> tuple[float, float]:
     """Return the fixed colour scale (low, high) of a checkpoint's heat maps.
 
-    Low is the median pixel of normal training images, high three times as far above it as the
-    highest image score among them: normal images stay dark, whatever is shown beside them.
+    Low is the median pixel of normal training images; high lies three times as far above it as
+    their highest pixels (quantile 0.999). Normal images stay dark, whatever is shown beside them.
 
     Raises:
         CheckpointError: The checkpoint has no calibration (training has not finished), or a

@@ -273,7 +273,7 @@ class _Run:
         self.device = next(self.model.levels.parameters()).device
         self.level_parameters = [list(level.parameters()) for level in self.model.levels]
         self.parameters = [p for group in self.level_parameters for p in group]
-        self.optimizer = torch.optim.Adam(self.parameters, lr=self.recipe.lr)
+        self.optimizer = torch.optim.Adam(self.parameters, lr=self.recipe.lr, fused=True)
         self.scaler = torch.amp.GradScaler(
             self.device.type, enabled=self.recipe.precision == "fp16"
         )

@@ -1,4 +1,4 @@
-"""Evaluation and prediction: the numbers are the model's, and a bad file does not stop the others."""
+"""Evaluation and prediction: the model's numbers, and a bad file does not stop the others."""
 
 from __future__ import annotations
 

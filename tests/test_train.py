@@ -223,7 +223,7 @@ def test_cut_training_state_is_named_and_the_weights_still_load(dataset, tmp_pat
     run(dataset, tmp_path / "run", tmp_path)
     state = tmp_path / "run/training_state.safetensors"
     state.write_bytes(state.read_bytes()[:-1])
-    with pytest.raises(TrainingError, match="cannot resume: .*damaged or incomplete"):
+    with pytest.raises(TrainingError, match=r"cannot resume: .*damaged or incomplete"):
         run(dataset, tmp_path / "run", tmp_path, resume=True)
     RLRModel.from_pretrained(tmp_path / "run")
 

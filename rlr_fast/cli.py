@@ -1,0 +1,413 @@
+"""The ``rlr-fast`` command: one verb a job."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlr_fast.backbone import BackboneWeightsError
+from rlr_fast.calibration import color_scale
+from rlr_fast.config import PRESETS, RLRConfig, TrainConfig
+from rlr_fast.data import LAYOUTS, DataSet, check_dataset, format_report, read_dataset
+from rlr_fast.data.synthetic import make_dataset
+from rlr_fast.demo import run_demo
+from rlr_fast.environment import choose_device
+from rlr_fast.evaluate import FigureOptions, evaluate
+from rlr_fast.feature_cache import PLACEMENTS, CacheError
+from rlr_fast.files import write_atomically
+from rlr_fast.functional import unsupported_reason
+from rlr_fast.info import describe
+from rlr_fast.model import CONFIG_FILE, CheckpointError, RLRModel, read_config
+from rlr_fast.options import Parser, UsageError, add_fields, config_from, parse
+from rlr_fast.predict import find_images, predict
+from rlr_fast.progress import follow, progress_bar
+from rlr_fast.train import TrainingError, read_run, train
+
+_USER_ERRORS = (
+    UsageError,
+    ValueError,
+    BackboneWeightsError,
+    CheckpointError,
+    CacheError,
+    TrainingError,
+    OSError,
+)
+_BACKENDS = ("auto", "triton", "tiled", "dense")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Returns:
+        0: done. 1: done, but some files were left out, or a check failed. 2: a mistake of the
+            user, or
+        something that stopped the job; it is told in a line on standard error. 130: interrupted.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        args = parse(build_parser(), argv)
+        return int(args.run(args))
+    except _USER_ERRORS as error:
+        if os.environ.get("RLR_FAST_TRACEBACK"):
+            raise
+        print(f"rlr-fast: error: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError as error:
+        print(
+            f"rlr-fast: error: out of GPU memory ({str(error).splitlines()[0]}); "
+            "a smaller --batch-size or --image-size needs less",
+            file=sys.stderr,
+        )
+        return 2
+    except BrokenPipeError:
+        return 1
+    except KeyboardInterrupt:
+        print(
+            "\nrlr-fast: interrupted; `train --resume` goes on from the last epoch", file=sys.stderr
+        )
+        return 130
+
+
+def build_parser() -> Parser:
+    """Return the parser of all verbs."""
+    parser = Parser(
+        prog="rlr-fast",
+        description="Multi-class anomaly detection with a learnable reference (RLR): train one "
+        "model on normal images of many product classes, evaluate it, predict with it.",
+        epilog="Every verb has its own --help. A data set is read as it is: MVTec-AD, MPDD, VisA, "
+        "MVTec LOCO, BTAD, or folders of images.",
+    )
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    _add_demo(verbs)
+    _add_data(verbs)
+    _add_train(verbs)
+    _add_eval(verbs)
+    _add_predict(verbs)
+    _add_info(verbs)
+    return parser
+
+
+def _verb(verbs: Any, name: str, run: Any, help: str, **options: Any) -> Parser:
+    parser: Parser = verbs.add_parser(name, help=help, description=help, **options)
+    parser.set_defaults(run=run, parser=parser)
+    parser.add_argument("--config", metavar="FILE", help="YAML file of flags; flags given here win")
+    return parser
+
+
+def _add_dataset(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", type=Path, help="root folder of the data set")
+    parser.add_argument(
+        "--layout", default="auto", metavar="NAME", help=f"auto, {', '.join(LAYOUTS)}"
+    )
+    parser.add_argument("--classes", nargs="+", metavar="CLASS", help="only these classes")
+
+
+def _add_machine(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("machine")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    group.add_argument(
+        "--backend", default="auto", choices=_BACKENDS, help="attention: " + ", ".join(_BACKENDS)
+    )
+    group.add_argument("--workers", type=int, metavar="N", help="threads that decode images")
+    group.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def _device(args: argparse.Namespace) -> torch.device:
+    device = choose_device(args.device)
+    reason = unsupported_reason(args.backend, device)
+    if reason is not None:
+        raise UsageError(f"--backend {args.backend} cannot run on {device}: {reason}")
+    return device
+
+
+def _read_data(args: argparse.Namespace) -> DataSet:
+    return read_dataset(args.data, args.layout, args.classes)
+
+
+# demo
+
+
+def _add_demo(verbs: Any) -> None:
+    parser = _verb(
+        verbs,
+        "demo",
+        _demo,
+        "make a synthetic data set, train a small model on it, evaluate it and write pictures: "
+        "minutes on a CPU",
+    )
+    parser.add_argument("--out", type=Path, default=Path("rlr-fast-demo"), help="folder of results")
+    parser.add_argument("--seed", type=int, default=0, help="seed of data and training")
+    _add_machine(parser)
+
+
+def _demo(args: argparse.Namespace) -> int:
+    result = run_demo(
+        args.out,
+        seed=args.seed,
+        device=_device(args),
+        backend=args.backend,
+        workers=args.workers,
+        quiet=args.quiet,
+    )
+    print(result)
+    return 0
+
+
+# data
+
+
+def _add_data(verbs: Any) -> None:
+    parser: Parser = verbs.add_parser("data", help="check a data set, or make a synthetic one")
+    jobs = parser.add_subparsers(title="jobs", metavar="JOB", required=True)
+    check = _verb(
+        jobs,
+        "check",
+        _data_check,
+        "decode every file of a data set; say what would stop a run or spoil its numbers",
+    )
+    _add_dataset(check)
+    check.add_argument(
+        "--image-size",
+        type=int,
+        nargs="+",
+        metavar="PIXELS",
+        help="also tell defects that vanish here",
+    )
+    check.add_argument("--workers", type=int, metavar="N", help="threads that decode images")
+    make = _verb(
+        jobs, "make", _data_make, "make the synthetic inspection set, in MVTec-AD's layout"
+    )
+    make.add_argument("out", type=Path, metavar="DIR", help="folder to write")
+    make.add_argument(
+        "--size", type=int, nargs="+", default=[256], help="pixels: side, or height width"
+    )
+    make.add_argument("--seed", type=int, default=0, help="same seed, same files to the bit")
+    make.add_argument("--classes", nargs="+", metavar="CLASS", help="only these classes")
+    make.add_argument("--train", type=int, metavar="N", help="training images a class")
+    make.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def _pair(values: Sequence[int], name: str) -> tuple[int, int]:
+    if len(values) > 2:
+        raise UsageError(f"{name} takes one side, or height and width, got {len(values)} values")
+    return values[0], values[-1]
+
+
+def _data_check(args: argparse.Namespace) -> int:
+    size = None if args.image_size is None else _pair(args.image_size, "--image-size")
+    report = check_dataset(args.data, args.layout, args.classes, size, args.workers)
+    print(format_report(report))
+    return 0 if report.ok else 1
+
+
+def _data_make(args: argparse.Namespace) -> int:
+    counts = {} if args.train is None else {"train_per_class": args.train}
+    with progress_bar("images", None, args.quiet) as bar:
+        make_dataset(
+            args.out,
+            size=_pair(args.size, "--size"),
+            seed=args.seed,
+            classes=args.classes,
+            progress=follow(bar),
+            **counts,
+        )
+    print(args.out)
+    return 0
+
+
+# train
+
+
+def _add_train(verbs: Any) -> None:
+    parser = _verb(
+        verbs,
+        "train",
+        _train,
+        "train one model on the normal images of all classes",
+        epilog="presets: " + "; ".join(f"{name}: {p.about}" for name, p in PRESETS.items()),
+    )
+    _add_dataset(parser)
+    parser.add_argument("--out", type=Path, metavar="RUN", help="folder of the run (needed)")
+    parser.set_defaults(needs=("out",))
+    parser.add_argument(
+        "--preset", default="paper", choices=tuple(PRESETS), help="where the settings start"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on from the run's last epoch")
+    parser.add_argument(
+        "--cache-dir", type=Path, metavar="DIR", help="folder of feature caches (~/.cache/rlr_fast)"
+    )
+    parser.add_argument(
+        "--cache",
+        default="auto",
+        choices=PLACEMENTS,
+        help="where cached features lie while training",
+    )
+    add_fields(parser, RLRConfig)
+    add_fields(parser, TrainConfig)
+    _add_machine(parser)
+
+
+def _train(args: argparse.Namespace) -> int:
+    previous = read_run(args.out) if args.resume else None
+    preset = PRESETS[args.preset]
+    model = config_from(args, RLRConfig, previous["model"] if previous else preset.model)
+    recipe = config_from(args, TrainConfig, previous["recipe"] if previous else preset.train)
+    result = train(
+        model,
+        recipe,
+        _read_data(args),
+        args.out,
+        device=_device(args),
+        resume=args.resume,
+        backend=args.backend,
+        cache_root=args.cache_dir,
+        cache=args.cache,
+        workers=args.workers,
+        quiet=args.quiet,
+    )
+    if int(os.environ.get("RANK", 0)) == 0:
+        last = result.history[-1]
+        print(
+            f"trained {recipe.epochs} epochs, loss {last['loss']:.4f}, "
+            f"{result.images_per_s:.0f} images/s: {result.out}"
+        )
+    return _report([str(f.error) for f in result.failures])
+
+
+def _report(failures: Sequence[str]) -> int:
+    """Tell on standard error which files were left out; return the exit code."""
+    for failure in failures:
+        print(f"rlr-fast: left out: {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+# eval
+
+
+def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--checkpoint", metavar="RUN", help="folder of a run, or a name on the hub (needed)"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of results (needed)")
+    parser.set_defaults(needs=("checkpoint", "out"))
+    parser.add_argument(
+        "--backbone-weights", metavar="FROM", help="where to take the backbone's weights from now"
+    )
+    parser.add_argument(
+        "--scale",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="scores of the first and last colour (default: from the run's normal images)",
+    )
+
+
+def _load(args: argparse.Namespace) -> RLRModel:
+    if not Path(args.checkpoint).is_dir() and Path(args.checkpoint).exists():
+        raise UsageError(f"--checkpoint is the folder of a run, {args.checkpoint!r} is a file")
+    if not Path(args.checkpoint).exists() and args.checkpoint.count("/") != 1:
+        raise UsageError(f"--checkpoint: there is no folder {args.checkpoint!r}")
+    model: RLRModel = RLRModel.from_pretrained(
+        args.checkpoint, backend=args.backend, backbone_weights=args.backbone_weights
+    )
+    return model.to(_device(args))
+
+
+def _scale(args: argparse.Namespace) -> tuple[float, float]:
+    if args.scale is None:
+        return color_scale(Path(args.checkpoint))
+    low, high = args.scale
+    if not low < high:
+        raise UsageError(f"--scale: LOW must be below HIGH, got {low} {high}")
+    return low, high
+
+
+def _add_eval(verbs: Any) -> None:
+    parser = _verb(
+        verbs,
+        "eval",
+        _eval,
+        "measure a checkpoint on the test images: seven metrics a class and mean",
+    )
+    _add_dataset(parser)
+    _add_checkpoint(parser)
+    parser.add_argument("--figures", action="store_true", help="write a sheet of samples a class")
+    parser.add_argument(
+        "--per-defect", type=int, default=1, metavar="N", help="samples of each defect in a sheet"
+    )
+    _add_machine(parser)
+
+
+def _eval(args: argparse.Namespace) -> int:
+    data = _read_data(args)
+    data.require_test()
+    figures = None
+    if args.figures:
+        figures = FigureOptions(args.out / "figures", _scale(args), args.per_defect)
+    model = _load(args)
+    args.out.mkdir(parents=True, exist_ok=True)
+    total = sum(len(samples) for samples in data.test.values())
+    with progress_bar("eval", total, args.quiet) as bar:
+        result = evaluate(model, data, workers=args.workers, figures=figures, progress=bar.update)
+    write_atomically(args.out / "metrics.json", result.to_json())
+    print(result.table())
+    print(f"\n{args.out / 'metrics.json'}")
+    return _report(result.failures)
+
+
+# predict
+
+
+def _add_predict(verbs: Any) -> None:
+    parser = _verb(
+        verbs, "predict", _predict, "score images: a table of scores, and a heat map of each image"
+    )
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="images, or folders of images")
+    _add_checkpoint(parser)
+    parser.add_argument("--no-pictures", action="store_true", help="only the table")
+    _add_machine(parser)
+
+
+def _predict(args: argparse.Namespace) -> int:
+    files = find_images(args.paths)
+    scale = None if args.no_pictures else _scale(args)
+    model = _load(args)
+    with progress_bar("predict", len(files), args.quiet) as bar:
+        result = predict(model, files, args.out, scale, workers=args.workers, progress=bar.update)
+    print(f"{len(result.scores)} of {len(files)} images scored: {result.results}")
+    return _report(result.failures)
+
+
+# info
+
+
+def _add_info(verbs: Any) -> None:
+    parser = _verb(
+        verbs, "info", _info, "show versions, devices, backends, and what a configuration makes"
+    )
+    parser.add_argument(
+        "--preset", default="paper", choices=tuple(PRESETS), help="the configuration"
+    )
+    parser.add_argument("--checkpoint", type=Path, metavar="RUN", help="that of a run instead")
+    parser.add_argument("--json", action="store_true", help="as JSON")
+    add_fields(parser, RLRConfig)
+    _add_machine(parser)
+
+
+def _info(args: argparse.Namespace) -> int:
+    base: Any = PRESETS[args.preset].model
+    if args.checkpoint is not None:
+        base = read_config(args.checkpoint / CONFIG_FILE)
+    config = config_from(args, RLRConfig, base)
+    values, text = describe(config, _device(args))
+    print(json.dumps(values, indent=2) if args.json else text)
+    return 0

@@ -1,0 +1,183 @@
+"""The command line: what a user meets, mistakes included."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from conftest import make_tree
+
+from rlr_fast.cli import main
+from rlr_fast.files import write_atomically
+
+FLAGS = [
+    *("--preset", "tiny", "--backbone-weights", "random", "--image-size", "32", "--blocks", "1"),
+    *("--hidden", "16", "--heads", "2", "--windows", "3", "--device", "cpu", "--quiet"),
+    *("--epochs", "2", "--batch-size", "4"),
+]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A data set and a run trained on it by the command."""
+    root = tmp_path_factory.mktemp("cli")
+    data = make_tree(root / "data")
+    arguments = ["train", str(data), "--out", str(root / "run"), "--cache-dir", str(root / "cache")]
+    assert main([*arguments, *FLAGS]) == 0
+    return root
+
+
+def refused(capsys, *argv):
+    """Run a command that must fail; return its message, which must not be a traceback."""
+    assert main([str(word) for word in argv]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("rlr-fast: error: ") and "Traceback" not in message
+    return message
+
+
+def test_train_eval_predict(trained, tmp_path, capsys):
+    run, out = str(trained / "run"), str(tmp_path / "out")
+    data = str(trained / "data")
+    assert main(["eval", data, "--checkpoint", run, "--out", out, "--figures", "--quiet"]) == 0
+    printed = capsys.readouterr().out
+    assert "I-AUROC" in printed and "mean" in printed
+    assert json.loads((tmp_path / "out/metrics.json").read_text())["mean"]
+    assert (tmp_path / "out/figures/bolt.png").exists()
+    paths = [f"{data}/bolt/test", f"{data}/cloth/test/hole/000.png"]
+    assert main(["predict", *paths, "--checkpoint", run, "--out", out, "--quiet"]) == 0
+    assert "5 of 5 images scored" in capsys.readouterr().out
+
+
+def test_predict_with_a_corrupt_image_exits_with_1(trained, tmp_path, capsys):
+    images = tmp_path / "images"
+    shutil.copytree(trained / "data/bolt/test/good", images)
+    (images / "000.png").write_bytes(b"no image")
+    out = str(tmp_path / "out")
+    arguments = ["predict", str(images), "--checkpoint", str(trained / "run"), "--out", out]
+    assert main([*arguments, "--quiet"]) == 1
+    captured = capsys.readouterr()
+    assert "1 of 2 images scored" in captured.out
+    assert "left out" in captured.err and "000.png" in captured.err
+
+
+def test_resume_needs_no_settings(trained, capsys):
+    arguments = ["train", str(trained / "data"), "--out", str(trained / "run"), "--resume"]
+    assert main([*arguments, "--quiet", "--cache-dir", str(trained / "cache")]) == 0
+    assert "trained 2 epochs" in capsys.readouterr().out
+
+
+def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path, capsys):
+    (tmp_path / "flags.yaml").write_text("alpha: 5\nimage-size: 64\nwindows: [3, 3x5]\nblocks: 1\n")
+    arguments = ["--config", str(tmp_path / "flags.yaml"), "--preset", "tiny", "--blocks", "3"]
+    assert main(["info", *arguments, "--backbone-weights", "random", "--json"]) == 0
+    config = json.loads(capsys.readouterr().out)["model"]["config"]
+    assert (config["alpha"], config["blocks"], config["image_size"]) == (5, 3, [64, 64])
+    assert config["windows"] == [3, [3, 5]] and config["backbone"] == "tf_efficientnet_lite0"
+
+
+def test_the_file_may_hold_every_flag_that_is_needed(trained, tmp_path):
+    (tmp_path / "flags.yaml").write_text(
+        f"checkpoint: {trained / 'run'}\nout: {tmp_path / 'out'}\n"
+    )
+    data = str(trained / "data")
+    assert main(["eval", data, "--quiet", "--config", str(tmp_path / "flags.yaml")]) == 0
+    assert (tmp_path / "out/metrics.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("alfa: 5", "did you mean 'alpha'"),
+        ("alpha: many", "--alpha does not take 'many'"),
+        ("preset: papr", "known: paper"),
+        ("quiet: 3", "--quiet is true or false"),
+        ("[1, 2", "is not YAML"),
+        ("- 1", "must hold flags and values"),
+    ],
+)
+def test_mistakes_in_the_file_are_told(content, message, trained, tmp_path, capsys):
+    (tmp_path / "flags.yaml").write_text(content)
+    argv = ("train", trained / "data", "--out", tmp_path, "--config", tmp_path / "flags.yaml")
+    assert message in refused(capsys, *argv)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["train", "DATA", "--out", "OUT", "--alfa", "3"], "did you mean '--alpha'"),
+        (["train", "DATA", "--out", "OUT", "--epochs", "few"], "invalid int value: 'few'"),
+        (["train", "DATA", "--out", "OUT", "--windows", "4"], "odd and positive"),
+        (["train", "DATA", "--out", "OUT", "--preset", "papr"], "paper"),
+        (["train", "DATA"], "--out is needed"),
+        (["train", "DATA", "extra", "--out", "OUT"], "unexpected argument 'extra'"),
+        (["train", "nowhere", "--out", "OUT"], "nowhere"),
+        (["train", "DATA", "--out", "OUT", "--layout", "mvtek"], "mvtec"),
+        (["train", "DATA", "--out", "OUT", "--classes", "bold"], "bolt"),
+        (["train", "DATA", "--out", "OUT", "--device", "cuda:9"], "device must be one"),
+        (["train", "DATA", "--out", "OUT", "--backend", "triton", *FLAGS], "triton"),
+        (["train", "DATA", "--out", "OUT", "--backbone-weights", "no.pth"], "Three ways out"),
+        (["eval", "DATA", "--checkpoint", "nowhere", "--out", "OUT"], "no folder 'nowhere'"),
+        (["eval", "DATA", "--checkpoint", "DATA", "--out", "OUT"], "not a checkpoint"),
+        (["predict", "nothing.png", "--checkpoint", "RUN", "--out", "OUT"], "nothing.png"),
+        (
+            ["predict", "DATA", "--checkpoint", "RUN", "--out", "OUT", "--scale", "2", "1"],
+            "below HIGH",
+        ),
+        (["demp"], "demo"),
+    ],
+    ids=lambda value: " ".join(value[2:])[:40] if isinstance(value, list) else None,
+)
+def test_a_users_mistake_is_one_message_and_exit_code_2(argv, message, trained, tmp_path, capsys):
+    places = {"DATA": trained / "data", "RUN": trained / "run", "OUT": tmp_path / "out"}
+    assert message in refused(capsys, *(places.get(word, word) for word in argv))
+
+
+def test_checkpoint_cut_by_a_byte_is_told(trained, tmp_path, capsys):
+    shutil.copytree(trained / "run", tmp_path / "run")
+    file = tmp_path / "run/model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    argv = ("eval", trained / "data", "--checkpoint", tmp_path / "run", "--out", tmp_path / "out")
+    assert "model.safetensors is damaged or incomplete" in refused(capsys, *argv)
+
+
+def test_an_empty_class_is_told_before_training(tmp_path, capsys):
+    data = make_tree(tmp_path / "data")
+    for path in (data / "cloth/train/good").iterdir():
+        path.unlink()
+    message = refused(capsys, "train", data, "--out", tmp_path / "run", *FLAGS)
+    assert "cloth" in message and not (tmp_path / "run").exists()
+
+
+def test_data_check_exits_with_1_if_a_run_would_fail(tmp_path, capsys):
+    data = make_tree(tmp_path / "data")
+    assert main(["data", "check", str(data)]) == 0
+    (data / "bolt/train/good/000.png").write_bytes(b"no image")
+    assert main(["data", "check", str(data)]) == 1
+    assert "000.png" in capsys.readouterr().out
+
+
+def test_data_make_writes_a_set_that_passes_the_check(tmp_path, capsys):
+    data = str(tmp_path / "data")
+    arguments = ["--size", "48", "--train", "2", "--classes", "washer", "--quiet"]
+    assert main(["data", "make", data, *arguments]) == 0
+    assert main(["data", "check", data]) == 0
+
+
+def test_info_tells_why_a_backend_is_missing(capsys):
+    assert main(["info", "--preset", "tiny", "--backbone-weights", "random"]) == 0
+    printed = capsys.readouterr().out
+    assert "triton  " in printed and "not part of this version" in printed
+
+
+def test_atomic_write_keeps_the_old_file_when_the_new_cannot_be_written(tmp_path, monkeypatch):
+    write_atomically(tmp_path / "a", "old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_atomically(tmp_path / "a", "new")
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_text() == "old"
