@@ -1,0 +1,51 @@
+"""What a product class is: how it is drawn, and how its material shows which defects."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .canvas import Canvas
+from .noise import Stream
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One defect to make.
+
+    Attributes:
+        kind: one of `DEFECT_KINDS`.
+        stream: of the defect alone, so that the rest of the picture stays as it was.
+        severity: 0 (subtle) to 1 (obvious); scales sizes and contrasts.
+    """
+
+    kind: str
+    stream: Stream
+    severity: float
+
+    def grow(self, low: float, high: float) -> float:
+        """Return the value between ``low`` (subtle) and ``high`` (obvious)."""
+        return low + (high - low) * self.severity
+
+
+@dataclass(frozen=True)
+class Product:
+    """One class of the data set.
+
+    Attributes:
+        name: folder name.
+        draw: fills a canvas from the picture's stream; handles the two part faults itself.
+        kinds: the defects that this class can have.
+        scratch: colour code of freshly scratched material.
+        inside: colour code seen in a hole or crack.
+        stains: colour codes of what gets spilt on it.
+        debris: colour codes of particles and fibres found on it.
+    """
+
+    name: str
+    draw: Callable[[Canvas, Stream, Fault | None], None]
+    kinds: tuple[str, ...]
+    scratch: str
+    inside: str
+    stains: tuple[str, ...]
+    debris: tuple[str, ...]
