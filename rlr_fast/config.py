@@ -229,6 +229,7 @@ PRESETS: dict[str, Preset] = {
             heads=(4, 8),
             windows=(5, 7),
             blocks=2,
+            perturbation=1.0,
         ),
         TrainConfig(epochs=40, batch_size=16, lr=1e-3, schedule="step"),
         "minutes on a CPU: EfficientNet-Lite0 at 128 px, two levels",
