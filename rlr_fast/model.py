@@ -242,6 +242,10 @@ class RLRModel(
         folder = Path(pretrained_model_name_or_path)
         if folder.is_dir():
             read_config(folder / CONFIG_FILE)  # the mixin would meet a broken one with a traceback
+        elif folder.exists():
+            raise CheckpointError(f"a checkpoint is a folder, {str(folder)!r} is a file")
+        elif str(pretrained_model_name_or_path).count("/") != 1:  # no OWNER/NAME of the hub either
+            raise CheckpointError(f"there is no checkpoint folder {str(folder)!r}")
         model: RLRModel = super().from_pretrained(pretrained_model_name_or_path, **options)
         return model
 
@@ -299,8 +303,8 @@ class RLRModel(
         Raises:
             ValueError: The checkpoint's levels are not the backbone's.
         """
-        model = cls(RLRConfig.preset("authors") if config is None else config, backend=backend)
         loaded = load_reconstructors(path, backend=backend)
+        model = cls(RLRConfig.preset("authors") if config is None else config, backend=backend)
         levels = cast("list[Reconstructor]", list(loaded))
         ours = list(zip(model.backbone.channels, model.backbone.grids, strict=True))
         theirs = [(level.channels, level.grid) for level in levels]

@@ -87,6 +87,14 @@ def window(text: str) -> Window:
     return sides[0] if len(sides) == 1 else (sides[0], sides[1])
 
 
+def positive(text: str) -> int:
+    """Read a whole number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
 def read_yaml(path: str) -> dict[str, Any]:
     """Read a YAML file of flags, ``batch-size: 16`` or ``batch_size: 16``.
 
@@ -97,6 +105,8 @@ def read_yaml(path: str) -> dict[str, Any]:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"--config: cannot read {path!r}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--config: {path!r} is not UTF-8 text") from error
     except yaml.YAMLError as error:
         raise UsageError(f"--config: {path!r} is not YAML: {error}") from error
     if values is None:

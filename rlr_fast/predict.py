@@ -42,8 +42,10 @@ class Prediction:
     results: Path
 
 
-def find_images(paths: Sequence[str | Path]) -> list[ImageFile]:
+def find_images(paths: Sequence[str | Path], out: Path | None = None) -> list[ImageFile]:
     """List the image files among ``paths``: files as they are, folders with all their subfolders.
+
+    Pictures that an earlier prediction wrote in ``out`` are left out.
 
     Raises:
         ValueError: A path does not exist, or there is no image in a folder.
@@ -53,7 +55,13 @@ def find_images(paths: Sequence[str | Path]) -> list[ImageFile]:
     for path in map(Path, paths):
         if path.is_dir():
             folders = [path, *sorted(p for p in path.rglob("*") if p.is_dir())]
-            files = [file for folder in folders for file in list_images(folder)]
+            ours = None if out is None else (out / PICTURES_FOLDER).resolve()
+            files = [
+                file
+                for folder in folders
+                if ours is None or not folder.resolve().is_relative_to(ours)
+                for file in list_images(folder)
+            ]
             if not files:
                 raise ValueError(f"paths: there is no image in {str(path)!r}")
         elif path.exists():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -130,15 +131,17 @@ def train(
         record = {
             "model": dataclasses.asdict(config),
             "recipe": dataclasses.asdict(recipe),
-            "data": {"root": str(data.root), "layout": data.layout, "classes": list(data.classes)},
+            "data": _describe(data),
         }
-        _prepare_folder(out, record, resume, processes)
+        _check_folder(out, record, resume)
         torch.manual_seed(recipe.seed)
         model = RLRModel(config, backend=backend).to(device)
         features, samples = _features(model, data, cache_root, cache, workers, quiet, processes)
         if config.standardize:
             _fit_standardization(model, features)
-        run = _Run(model, recipe, features, out, processes, record)
+        run = _Run(model, recipe, features, out, processes)
+        if processes.leads and not (out / STATE_FILE).exists():
+            run.write_settings(record | {"environment": environment(device)})
         run.go(quiet)
         if processes.leads:
             calibration = calibrate(model, features, [s.category for s in samples])
@@ -166,44 +169,56 @@ def _processes(device: torch.device) -> Iterator[_Processes]:
 
 
 def read_run(out: Path) -> dict[str, Any] | None:
-    """Return the settings of the run in ``out``, or None where there is none.
+    """Return the settings of the run in ``out``, or None where no epoch was finished.
 
     Raises:
-        TrainingError: The record is damaged.
+        TrainingError: The record is missing beside a training state, or damaged.
     """
+    if not (out / STATE_FILE).exists():
+        return None
     try:
         return dict(json.loads((out / RUN_FILE).read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return None
     except (OSError, ValueError) as error:
         raise TrainingError(f"{out / RUN_FILE} cannot be read: {error}") from error
 
 
-def _prepare_folder(out: Path, record: dict[str, Any], resume: bool, processes: _Processes) -> None:
+def _describe(data: DataSet) -> dict[str, Any]:
+    """Say which images a run learns from, by names and sizes, wherever the folder lies."""
+    digest, count = hashlib.sha256(), 0
+    for samples in data.train.values():
+        for sample in samples:
+            name = os.path.relpath(sample.path, data.root)
+            size = sample.path.stat().st_size if sample.path.exists() else None
+            digest.update(f"{name}\0{size}\n".encode())
+            count += 1
+    return {
+        "root": str(data.root),
+        "layout": data.layout,
+        "classes": list(data.classes),
+        "images": count,
+        "files_digest": digest.hexdigest(),
+    }
+
+
+def _check_folder(out: Path, record: dict[str, Any], resume: bool) -> None:
+    """Refuse a folder that holds another run, before any work; several processes all look."""
+    if out.exists() and not out.is_dir():
+        raise TrainingError(f"{out} is a file; a run needs a folder")
     previous = read_run(out)
-    if previous is not None:
-        if not resume:
-            raise TrainingError(
-                f"{out} already holds a run; go on with it by --resume, or choose another --out"
-            )
-        changed = [
-            f"{name} was {old!r}, now {new!r}"
-            for part in ("model", "recipe", "data")
-            for name, old in previous[part].items()
-            if (new := json.loads(json.dumps(record[part][name]))) != old and name != "root"
-        ]
-        if changed:
-            raise TrainingError(
-                f"{out} cannot be resumed with other settings: {'; '.join(changed)}"
-            )
-    processes.wait()
-    if previous is None and processes.leads:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            write_atomically(out / RUN_FILE, json.dumps(record, indent=2))
-        except OSError as error:
-            raise TrainingError(f"cannot write the run in {str(out)!r}: {error}") from error
-    processes.wait()
+    if previous is None:
+        return
+    if not resume:
+        raise TrainingError(
+            f"{out} already holds a run; go on with it by --resume, or choose another --out"
+        )
+    changed = [
+        f"{name} was {old!r}, now {new!r}"
+        for part in ("model", "recipe", "data")
+        for name, old in previous[part].items()
+        if (new := json.loads(json.dumps(record[part].get(name)))) != old and name != "root"
+    ]
+    if changed:
+        raise TrainingError(f"{out} cannot be resumed with other settings: {'; '.join(changed)}")
 
 
 def _features(
@@ -265,7 +280,6 @@ class _Run:
     features: FeatureCache
     out: Path
     processes: _Processes
-    record: dict[str, Any]
     history: list[dict[str, float]] = field(default_factory=list)
     epoch: int = 0
 
@@ -293,7 +307,6 @@ class _Run:
             return
         writer = None
         if self.processes.leads:
-            self._write_static()
             writer = SummaryWriter(str(self.out), purge_step=self.epoch * self.steps + 1)
         self.model.train()
         total = self.recipe.epochs * len(self.features)
@@ -393,8 +406,8 @@ class _Run:
             what = "loss" if not losses[row, level].isfinite() else "gradient"
             raise TrainingError(
                 f"the {what} of level {level} is not finite at step {first + row} "
-                f"(epoch {self.epoch + 1}); the checkpoint of epoch {self.epoch} is kept. "
-                "A smaller --lr, --clip-grad 1 or --precision fp32 may help"
+                f"(epoch {self.epoch + 1}); {self._kept()}. In another --out, a smaller --lr, "
+                "--clip-grad 1 or --precision fp32 may help"
             )
         images, start = self.since
         speed = images / max(time.perf_counter() - start, 1e-9)
@@ -415,12 +428,19 @@ class _Run:
                     writer.add_scalar(f"train/{name}", value, step + 1)
         self.since = (0, time.perf_counter())
 
+    def _kept(self, epoch: int | None = None) -> str:
+        epoch = self.epoch if epoch is None else epoch
+        return (
+            f"the checkpoint of epoch {epoch} is intact" if epoch > 0 else "no epoch was finished"
+        )
+
     # The checkpoint: each file is whole at any time, and training_state alone suffices to resume.
 
-    def _write_static(self) -> None:
+    def write_settings(self, record: dict[str, Any]) -> None:
+        """Write what the run is, before its first step."""
         try:
+            self.out.mkdir(parents=True, exist_ok=True)
             write_atomically(self.out / CONFIG_FILE, self.model.config.to_json())
-            record = self.record | {"environment": environment(self.device)}
             write_atomically(self.out / RUN_FILE, json.dumps(record, indent=2))
         except OSError as error:
             raise TrainingError(f"cannot write the run in {str(self.out)!r}: {error}") from error
@@ -441,7 +461,7 @@ class _Run:
         except OSError as error:
             raise TrainingError(
                 f"cannot write the checkpoint of epoch {self.epoch} in {str(self.out)!r}: {error}; "
-                "the last one is intact: make room and go on with --resume"
+                f"{self._kept(self.epoch - 1)}: make room and go on with --resume"
             ) from error
 
     def _export(self) -> None:

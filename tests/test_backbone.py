@@ -147,6 +147,15 @@ def test_broken_weight_file_is_named(content, tmp_path):
         Backbone(LITE, str(path), (1,), (32, 32))
 
 
+@pytest.mark.parametrize("kept", ["conv_stem", "nothing"])
+def test_a_file_that_leaves_tensors_random_is_refused(kept, tmp_path):
+    state = timm.create_model(LITE).state_dict()
+    part = {k: v for k, v in state.items() if k.startswith(kept)} or {"other": torch.ones(3)}
+    safetensors.torch.save_file(part, tmp_path / "part.safetensors")
+    with pytest.raises(BackboneWeightsError, match=r"no values for \d+ tensors|do not fit"):
+        Backbone(LITE, str(tmp_path / "part.safetensors"), (1,), (32, 32))
+
+
 def test_weights_of_another_network_do_not_fit(tmp_path):
     torch.save(timm.create_model("resnet10t").state_dict(), tmp_path / "weights.pth")
     with pytest.raises(BackboneWeightsError, match="do not fit"):

@@ -117,7 +117,10 @@ def test_mistakes_in_the_file_are_told(content, message, trained, tmp_path, caps
         (["train", "DATA", "--out", "OUT", "--device", "cuda:9"], "device must be one"),
         (["train", "DATA", "--out", "OUT", "--backend", "triton", *FLAGS], "triton"),
         (["train", "DATA", "--out", "OUT", "--backbone-weights", "no.pth"], "Three ways out"),
-        (["eval", "DATA", "--checkpoint", "nowhere", "--out", "OUT"], "no folder 'nowhere'"),
+        (
+            ["eval", "DATA", "--checkpoint", "nowhere", "--out", "OUT"],
+            "no checkpoint folder 'nowhere'",
+        ),
         (["eval", "DATA", "--checkpoint", "DATA", "--out", "OUT"], "not a checkpoint"),
         (["predict", "nothing.png", "--checkpoint", "RUN", "--out", "OUT"], "nothing.png"),
         (

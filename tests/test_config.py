@@ -59,6 +59,8 @@ def test_single_values_are_repeated_for_every_level():
         ("out_indices", (1, 1, 2)),
         ("blocks", 0),
         ("perturbation", -1.0),
+        ("alpha", float("nan")),
+        ("smoothing", float("inf")),
     ],
 )
 def test_broken_rule_names_the_field_and_the_value(field, value):

@@ -282,7 +282,7 @@ def test_report_counts_what_it_does_not_show(root, pictures):
     shutil.copy(root / "nut/test/good/1.png", root / "nut/train/good/1.png")
     text = format_report(check_dataset(root))
     lines = text.splitlines()
-    assert lines[-1] == "9 problems would stop a run, 1 warning"
+    assert lines[-1] == "9 problems would stop a run or cost it files, 1 warning"
     assert sum(line.startswith("error in nut [unreadable]") for line in lines) == 6
     assert "error in nut [unreadable] and 4 more like these" in lines
     assert sum(line.startswith("warning in nut [leak]") for line in lines) == 1
@@ -292,7 +292,7 @@ def test_report_counts_what_it_does_not_show(root, pictures):
 def test_single_problem_is_said_in_the_singular(root):
     shutil.rmtree(root / "nut/train")
     report = check_dataset(root)
-    assert format_report(report).splitlines()[-1] == "1 problem would stop a run"
+    assert format_report(report).splitlines()[-1] == "1 problem would stop a run or cost it files"
 
 
 def test_number_of_threads_does_not_change_the_report(root):

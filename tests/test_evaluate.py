@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -65,9 +66,30 @@ def test_a_mask_of_the_wrong_size_stops_before_any_image_is_scored(model, datase
     Image.new("L", (10, 10)).save(tree / "cloth/ground_truth/hole/001_mask.png")
     model.register_forward_pre_hook(lambda *_: pytest.fail("an image was scored"))
     with pytest.raises(
-        ValueError, match=r"1 masks do not have the size.*\n.*001_mask\.png is 10 x"
+        ValueError, match=r"1 masks are missing or of another size.*\n.*001_mask\.png is 10 x"
     ):
         evaluate(model, dataset)
+
+
+def test_a_defective_image_without_mask_is_not_taken_for_normal(model, tree):
+    (tree / "cloth/ground_truth/hole/001_mask.png").unlink()
+    with pytest.raises(ValueError, match=r"hole/001\.png shows a defect and has no mask"):
+        evaluate(model, read_dataset(tree))
+
+
+def test_a_set_without_any_mask_has_image_metrics_only(model, tree):
+    shutil.rmtree(tree / "cloth/ground_truth")
+    shutil.rmtree(tree / "bolt/ground_truth")
+    values = json.loads(evaluate(model, read_dataset(tree)).to_json())
+    assert values["mean"]["pixel_auroc"] is None and values["mean"]["image_auroc"] is not None
+
+
+def test_a_corrupt_mask_costs_its_image_only(model, dataset):
+    mask = dataset.test["bolt"][2].mask_paths[0]
+    mask.write_bytes(mask.read_bytes()[:60])
+    result = evaluate(model, dataset)
+    assert len(result.failures) == 1 and str(mask) in result.failures[0]
+    assert np.isfinite(result.classes["bolt"]["pixel_auroc"])
 
 
 def test_a_class_without_test_images_is_named(model, tree):
@@ -118,6 +140,13 @@ def test_predict_skips_a_corrupt_file_among_fifty(model, tmp_path):
     assert len(result.scores) == 49 and broken not in result.scores
     assert len(result.failures) == 1 and str(broken) in result.failures[0]
     assert len(rows(result.results)) == 50
+
+
+def test_pictures_of_an_earlier_prediction_are_not_scored(model, tmp_path):
+    save_picture(tmp_path / "images/a.png", 1)
+    predict(model, find_images([tmp_path / "images"]), tmp_path / "images", (0.0, 1.0))
+    files = find_images([tmp_path / "images"], tmp_path / "images")
+    assert [f.path.name for f in files] == ["a.png"]
 
 
 def test_files_of_one_name_do_not_share_a_picture(model, tmp_path):

@@ -104,6 +104,13 @@ def test_folder_without_checkpoint_is_named(tmp_path):
         RLRModel.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["nowhere", "file"])
+def test_a_path_that_is_no_folder_does_not_go_to_the_hub(name, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=name):
+        RLRModel.from_pretrained(tmp_path / name)
+
+
 def test_broken_config_is_named(model, tmp_path):
     model.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("[1, 2]")

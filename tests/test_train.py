@@ -14,10 +14,12 @@ import time
 import pytest
 import safetensors.torch
 import torch
-from conftest import BRIEF, SMALL
+from conftest import BRIEF, SMALL, make_tree
 
 from rlr_fast import RLRModel
 from rlr_fast import train as train_module
+from rlr_fast.backbone import BackboneWeightsError
+from rlr_fast.data import read_dataset
 from rlr_fast.train import TrainingError, train
 
 CPU = torch.device("cpu")
@@ -196,7 +198,9 @@ def test_full_disk_keeps_the_last_checkpoint(dataset, tmp_path, monkeypatch):
         write(path, *arguments)
 
     monkeypatch.setattr(train_module, "write_tensors", full)
-    with pytest.raises(TrainingError, match="No space left on device; the last one is intact"):
+    with pytest.raises(
+        TrainingError, match=r"No space left on device; the checkpoint of epoch \d is intact"
+    ):
         run(dataset, tmp_path / "run", tmp_path)
     monkeypatch.setattr(train_module, "write_tensors", write)
     run(dataset, tmp_path / "run", tmp_path, resume=True)
@@ -210,6 +214,40 @@ def test_a_second_run_does_not_overwrite_the_first(dataset, tmp_path):
     with pytest.raises(TrainingError, match="already holds a run"):
         run(dataset, tmp_path / "run", tmp_path)
     assert same(before, weights(tmp_path / "run"))
+
+
+def test_resume_with_other_images_is_refused_and_keeps_the_record(dataset, tmp_path, monkeypatch):
+    run(dataset, tmp_path / "run", tmp_path)
+    record = (tmp_path / "run/run.json").read_text()
+    moved = make_tree(tmp_path / "moved/data")
+    run(read_dataset(moved), tmp_path / "run", tmp_path, resume=True)  # the same images elsewhere
+    other = make_tree(tmp_path / "other/data", train=6)
+    with pytest.raises(TrainingError, match="images was 10, now 12"):
+        run(read_dataset(other), tmp_path / "run", tmp_path, resume=True)
+    assert (tmp_path / "run/run.json").read_text() == record
+
+
+def test_a_run_that_finished_no_epoch_leaves_its_folder_free(dataset, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module._Run, "_step", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(dataset, tmp_path / "run", tmp_path)
+    run(dataset, tmp_path / "run", tmp_path, recipe=dataclasses.replace(BRIEF, lr=2e-3))
+    assert json.loads((tmp_path / "run/run.json").read_text())["recipe"]["lr"] == 2e-3
+
+
+def test_nothing_is_written_before_the_backbone_is_there(dataset, tmp_path):
+    config = dataclasses.replace(SMALL, backbone_weights="missing.pth")
+    with pytest.raises(BackboneWeightsError):
+        run(dataset, tmp_path / "run", tmp_path, config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_training_state_without_its_settings_is_told(dataset, tmp_path):
+    run(dataset, tmp_path / "run", tmp_path)
+    (tmp_path / "run/run.json").unlink()
+    with pytest.raises(TrainingError, match=r"run\.json"):
+        run(dataset, tmp_path / "run", tmp_path, resume=True)
 
 
 def test_resume_with_other_settings_names_them(dataset, tmp_path):

@@ -410,7 +410,9 @@ def _size_range(sizes: dict[tuple[int, int], int]) -> str:
 def _verdict(report: Report) -> str:
     warnings = f", {_count(len(report.warnings), 'warning')}" if report.warnings else ""
     if not report.ok:
-        return f"{_count(len(report.errors), 'problem')} would stop a run{warnings}"
+        return (
+            f"{_count(len(report.errors), 'problem')} would stop a run or cost it files{warnings}"
+        )
     found = report.classes.values()
     images = sum(
         item.train + item.validation + item.test_good + sum(item.test_defects.values())
