@@ -201,7 +201,8 @@ class RLRModel(
 
     def checkpoint_metadata(self) -> dict[str, str]:
         """Return what the weights file says of itself."""
-        return {"format": "pt", "backbone_fingerprint": self.backbone.fingerprint}
+        # One entry: safetensors writes several in no fixed order, and equal runs would differ.
+        return {"backbone_fingerprint": self.backbone.fingerprint}
 
     def check_backbone(self, metadata: dict[str, str] | None, source: object) -> None:
         """Refuse weights that were trained on another backbone's features.

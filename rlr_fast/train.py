@@ -449,10 +449,8 @@ class _Run:
         tensors = {f"model.{k}": v for k, v in self.model.checkpoint_state().items()}
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{k}": v for k, v in state.items()}
-        metadata = self.model.checkpoint_metadata() | {
-            "epoch": str(self.epoch),
-            "scaler": json.dumps(self.scaler.state_dict()),
-        }
+        progress = {"epoch": self.epoch, "scaler": self.scaler.state_dict()}
+        metadata = {"progress": json.dumps(progress | self.model.checkpoint_metadata())}
         history = "".join(json.dumps(row) + "\n" for row in self.history)
         try:
             write_atomically(self.out / HISTORY_FILE, history)
@@ -479,7 +477,8 @@ class _Run:
                 f"cannot resume: {error}. Delete it to start the run anew; "
                 f"{WEIGHTS_FILE} beside it can still be used"
             ) from error
-        self.model.check_backbone(metadata, path)
+        progress = json.loads(metadata["progress"])
+        self.model.check_backbone(progress, path)
         self.model.load_checkpoint_state(
             {k[len("model.") :]: v for k, v in tensors.items() if k.startswith("model.")}
         )
@@ -490,8 +489,8 @@ class _Run:
                 _, index, name = key.split(".")
                 optimizer["state"].setdefault(int(index), {})[name] = value
         self.optimizer.load_state_dict(optimizer)
-        self.scaler.load_state_dict(json.loads(metadata["scaler"]))
-        self.epoch = int(metadata["epoch"])
+        self.scaler.load_state_dict(progress["scaler"])
+        self.epoch = progress["epoch"]
         with contextlib.suppress(FileNotFoundError):
             rows = (self.out / HISTORY_FILE).read_text(encoding="utf-8").splitlines()
             self.history = [
