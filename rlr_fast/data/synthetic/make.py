@@ -19,7 +19,7 @@ from .render import PRODUCTS, render_sample
 CLASS_NAMES: tuple[str, ...] = tuple(sorted(PRODUCTS))
 
 # Raised whenever the same parameters would give other bytes.
-_VERSION = 1
+_VERSION = 2
 _MANIFEST = "dataset.json"
 # The manifest's name while pictures are still missing.
 _UNFINISHED = "dataset.unfinished.json"

@@ -123,18 +123,17 @@ def _capsule(canvas: Canvas, stream: Stream, fault: Fault | None) -> None:
     groove = step(0.50, 0.30, np.abs(canvas.y)) * 0.03
     canvas.height -= groove
     length, body_radius, cap_radius = 0.78, 0.285, 0.305
-    cap_v, cap_u = v, u
-    body_v, body_u = v, u
+    cap_v = v
     no_cap = no_print = False
-    gap = 0.0
+    slip = slant = 0.0
     if fault and fault.kind == "misplaced_part":
         side = fault.stream.choice("side", (-1, 1))
-        if fault.stream.uniform("form") < 0.5:
-            lean = side * fault.grow(0.06, 0.20)
+        if fault.stream.uniform("form") < 0.3:
+            lean = side * fault.grow(0.05, 0.13)
             cap_v = v - lean * (u + 0.05) - side * 0.01
         else:
-            gap = fault.grow(0.05, 0.13)
-            cap_u, body_u = u + 0.5 * gap, u - 0.5 * gap
+            # The printing wheel missed its place.
+            slip, slant = side * fault.grow(0.06, 0.14), fault.grow(0.15, 0.7)
     if fault and fault.kind == "missing_part":
         no_cap = fault.severity > 0.75
         no_print = not no_cap
@@ -145,10 +144,9 @@ def _capsule(canvas: Canvas, stream: Stream, fault: Fault | None) -> None:
         return np.hypot(across, over) - radius
 
     seam = 0.05
-    body = rod(body_v, body_u, body_radius)
-    # The body ends inside the cap; only a missing or a drawn-back cap shows where.
-    body = np.maximum(body, (seam - 0.18 if not gap else seam - 0.12) - body_u)
-    cap = np.maximum(rod(cap_v, cap_u, cap_radius), cap_u - seam)
+    # The body ends inside the cap; only a missing cap shows where.
+    body = np.maximum(rod(v, u, body_radius), seam - 0.18 - u)
+    cap = np.maximum(rod(cap_v, u, cap_radius), u - seam)
     body_cover, cap_cover = canvas.inside(body), canvas.inside(cap) * (not no_cap)
     cover = np.maximum(body_cover, cap_cover)
     canvas.cast_shadow(cover, 0.05, 0.05, 0.5)
@@ -158,19 +156,19 @@ def _capsule(canvas: Canvas, stream: Stream, fault: Fault | None) -> None:
 
     def half(
         across: Array,
-        along: Array,
+        printed: Array,
         radius: float,
         shape: Array,
         code: str,
         marks: tuple[tuple[float, float], ...],
     ) -> None:
-        over = np.maximum(np.abs(along) - (length - radius), 0)
+        over = np.maximum(np.abs(u) - (length - radius), 0)
         roundness = np.sqrt(np.maximum(radius**2 - across**2 - over**2, 0.0008))
         # Gelatin lets light through: its edge is deeper in colour than its middle.
         depth = (0.78 + 0.22 * np.clip(roundness / radius, 0, 1)) * swirl
         tint = colour(code) * depth[..., None]
         for position, width in marks:
-            ink = step(0.006, -0.006, np.abs(along - position) - width)
+            ink = step(0.006, -0.006, np.abs(printed - position) - width)
             ink = ink * step(0.7, 0.62, np.abs(across / radius))
             ink = ink * (0.85 + 0.1 * canvas.noise(stream.child("ink"), 30))
             tint = mix(tint, colour("2b2a33"), (0.85 * ink)[..., None])
@@ -181,14 +179,12 @@ def _capsule(canvas: Canvas, stream: Stream, fault: Fault | None) -> None:
     if no_print:
         lost = fault.stream.integer("mark", 0, 1) if fault and fault.severity < 0.4 else -1
         body_marks = tuple(m for i, m in enumerate(body_marks) if lost >= 0 and i != lost)
-    half(body_v, body_u, body_radius, body_cover, "d9c9a3", body_marks)
+    half(v, u - slip - slant * v, body_radius, body_cover, "d9c9a3", body_marks)
     if no_cap:
-        mouth = np.hypot((body_u - seam + 0.17) / 0.35, body_v) - body_radius * 0.93
+        mouth = np.hypot((u - seam + 0.17) / 0.35, v) - body_radius * 0.93
         canvas.lay(canvas.inside(mouth), colour("6d6047"), 0.0, 0.0)
-    if gap:
-        canvas.occlusion *= 1 - 0.5 * body_cover * step(0.12, 0.0, cap_u - seam) * (cap > 0)
-    half(cap_v, cap_u, cap_radius, cap_cover, "9c3f2e", ((-0.30 - drift, 0.014),))
-    lip = np.exp(-(((cap_u - seam + 0.012) / 0.008) ** 2)) * cap_cover
+    half(cap_v, u, cap_radius, cap_cover, "9c3f2e", ((-0.30 - drift, 0.014),))
+    lip = np.exp(-(((u - seam + 0.012) / 0.008) ** 2)) * cap_cover
     canvas.albedo *= (1 - 0.18 * lip)[..., None]
     canvas.product[:] = cover
 
@@ -281,7 +277,7 @@ OBJECTS = (
         ),
         scratch="f4f4f0",
         inside="1b1a18",
-        stains=("70320f", "5a2c18", "2a2825"),
+        stains=("8a3d12", "6b2a12", "1f1d1c"),
         debris=("3a5a86", "2a2624", "b8442e"),
     ),
     Product(

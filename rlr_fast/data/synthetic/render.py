@@ -8,7 +8,7 @@ import numpy as np
 from scipy import ndimage
 
 from .board import BOARDS
-from .canvas import Canvas, expose, photograph
+from .canvas import Canvas, expose, photograph, step
 from .defects import PART_DEFECTS, SURFACE_DEFECTS
 from .noise import Array, Stream
 from .objects import OBJECTS
@@ -17,8 +17,8 @@ from .textures import TEXTURES
 
 PRODUCTS: dict[str, Product] = {p.name: p for p in (*TEXTURES, *OBJECTS, *BOARDS)}
 
-# A pixel counts as altered when a channel moves by more than this, of 1: about twice the noise.
-_VISIBLE = 0.02
+# A pixel counts as altered when a channel moves by more than this, of 1: three times the noise.
+_VISIBLE = 0.03
 # A defect covers this share of a square of the shorter side (10 pixels at 128 px), and moves the
 # clearest quarter of its pixels by this much or more; failing that, the clearest attempt is taken.
 _LEAST_AREA = 10 / 128**2
@@ -74,6 +74,17 @@ def _altered(good: Array, bad: Array) -> Array:
     return mask
 
 
+def _confined(good: Array, bad: Array, mask: Array) -> Array:
+    """Return ``bad`` with its changes kept to the mask.
+
+    Changes fade to nothing at the threshold of the mask: cut off hard, the outskirts of a shadow or
+    of a soft rim would leave a faint outline that gives the defect away.
+    """
+    change = np.abs(bad - good).max(axis=2)
+    weight = step(_VISIBLE, 2.5 * _VISIBLE, change) * mask
+    return good + (bad - good) * weight[..., None]
+
+
 def render_sample(
     class_name: str,
     split: str,
@@ -118,10 +129,10 @@ def render_sample(
         mask = _altered(good_picture, bad_picture)
         if mask.sum() < least:
             continue
+        bad_picture = _confined(good_picture, bad_picture, mask)
         change = float(np.quantile(np.abs(bad_picture - good_picture).max(axis=2)[mask], 0.75))
         if change > clearest:
-            bad = expose(bad_picture, stream.child("sensor"))
-            image = np.where(mask[..., None], bad, good)
+            image = expose(bad_picture, stream.child("sensor"))
             best, clearest = Sample(image, mask, good, strength), change
         if clearest >= _LEAST_CHANGE:
             break

@@ -22,12 +22,12 @@ def _cloth(canvas: Canvas, stream: Stream, fault: Fault | None) -> None:
     if fault:
         thread = float(fault.stream.integer("thread", -6, 6))
         centre = fault.stream.uniform("along", -0.5, 0.5) * per_unit
-        span = fault.grow(2.5, 7.0)
+        span = fault.grow(2.5, 7.0) if fault.kind == "missing_part" else fault.grow(2.0, 3.5)
     if fault and fault.kind == "misplaced_part":
         # A pulled thread drags its neighbours along.
-        across = np.exp(-(((v - thread) / fault.grow(1.2, 1.8)) ** 2))
+        across = np.exp(-(((v - thread) / fault.grow(1.0, 1.5)) ** 2))
         along = np.exp(-(((u - centre) / span) ** 2))
-        v = v + fault.grow(0.8, 1.7) * across * along
+        v = v + fault.grow(1.0, 1.8) * across * along
     column, row = np.floor(u), np.floor(v)
     warp_width = 0.45 + 0.03 * noise.of_index(stream.child("warp width").key, column)
     weft_width = 0.45 + 0.03 * noise.of_index(stream.child("weft width").key, row)
