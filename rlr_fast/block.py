@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +18,12 @@ from rlr_fast.attention import (
     SelfAttention,
 )
 from rlr_fast.config import ATTENTIONS, Window, suggest
-from rlr_fast.functional import Backend
+from rlr_fast.functional import (
+    Backend,
+    PreparedReference,
+    block_attention,
+    prepare_reference,
+)
 
 _BRANCHES = {
     "self": SelfAttention,
@@ -48,11 +55,30 @@ def sincos_positions(grid: tuple[int, int], dim: int) -> Tensor:
     return torch.cat((encode(columns), encode(rows)), -1).float()
 
 
+class PreparedBlock(NamedTuple):
+    """What a block of the paper makes of its parameters and the reference, for any images.
+
+    Attributes:
+        weight_in: (3C, C), tokens to [q_mlka | v_mlka | q_lca].
+        bias_in: (3C,).
+        reference: Keys and values of both attentions.
+        weight_out: (C, 2C), the output maps side by side, LCA's times α.
+        bias_out: (C,).
+    """
+
+    weight_in: Tensor
+    bias_in: Tensor
+    reference: PreparedReference
+    weight_out: Tensor
+    bias_out: Tensor
+
+
 class RLRBlock(nn.Module):
     """One block of eq. 4-5: ``Z = LN(MLKA(Y, R_h) + α·LCA(Y, R_h))``, ``Y' = LN(FFN(Z) + Z)``.
 
     The branches are configurable for the paper's Table 3: α weighs those whose values come from the
-    reference (``lca``, ``cross``), and ``residual`` adds ``Y`` inside the first LayerNorm.
+    reference (``lca``, ``cross``), and ``residual`` adds ``Y`` inside the first LayerNorm. The
+    paper's pair of branches runs as one: one matrix product in, one out.
 
     Args:
         dim: Width C_h.
@@ -87,24 +113,70 @@ class RLRBlock(nn.Module):
             {name: _BRANCHES[name](dim, heads, grid, window, backend=backend) for name in attention}
         )
         self.weights = {name: alpha if name in ("lca", "cross") else 1.0 for name in attention}
+        self.grid, self.window, self.heads, self.backend = grid, window, heads, backend
         self.residual = residual
         self.norm1 = nn.LayerNorm(dim)
         self.fc1 = nn.Linear(dim, ffn_ratio * dim)
         self.fc2 = nn.Linear(ffn_ratio * dim, dim)
         self.norm2 = nn.LayerNorm(dim)
 
-    def forward(self, tokens: Tensor, reference: Tensor) -> Tensor:
-        """Map tokens (B, N, C_h) with the projected reference (N, C_h) to tokens (B, N, C_h)."""
-        mixed = tokens if self.residual else None
-        for name, attend in self.attention.items():
-            out = attend(tokens, reference)
-            weight = self.weights[name]
-            if mixed is None:
-                mixed = out if weight == 1 else weight * out
-            else:
-                mixed = torch.add(mixed, out, alpha=weight)
-        z = self.norm1(mixed)
+    def prepare(self, reference: Tensor) -> Tensor | PreparedBlock:
+        """Do all that depends on no image, for the projected reference (N, C_h)."""
+        if set(self.attention) != {"mlka", "lca"}:
+            return reference
+        mlka: Any = self.attention["mlka"]
+        lca: Any = self.attention["lca"]
+        alpha = self.weights["lca"]
+        (q_mlka, k_mlka, v_mlka), (q_lca, k_lca, v_lca) = (
+            module.in_proj_weight.chunk(3) for module in (mlka, lca)
+        )
+        (qb_mlka, _, vb_mlka), (qb_lca, _, vb_lca) = (
+            module.in_proj_bias.chunk(3) for module in (mlka, lca)
+        )
+        # Keys have no bias, see `rlr_fast.attention`.
+        projected = F.linear(
+            reference,
+            torch.cat((k_mlka, k_lca, v_lca)),
+            F.pad(vb_lca, (2 * vb_lca.shape[0], 0)),
+        )
+        return PreparedBlock(
+            torch.cat((q_mlka, v_mlka, q_lca)),
+            torch.cat((qb_mlka, vb_mlka, qb_lca)),
+            prepare_reference(projected, self.heads, self.backend),
+            torch.cat((mlka.out_proj.weight, alpha * lca.out_proj.weight), 1),
+            mlka.out_proj.bias + alpha * lca.out_proj.bias,
+        )
+
+    def forward(self, tokens: Tensor, prepared: Tensor | PreparedBlock) -> Tensor:
+        """Map tokens (B, N, C_h) to tokens (B, N, C_h); ``prepared`` comes from `prepare`."""
+        if isinstance(prepared, PreparedBlock):
+            mixed = self._attend(tokens, prepared)
+        else:
+            mixed = self._sum_branches(tokens, prepared)
+        z = self.norm1(tokens + mixed if self.residual else mixed)
         return self.norm2(z + self.fc2(F.gelu(self.fc1(z))))
+
+    def _attend(self, tokens: Tensor, prepared: PreparedBlock) -> Tensor:
+        projected = F.linear(tokens, prepared.weight_in, prepared.bias_in)
+        attended = block_attention(projected, prepared.reference, self.grid, self.window)
+        return F.linear(attended, prepared.weight_out, prepared.bias_out)
+
+    def _sum_branches(self, tokens: Tensor, reference: Tensor) -> Tensor:
+        outputs = (
+            self.weights[name] * attend(tokens, reference)
+            if self.weights[name] != 1
+            else attend(tokens, reference)
+            for name, attend in self.attention.items()
+        )
+        return functools.reduce(torch.add, outputs)
+
+
+class _Kept(NamedTuple):
+    """Prepared blocks, with the parameters that they were made of."""
+
+    versions: tuple[Any, ...]
+    aliases: list[Tensor]
+    blocks: list[Tensor | PreparedBlock]
 
 
 class Reconstructor(nn.Module):
@@ -164,6 +236,7 @@ class Reconstructor(nn.Module):
             )
             for _ in range(blocks)
         )
+        self._kept: _Kept | None = None
         self.norm = nn.LayerNorm(hidden)
         self.token_out = nn.Linear(hidden, channels)
 
@@ -178,8 +251,37 @@ class Reconstructor(nn.Module):
             raise ValueError(
                 f"tokens must be (B, {expected[0]}, {expected[1]}), got {tuple(tokens.shape)}"
             )
-        reference = self.reference_in(self.reference) + self.positions
         y = self.token_in(tokens) + self.positions
-        for block in self.blocks:
-            y = block(y, reference)
+        for block, prepared in zip(self.blocks, self._prepared_blocks(), strict=True):
+            y = block(y, prepared)
         return self.token_out(self.norm(y))
+
+    def train(self, mode: bool = True) -> Reconstructor:
+        """Set the mode as `torch.nn.Module.train` does; forget what inference has kept."""
+        self._kept = None
+        return super().train(mode)
+
+    def _prepared_blocks(self) -> list[Tensor | PreparedBlock]:
+        """Prepare every block; in inference, only where a parameter has changed since."""
+        kept = self._kept
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._prepare_blocks()
+        device = self.reference.device.type
+        lowered = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        parameters = list(self.parameters())
+        versions = (lowered, *(p._version for p in parameters))
+        # The kept aliases hold their memory, so no other parameter can come to lie at its address.
+        if (
+            kept is None
+            or kept.versions != versions
+            or any(
+                p.data_ptr() != q.data_ptr() for p, q in zip(parameters, kept.aliases, strict=True)
+            )
+        ):
+            aliases = [p.detach() for p in parameters]
+            self._kept = kept = _Kept(versions, aliases, self._prepare_blocks())
+        return kept.blocks
+
+    def _prepare_blocks(self) -> list[Tensor | PreparedBlock]:
+        reference = self.reference_in(self.reference) + self.positions
+        return [block.prepare(reference) for block in self.blocks]  # type: ignore[operator]

@@ -1,18 +1,26 @@
 """The two attention operators: argument checks and the choice of a backend.
 
-The paths behind them (`rlr_fast.dense`, `rlr_fast.tiled`) never import each other; they meet here.
+The paths behind them (`rlr_fast.dense`, `rlr_fast.tiled`, `rlr_fast.kernels`) never import each
+other; they meet here.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from rlr_fast import dense, tiled
+
+try:
+    from rlr_fast import kernels
+except ModuleNotFoundError as error:  # Triton is not to be had on every platform
+    if error.name is None or error.name.partition(".")[0] != "triton":
+        raise
+    kernels = None  # type: ignore[assignment]
 
 Backend = Literal["auto", "triton", "tiled", "dense"]
 
@@ -27,6 +35,9 @@ _MLKA: dict[str, _Operator] = {
     "tiled": tiled.masked_learnable_key_attention,
     "dense": dense.masked_learnable_key_attention,
 }
+if kernels is not None:
+    _LCA["triton"] = kernels.local_cross_attention
+    _MLKA["triton"] = kernels.masked_learnable_key_attention
 
 
 def local_cross_attention(
@@ -120,9 +131,11 @@ def unsupported_reason(backend: str, device: torch.device | str) -> str | None:
     """
     if backend not in get_args(Backend):
         raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, got {backend=}")
-    if backend == "triton":
-        return "the Triton kernels are not part of this version"
-    return None
+    if backend != "triton":
+        return None
+    if kernels is None:
+        return "the package triton is not installed"
+    return kernels.unsupported_device(device)
 
 
 def resolve_backend(backend: str, device: torch.device | str) -> str:
@@ -132,11 +145,99 @@ def resolve_backend(backend: str, device: torch.device | str) -> str:
         ValueError: There is no such backend.
         RuntimeError: ``backend`` is a path that cannot run on ``device``.
     """
-    reason = unsupported_reason(backend, device)
-    if reason is not None:
-        raise RuntimeError(f"backend {backend!r} cannot run on {device}: {reason}")
+    if unsupported_reason(backend, device) is None and backend != "auto":
+        return backend
+    return _resolved(backend, device, unsupported_reason("triton", device))
+
+
+class PreparedReference(NamedTuple):
+    """A block's part of the learnable reference, ready for any number of images.
+
+    Attributes:
+        keys: (2h, N, d), MLKA's heads, then LCA's.
+        value: (h, N, d), LCA's.
+        bound: (2h,), the largest norm of a head's keys, which are then centred and in log2 units,
+            as the Triton kernels take them; ``None``: the keys are as projected.
+        path: The path to take, "triton", "tiled" or "dense".
+    """
+
+    keys: Tensor
+    value: Tensor
+    bound: Tensor | None
+    path: str
+
+
+def prepare_reference(
+    projected: Tensor, heads: int, backend: Backend = "auto"
+) -> PreparedReference:
+    """Do what the operators need of the reference, once for all images.
+
+    Args:
+        projected: (N, 3C) = [k_mlka | k_lca | v_lca].
+        heads: Attention heads h, C = h·d.
+        backend: As for the operators.
+
+    Raises:
+        ValueError: There is no such backend.
+        RuntimeError: The requested backend cannot run here.
+    """
+    parts = projected.unflatten(-1, (3 * heads, -1)).transpose(0, 1)  # (3h, N, d)
+    keys, value = parts[: 2 * heads], parts[2 * heads :]
+    path = _path(backend, keys[None], (keys, value))
+    if path != "triton":
+        return PreparedReference(keys, value, None, path)
+    prepared, bound = kernels.prepare_key(keys, keys.shape[2] ** -0.5)
+    return PreparedReference(prepared, value, bound, path)
+
+
+def block_attention(
+    projected: Tensor,
+    reference: PreparedReference,
+    grid: tuple[int, int],
+    window: int | Sequence[int],
+) -> Tensor:
+    """Both attentions of a block: ``[MLKA(q, k, v) | LCA(q, k, v)]``.
+
+    Args:
+        projected: (B, N, 3C) = [q_mlka | v_mlka | q_lca].
+        reference: Of the same block.
+        grid: Token grid (H, W), N = H·W.
+        window: Odd side, or (height, width), in tokens.
+
+    Returns:
+        (B, N, 2C), MLKA's output beside LCA's.
+    """
+    heads, _, width = reference.value.shape
+    if reference.bound is not None:
+        return kernels.block_attention(
+            projected, reference.keys, reference.bound, reference.value, grid, window_pair(window)
+        )
+    query, value, local = projected.unflatten(2, (3, heads, width)).permute(2, 0, 3, 1, 4).unbind(0)
+    keys, local_keys = reference.keys.chunk(2)
+    path: Backend = reference.path  # type: ignore[assignment]
+    outputs = (
+        masked_learnable_key_attention(query, keys, value, grid, window, backend=path),
+        local_cross_attention(local, local_keys, reference.value, grid, window, backend=path),
+    )
+    return torch.cat([output.transpose(1, 2) for output in outputs], 2).flatten(2)
+
+
+def _path(backend: str, query: Tensor, shared: Sequence[Tensor]) -> str:
+    """Return the path for these tensors; the kernels need ``shared`` without a batch."""
+    reason = unsupported_reason(backend, query.device)
+    if backend in ("auto", "triton") and kernels is not None:
+        reason = kernels.unsupported_reason(query, *shared)
+    return _resolved(backend, query.device, reason)
+
+
+def _resolved(backend: str, device: torch.device | str, reason: str | None) -> str:
+    """Choose by the reason why the kernels cannot run, ``None`` if they can."""
     if backend == "auto":
-        return "triton" if unsupported_reason("triton", device) is None else "tiled"
+        # Triton's interpreter runs kernels on a CPU, for proof and not for speed.
+        slow = torch.device(device).type == "cpu"
+        return "tiled" if slow or kernels is None or reason is not None else "triton"
+    if reason is not None:
+        raise RuntimeError(f"backend {backend!r} cannot run here: {reason}")
     return backend
 
 
@@ -163,7 +264,8 @@ def _apply(
         scale = query.shape[3] ** -0.5
     elif not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale=}")
-    path = paths[resolve_backend(backend, query.device)]
+    shared = (key, value) if paths is _LCA else (key,)
+    path = paths[_path(backend, query, shared)]
     return path(query, key, value, (height, width), window_pair(window), scale)
 
 

@@ -1,0 +1,25 @@
+"""Triton kernels of the two attention operators, forward and backward.
+
+They need torch and triton alone. `rlr_fast.functional` checks arguments and chooses between them
+and the PyTorch paths; these functions are its Triton path and check nothing.
+"""
+
+from __future__ import annotations
+
+if __name__ != "rlr_fast.kernels":
+    raise ImportError("the kernels are imported as rlr_fast.kernels, not by their folder's name")
+
+from rlr_fast.kernels._launch import unsupported_device, unsupported_reason
+from rlr_fast.kernels.block_attention import block_attention
+from rlr_fast.kernels.local_attention import local_cross_attention
+from rlr_fast.kernels.masked_attention import masked_learnable_key_attention
+from rlr_fast.kernels.reference import prepare_key
+
+__all__ = [
+    "block_attention",
+    "local_cross_attention",
+    "masked_learnable_key_attention",
+    "prepare_key",
+    "unsupported_device",
+    "unsupported_reason",
+]

@@ -1,0 +1,231 @@
+"""What every launch needs: may the kernels run here, with which tiles, in which precision."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+HEAD_DIMS = (16, 32, 64, 128)
+_TOKENS = 2**24
+# Programs that a launch over chunks of the batch aims at: many a multiprocessor, so that the last
+# round of programs is a small part of the whole.
+PROGRAMS = 2048
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+# Whether Triton's interpreter runs the kernels; a kernel learns it once, when it is defined.
+INTERPRETING = bool(triton.knobs.runtime.interpret)
+
+
+@torch.compiler.assume_constant_result
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def unsupported_device(device: torch.device | str) -> str | None:
+    """Say why the kernels cannot run on ``device``; ``None`` if they can."""
+    device = torch.device(device)
+    if INTERPRETING:
+        return None
+    if device.type != "cuda":
+        return f"the Triton kernels need an NVIDIA GPU, and the tensors are on {device}"
+    if torch.version.hip is not None:
+        return "the Triton kernels have not been proved on AMD GPUs"
+    major, minor = _capability(device)
+    if major < 8:
+        return f"the Triton kernels need compute capability 8.0, and {device} has {major}.{minor}"
+    return None
+
+
+def unsupported_reason(query: Tensor, *shared: Tensor) -> str | None:
+    """Say why the kernels cannot take these tensors; ``None`` if they can.
+
+    Args:
+        query: (B, h, N, d).
+        shared: The tensors that must come without a batch: MLKA's key, LCA's key and value.
+    """
+    reason = unsupported_device(query.device)
+    if reason is not None:
+        return reason
+    if any(tensor.dim() != 3 for tensor in shared):
+        names = "a key" if len(shared) == 1 else "key and value"
+        return f"the Triton kernels need {names} that the batch shares, (h, N, d)"
+    if query.shape[3] not in HEAD_DIMS:
+        widths = ", ".join(map(str, HEAD_DIMS))
+        return f"the Triton kernels need a head width d of {widths}, got {query.shape[3]}"
+    if query.shape[2] > _TOKENS:
+        return f"the Triton kernels take at most {_TOKENS} tokens, got {query.shape[2]}"
+    if INTERPRETING:
+        if query.dtype == torch.bfloat16:
+            return (
+                "Triton's interpreter multiplies the bit patterns of bfloat16; test bfloat16 on a "
+                "GPU, and float32, float64 or float16 in the interpreter"
+            )
+    elif query.dtype not in _FLOATS:
+        return (
+            "the Triton kernels compute in float32, float16 or bfloat16 on a GPU, "
+            f"got {query.dtype}"
+        )
+    return None
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A token grid and the reach of its windows, in tokens."""
+
+    height: int
+    width: int
+    radius_y: int
+    radius_x: int
+
+    @staticmethod
+    def of(grid: Sequence[int], window: Sequence[int]) -> Geometry:
+        """Of a grid (H, W) and odd windows; no window reaches further than the grid."""
+        (height, width), (rows, columns) = grid, window
+        return Geometry(height, width, min(rows // 2, height - 1), min(columns // 2, width - 1))
+
+    @property
+    def tokens(self) -> int:
+        """N = H·W."""
+        return self.height * self.width
+
+    def constants(self) -> dict[str, int]:
+        """As constants of a kernel."""
+        return {"H": self.height, "W": self.width, "RY": self.radius_y, "RX": self.radius_x}
+
+
+@dataclass(frozen=True)
+class RasterTiles:
+    """Tiles of a kernel in raster order.
+
+    Attributes:
+        queries: Queries a tile.
+        keys: Keys a tile.
+        blocks: Key tiles a program of the key gradient holds, 1 or 2.
+        eighths: Share of the powers of two that the FMA units compute, of 8.
+        warps: Warps a program.
+        stages: Depth of the software pipeline.
+    """
+
+    queries: int = 64
+    keys: int = 64
+    blocks: int = 1
+    eighths: int = 0
+    warps: int = 4
+    stages: int = 2
+
+
+@dataclass(frozen=True)
+class HaloTiles:
+    """Tiles of a kernel that holds the keys around a few positions and walks over the batch.
+
+    Attributes:
+        rows: Rows of positions a tile.
+        columns: Columns of positions a tile.
+        images: Images a tile; ``images · rows · columns`` queries.
+        warps: Warps a program.
+        stages: Depth of the software pipeline.
+    """
+
+    rows: int = 2
+    columns: int = 2
+    images: int = 16
+    warps: int = 4
+    stages: int = 2
+
+
+_FORCED: dict[str, Any] = {}
+
+
+@contextlib.contextmanager
+def forced(**tiles: Any) -> Iterator[None]:
+    """Use these tiles, by kernel name, instead of the table's: for tests and for tuning."""
+    before = dict(_FORCED)
+    _FORCED.update(tiles)
+    try:
+        yield
+    finally:
+        _FORCED.clear()
+        _FORCED.update(before)
+
+
+def chosen(kernel: str, default: Any) -> Any:
+    """Return the forced tiles of a kernel, else ``default``."""
+    return _FORCED.get(kernel, default)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """Return how float32 products are computed; half-precision products have one way only.
+
+    As PyTorch's own: TF32 where the user allowed it, else three TF32 products, which keep float32's
+    accuracy on tensor cores.
+    """
+    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        return "tf32"
+    return "tf32x3" if dtype == torch.float32 else "ieee"
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of sums."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launch that was recorded instead of made, see `recorded`."""
+
+    kernel: Any
+    programs: int
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+    options: dict[str, int]
+
+
+_RECORDS: list[list[Launch]] = []
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Record launches instead of making them; their tensors may be on the meta device."""
+    records: list[Launch] = []
+    _RECORDS.append(records)
+    try:
+        yield records
+    finally:
+        _RECORDS.pop()
+
+
+def launch(
+    kernel: Any, programs: int, *arguments: Any, warps: int = 4, stages: int = 2, **constants: Any
+) -> None:
+    """Launch ``programs`` programs of a kernel on the device of its first tensor."""
+    options = {"num_warps": warps, "num_stages": stages}
+    if _RECORDS:
+        _RECORDS[-1].append(Launch(kernel, programs, arguments, constants, options))
+        return
+    device = arguments[0].device
+    # Triton launches on the current device.
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[(programs,)](*arguments, **constants, **options)
+
+
+def unit_columns(tensor: Tensor) -> Tensor:
+    """Return the tensor with unit stride in its last dimension; a copy only if it has another."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def refuse_double_backward(backward_op: Any) -> None:
+    """Make a second derivative through a backward op an error that says what to do."""
+
+    def refuse(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(
+            "the Triton kernels cannot be differentiated twice; use backend='dense' for that"
+        )
+
+    backward_op.register_autograd(refuse)

@@ -1,0 +1,96 @@
+"""Preparation of a reference's keys, once for all images.
+
+    key' = scale · log2 e · (key - mean over the tokens of a head),   bound_h = max_n |key'_n|
+
+A constant added to all keys changes no softmax, so scores q · key' are in log2 units and as small
+as they can be: rounding shrinks, and |q| · bound limits every score. The gradient needs no
+correction for the mean, because the gradients of a softmax's scores sum to 0 over the keys:
+d key = scale · log2 e · d key'.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rlr_fast.kernels import _launch
+
+
+@triton.jit
+def prepare_kernel(
+    key, prepared, bound, stride_h, stride_n, N, factor,
+    D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One head a program: its mean, then its keys and their largest norm."""
+    ACC: tl.constexpr = bound.dtype.element_ty
+    i_h = tl.program_id(0).to(tl.int64)
+    offs = tl.arange(0, BLOCK)
+    columns = tl.arange(0, D)
+    key += i_h * stride_h
+    prepared += i_h * N * D
+    total = tl.zeros((BLOCK, D), ACC)
+    for start in range(0, N, BLOCK):
+        rows = (start + offs).to(tl.int64)
+        inside = (rows < N)[:, None]
+        total += tl.load(key + rows[:, None] * stride_n + columns, mask=inside, other=0.0).to(ACC)
+    mean = tl.sum(total, 0) / N
+    largest = tl.zeros((BLOCK,), ACC)
+    for start in range(0, N, BLOCK):
+        rows = (start + offs).to(tl.int64)
+        inside = (rows < N)[:, None]
+        tile = tl.load(key + rows[:, None] * stride_n + columns, mask=inside, other=0.0).to(ACC)
+        tile = ((tile - mean[None, :]) * factor).to(prepared.dtype.element_ty)
+        tl.store(prepared + rows[:, None] * D + columns, tile, mask=inside)
+        tile = tl.where(inside, tile.to(ACC), 0.0)
+        largest = tl.maximum(largest, tl.sum(tile * tile, 1))
+    tl.store(bound + i_h, tl.sqrt(tl.max(largest, 0)))
+
+
+@torch.library.custom_op("rlr_fast::prepare_key", mutates_args=())
+def _prepare(key: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    key = _launch.unit_columns(key)
+    heads, tokens, width = key.shape
+    prepared = torch.empty((heads, tokens, width), dtype=key.dtype, device=key.device)
+    bound = torch.empty((heads,), dtype=_launch.accumulator(key.dtype), device=key.device)
+    block = max(16, min(8192 // width, triton.next_power_of_2(tokens)))
+    _launch.launch(
+        prepare_kernel, heads,
+        key, prepared, bound, key.stride(0), key.stride(1), tokens, scale * math.log2(math.e),
+        D=width, BLOCK=block, warps=8,
+    )  # fmt: skip
+    return prepared, bound
+
+
+@_prepare.register_fake
+def _(key: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    return (
+        key.new_empty(key.shape),
+        key.new_empty((key.shape[0],), dtype=_launch.accumulator(key.dtype)),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    ctx.factor = inputs[1] * math.log2(math.e)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None]:
+    return grad * ctx.factor, None
+
+
+_prepare.register_autograd(_backward, setup_context=_setup_context)
+
+
+def prepare_key(key: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Centre and scale the keys (h, N, d) of a reference.
+
+    Returns:
+        The keys (h, N, d) in log2 units and their dtype, and the largest norm a head (h,).
+    """
+    prepared, bound = _prepare(key, scale)
+    return prepared, bound
