@@ -1,4 +1,4 @@
-"""What every launch needs: may the kernels run here, with which tiles, in which precision."""
+"""What every launch needs: may the kernels run here, on what geometry, in which precision."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import Tensor
 
 HEAD_DIMS = (16, 32, 64, 128)
 _TOKENS = 2**24
-# Programs that a launch over chunks of the batch aims at: many a multiprocessor, so that the last
-# round of programs is a small part of the whole.
-PROGRAMS = 2048
+# Programs that a launch over chunks of the batch aims at: two rounds of two on each of the 132
+# multiprocessors of an H100. More would only add partial sums.
+PROGRAMS = 528
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -24,7 +24,8 @@ INTERPRETING = bool(triton.knobs.runtime.interpret)
 
 
 @torch.compiler.assume_constant_result
-def _capability(device: torch.device) -> tuple[int, int]:
+def capability(device: torch.device) -> tuple[int, int]:
+    """Return the compute capability of a GPU."""
     return torch.cuda.get_device_capability(device)
 
 
@@ -37,7 +38,7 @@ def unsupported_device(device: torch.device | str) -> str | None:
         return f"the Triton kernels need an NVIDIA GPU, and the tensors are on {device}"
     if torch.version.hip is not None:
         return "the Triton kernels have not been proved on AMD GPUs"
-    major, minor = _capability(device)
+    major, minor = capability(device)
     if major < 8:
         return f"the Triton kernels need compute capability 8.0, and {device} has {major}.{minor}"
     return None
@@ -100,66 +101,6 @@ class Geometry:
         return {"H": self.height, "W": self.width, "RY": self.radius_y, "RX": self.radius_x}
 
 
-@dataclass(frozen=True)
-class RasterTiles:
-    """Tiles of a kernel in raster order.
-
-    Attributes:
-        queries: Queries a tile.
-        keys: Keys a tile.
-        blocks: Key tiles a program of the key gradient holds, 1 or 2.
-        eighths: Share of the powers of two that the FMA units compute, of 8.
-        warps: Warps a program.
-        stages: Depth of the software pipeline.
-    """
-
-    queries: int = 64
-    keys: int = 64
-    blocks: int = 1
-    eighths: int = 0
-    warps: int = 4
-    stages: int = 2
-
-
-@dataclass(frozen=True)
-class HaloTiles:
-    """Tiles of a kernel that holds the keys around a few positions and walks over the batch.
-
-    Attributes:
-        rows: Rows of positions a tile.
-        columns: Columns of positions a tile.
-        images: Images a tile; ``images · rows · columns`` queries.
-        warps: Warps a program.
-        stages: Depth of the software pipeline.
-    """
-
-    rows: int = 2
-    columns: int = 2
-    images: int = 16
-    warps: int = 4
-    stages: int = 2
-
-
-_FORCED: dict[str, Any] = {}
-
-
-@contextlib.contextmanager
-def forced(**tiles: Any) -> Iterator[None]:
-    """Use these tiles, by kernel name, instead of the table's: for tests and for tuning."""
-    before = dict(_FORCED)
-    _FORCED.update(tiles)
-    try:
-        yield
-    finally:
-        _FORCED.clear()
-        _FORCED.update(before)
-
-
-def chosen(kernel: str, default: Any) -> Any:
-    """Return the forced tiles of a kernel, else ``default``."""
-    return _FORCED.get(kernel, default)
-
-
 def precision(dtype: torch.dtype) -> str:
     """Return how float32 products are computed; half-precision products have one way only.
 
@@ -202,10 +143,18 @@ def recorded() -> Iterator[list[Launch]]:
 
 
 def launch(
-    kernel: Any, programs: int, *arguments: Any, warps: int = 4, stages: int = 2, **constants: Any
+    kernel: Any,
+    programs: int,
+    *arguments: Any,
+    warps: int = 4,
+    stages: int = 2,
+    registers: int = 0,
+    **constants: Any,
 ) -> None:
     """Launch ``programs`` programs of a kernel on the device of its first tensor."""
     options = {"num_warps": warps, "num_stages": stages}
+    if registers:
+        options["maxnreg"] = registers
     if _RECORDS:
         _RECORDS[-1].append(Launch(kernel, programs, arguments, constants, options))
         return

@@ -31,9 +31,10 @@ import triton.language as tl
 from torch import Tensor
 
 from rlr_fast.kernels import _launch, masked_attention
-from rlr_fast.kernels._launch import Geometry, HaloTiles
+from rlr_fast.kernels._launch import Geometry
 from rlr_fast.kernels._window import within
 from rlr_fast.kernels.reference import prepare_key
+from rlr_fast.kernels.tiles import HaloTiles, Problem, choose
 
 _LN2 = tl.constexpr(0.6931471805599453)
 # The bias of a hidden key is -2**30, as a product whose factors float16 can hold.
@@ -325,55 +326,44 @@ def gather_kernel(
     tl.store(out + rows[:, None] * D + columns, total, mask=(n < N)[:, None])
 
 
-def halo_parts(tiles: HaloTiles, geometry: Geometry) -> tuple[int, int]:
+def halo_parts(tile: HaloTiles, geometry: Geometry) -> tuple[int, int]:
     """Return two powers of two, of which the second may be 0, that hold a tile's halo."""
-    keys = (tiles.rows + 2 * geometry.radius_y) * (tiles.columns + 2 * geometry.radius_x)
+    keys = tile.halo(geometry)
     whole = max(16, triton.next_power_of_2(keys))
     half = whole // 2
-    if half >= 32 and keys - half <= half // 2:
+    if half >= 64 and keys - half <= half // 2:
         return half, max(16, triton.next_power_of_2(keys - half))
     return whole, 0
 
 
-def forward_tiles(geometry: Geometry, batch: int) -> HaloTiles:
-    """Tiles of the forward kernel: few positions, unless the batch is too small to fill a tile."""
-    return _launch.chosen("halo_forward", _tiles(geometry, 2 if batch > 8 else 4))
-
-
-def backward_tiles(geometry: Geometry, batch: int) -> HaloTiles:
-    """Tiles of the backward kernel."""
-    return _launch.chosen("halo_backward", _tiles(geometry, 2 if batch > 8 else 4))
-
-
-def _tiles(geometry: Geometry, side: int) -> HaloTiles:
-    rows = min(side, triton.next_power_of_2(geometry.height))
-    columns = min(side, triton.next_power_of_2(geometry.width))
-    return HaloTiles(rows, columns, max(1, 64 // (rows * columns)), warps=4, stages=2)
+def _tiles(kernel: str, q: Tensor, geometry: Geometry) -> HaloTiles:
+    batch, _, _, width = q.shape
+    return choose(Problem(kernel, geometry, width, batch, q.dtype, q.device))
 
 
 def resident(geometry: Geometry, width: int, itemsize: int) -> bool:
-    """Whether a halo is small enough to stay in shared memory, for any batch."""
-    halo = sum(halo_parts(_tiles(geometry, 4), geometry))
+    """Whether the halo of 4x4 positions is small enough to stay in shared memory."""
+    halo = sum(halo_parts(HaloTiles(4, 4, 4), geometry))
     return halo <= _LARGEST_HALO and halo * width * itemsize <= _LARGEST_BYTES
 
 
-def _constants(geometry: Geometry, tiles: HaloTiles, width: int, dtype: torch.dtype) -> dict:
-    halo_a, halo_b = halo_parts(tiles, geometry)
-    positions = max(16, tiles.rows * tiles.columns)
+def _constants(geometry: Geometry, tile: HaloTiles, width: int, dtype: torch.dtype) -> dict:
+    halo_a, halo_b = halo_parts(tile, geometry)
+    positions = max(16, tile.rows * tile.columns)
     return {
         **geometry.constants(), "D": width,
-        "PH": tiles.rows, "PW": tiles.columns, "P": positions, "IMAGES": tiles.images,
+        "PH": tile.rows, "PW": tile.columns, "P": positions, "IMAGES": tile.images,
         "HALO_A": halo_a, "HALO_B": halo_b, "PRECISION": _launch.precision(dtype),
-        "warps": tiles.warps, "stages": tiles.stages,
+        "warps": tile.warps, "stages": tile.stages,
     }  # fmt: skip
 
 
-def _programs(geometry: Geometry, tiles: HaloTiles, heads: int, batch: int) -> tuple[int, int, int]:
+def _programs(geometry: Geometry, tile: HaloTiles, heads: int, batch: int) -> tuple[int, int, int]:
     """Return position tiles, images a chunk, and chunks."""
-    places = triton.cdiv(geometry.height, tiles.rows) * triton.cdiv(geometry.width, tiles.columns)
-    steps = triton.cdiv(batch, tiles.images)
+    places = triton.cdiv(geometry.height, tile.rows) * triton.cdiv(geometry.width, tile.columns)
+    steps = triton.cdiv(batch, tile.images)
     chunks = min(steps, max(1, _launch.PROGRAMS // (places * heads)))
-    chunk = triton.cdiv(steps, chunks) * tiles.images
+    chunk = triton.cdiv(steps, chunks) * tile.images
     return places, chunk, triton.cdiv(batch, chunk)
 
 
@@ -391,12 +381,12 @@ def launch_forward(
     saved = torch.empty((0,), dtype=_launch.accumulator(q.dtype), device=q.device)
     if batch == 0:
         return saved
-    tiles = forward_tiles(geometry, batch)
-    places, chunk, chunks = _programs(geometry, tiles, heads, batch)
+    tile = _tiles("halo_forward", q, geometry)
+    places, chunk, chunks = _programs(geometry, tile, heads, batch)
     _launch.launch(
         forward_kernel, heads * places * chunks,
         q, k, v, o, *q.stride()[:3], *k.stride()[:2], *v.stride()[:2], *o.stride()[:3],
-        batch, heads, chunk, **_constants(geometry, tiles, width, q.dtype),
+        batch, heads, chunk, **_constants(geometry, tile, width, q.dtype),
     )  # fmt: skip
     return saved
 
@@ -413,14 +403,14 @@ def launch_backward(
         )
         assert dv is not None
         return dk, dv
-    tiles = backward_tiles(geometry, batch)
+    tile = _tiles("halo_backward", q, geometry)
     exact = _launch.accumulator(q.dtype)
     sums = torch.zeros((2, heads, tokens, width), dtype=exact, device=q.device)
     if batch == 0:
         return sums[0], sums[1]
     do = _launch.unit_columns(do)
-    places, chunk, chunks = _programs(geometry, tiles, heads, batch)
-    constants = _constants(geometry, tiles, width, q.dtype)
+    places, chunk, chunks = _programs(geometry, tile, heads, batch)
+    constants = _constants(geometry, tile, width, q.dtype)
     atomic = not torch.are_deterministic_algorithms_enabled()
     halo = constants["HALO_A"] + constants["HALO_B"]
     parts = sums
@@ -437,7 +427,7 @@ def launch_backward(
             _launch.launch(
                 gather_kernel, heads * triton.cdiv(tokens, 64), part, total, heads, chunks,
                 **geometry.constants(), D=width,
-                PH=tiles.rows, PW=tiles.columns, HALO=halo, BLOCK_N=64,
+                PH=tile.rows, PW=tile.columns, HALO=halo, BLOCK_N=64,
             )  # fmt: skip
     return sums[0], sums[1]
 

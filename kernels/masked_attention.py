@@ -32,10 +32,11 @@ import triton.language as tl
 from torch import Tensor
 
 from rlr_fast.kernels import _launch
-from rlr_fast.kernels._launch import Geometry, RasterTiles
+from rlr_fast.kernels._launch import Geometry
 from rlr_fast.kernels._softmax import NO_MAXIMUM, exp2
 from rlr_fast.kernels._window import inside_window, window_range
 from rlr_fast.kernels.reference import prepare_key
+from rlr_fast.kernels.tiles import Problem, RasterTiles, choose
 
 _LN2 = tl.constexpr(0.6931471805599453)
 # Scores of at most this magnitude need no maximum: 2**±50 and sums of 2**24 of them fit float32,
@@ -249,12 +250,11 @@ def delta_kernel(
 @triton.jit
 def _key_step(
     dk, dv, k, v, q, do, lse, delta, seen,
-    TESTED: tl.constexpr, EIGHTHS: tl.constexpr, PRECISION: tl.constexpr,
+    TESTED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dK, dV and Kᵀ dSᵀ of one block of keys and one of queries; scores lie as (keys, queries)."""
     x = tl.dot(k, tl.trans(q), input_precision=PRECISION) - lse[None, :]
-    # The FMA form of exp2 ends at 2**-126, which is 0 beside any other weight.
-    p = tl.exp2(x) if EIGHTHS == 0 else exp2(tl.maximum(x, -126.0), EIGHTHS)
+    p = tl.exp2(x)
     if TESTED:
         p = tl.where(seen, p, 0.0)
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
@@ -271,7 +271,7 @@ def _key_gradients(
     N: tl.constexpr, W: tl.constexpr, RY: tl.constexpr, RX: tl.constexpr,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr,
     INSIDE: tl.constexpr, WINDOWED: tl.constexpr, DQ: tl.constexpr,
-    EIGHTHS: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Accumulate the queries of one or two neighbouring blocks of keys, as `_attend` does."""
     TESTED: tl.constexpr = WINDOWED or N % BLOCK_M != 0 or N % BLOCK_N != 0
@@ -288,7 +288,7 @@ def _key_gradients(
         seen = _seen(offs_a, offs_m, BLOCK_N, BLOCK_M, N, W, RY, RX, INSIDE, WINDOWED)
         dk_a, dv_a, ds = _key_step(
             dk_a, dv_a, k_a, v_a, q_tile, do_tile, row_lse, row_delta, seen,
-            TESTED, EIGHTHS, PRECISION,
+            TESTED, PRECISION,
         )  # fmt: skip
         if DQ != "apart":
             dq_tile = tl.dot(tl.trans(ds), k_a, input_precision=PRECISION)
@@ -296,7 +296,7 @@ def _key_gradients(
             seen = _seen(offs_b, offs_m, BLOCK_N, BLOCK_M, N, W, RY, RX, INSIDE, WINDOWED)
             dk_b, dv_b, ds = _key_step(
                 dk_b, dv_b, k_b, v_b, q_tile, do_tile, row_lse, row_delta, seen,
-                TESTED, EIGHTHS, PRECISION,
+                TESTED, PRECISION,
             )  # fmt: skip
             if DQ != "apart":
                 dq_tile = tl.dot(tl.trans(ds), k_b, dq_tile, input_precision=PRECISION)
@@ -322,7 +322,7 @@ def backward_key_kernel(
     H: tl.constexpr, W: tl.constexpr, RY: tl.constexpr, RX: tl.constexpr,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr,
     INSIDE: tl.constexpr, SHARED_VALUE: tl.constexpr, DQ: tl.constexpr,
-    EIGHTHS: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dV, and dK (chunks, h, N, D) of BLOCKS·BLOCK_N keys and ``chunk`` images; key block fastest.
 
@@ -364,14 +364,14 @@ def backward_key_kernel(
             dk_a, dv_a, dk_b, dv_b, k_a, v_a, k_b, v_b, start_n,
             q_image, do_image, lse_image, delta_image, dq_image,
             stride_qn, stride_don, stride_dqn, lo, hi,
-            N, W, RY, RX, D, BLOCK_M, BLOCK_N, BLOCKS, INSIDE, True, DQ, EIGHTHS, PRECISION,
+            N, W, RY, RX, D, BLOCK_M, BLOCK_N, BLOCKS, INSIDE, True, DQ, PRECISION,
         )  # fmt: skip
         if not INSIDE:
             dk_a, dv_a, dk_b, dv_b = _key_gradients(
                 dk_a, dv_a, dk_b, dv_b, k_a, v_a, k_b, v_b, start_n,
                 q_image, do_image, lse_image, delta_image, dq_image,
                 stride_qn, stride_don, stride_dqn, lo, hi,
-                N, W, RY, RX, D, BLOCK_M, BLOCK_N, BLOCKS, INSIDE, False, DQ, EIGHTHS, PRECISION,
+                N, W, RY, RX, D, BLOCK_M, BLOCK_N, BLOCKS, INSIDE, False, DQ, PRECISION,
             )  # fmt: skip
         if not SHARED_VALUE:
             dv_image = dv + i_b * stride_dvb + i_h * stride_dvh
@@ -394,7 +394,7 @@ def _query_gradient(
     dq, q, do, row_lse, row_delta, offs_m, k, v, stride_kn, stride_vn, lo, hi,
     N: tl.constexpr, W: tl.constexpr, RY: tl.constexpr, RX: tl.constexpr,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    INSIDE: tl.constexpr, WINDOWED: tl.constexpr, EIGHTHS: tl.constexpr, PRECISION: tl.constexpr,
+    INSIDE: tl.constexpr, WINDOWED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Accumulate the keys of a block of queries: those of [lo, hi), or all others."""
     first = lo if WINDOWED else 0
@@ -403,7 +403,7 @@ def _query_gradient(
         k_tile = _rows(k, start, BLOCK_N, stride_kn, N, D)
         v_tile = _rows(v, start, BLOCK_N, stride_vn, N, D)
         x = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION) - row_lse[:, None]
-        p = tl.exp2(x) if EIGHTHS == 0 else exp2(tl.maximum(x, -126.0), EIGHTHS)
+        p = tl.exp2(x)
         if WINDOWED or N % BLOCK_N != 0:
             offs_n = start + tl.arange(0, BLOCK_N)
             seen = _seen(offs_m, offs_n, BLOCK_M, BLOCK_N, N, W, RY, RX, INSIDE, WINDOWED)
@@ -422,7 +422,7 @@ def backward_query_kernel(
     batch, heads,
     H: tl.constexpr, W: tl.constexpr, RY: tl.constexpr, RX: tl.constexpr,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, INSIDE: tl.constexpr,
-    EIGHTHS: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """DQ of one block of queries, in fixed order; query block fastest, head slowest."""
     N: tl.constexpr = H * W
@@ -442,57 +442,20 @@ def backward_query_kernel(
     grad = tl.zeros((BLOCK_M, D), lse.dtype.element_ty)
     grad = _query_gradient(
         grad, q_tile, do_tile, row_lse, row_delta, offs_m, k, v, stride_kn, stride_vn, lo, hi,
-        N, W, RY, RX, D, BLOCK_M, BLOCK_N, INSIDE, True, EIGHTHS, PRECISION,
+        N, W, RY, RX, D, BLOCK_M, BLOCK_N, INSIDE, True, PRECISION,
     )  # fmt: skip
     if not INSIDE:
         grad = _query_gradient(
             grad, q_tile, do_tile, row_lse, row_delta, offs_m, k, v, stride_kn, stride_vn, lo, hi,
-            N, W, RY, RX, D, BLOCK_M, BLOCK_N, INSIDE, False, EIGHTHS, PRECISION,
+            N, W, RY, RX, D, BLOCK_M, BLOCK_N, INSIDE, False, PRECISION,
         )  # fmt: skip
     dq += i_b * stride_dqb + i_h * stride_dqh
     _store_rows(dq, grad * _LN2, start_m, BLOCK_M, stride_dqn, N, D)
 
 
-# Tiles for half precision by head width d, chosen by the counts of `benchmarks/codegen.py`: no
-# spilled register, then the fewest clocks a score. Wider types take few registers' worth of rows.
-_FORWARD_TILES = {
-    16: RasterTiles(64, 128, eighths=2, stages=2),
-    32: RasterTiles(64, 128, eighths=2, stages=3),
-    64: RasterTiles(64, 64, eighths=2, stages=3),
-    128: RasterTiles(64, 64, eighths=2, stages=2),
-}
-_KEY_TILES = {
-    16: RasterTiles(64, 64, blocks=2, stages=1),
-    32: RasterTiles(64, 64, stages=1),
-    64: RasterTiles(64, 64, stages=2),
-    128: RasterTiles(64, 64, warps=8, stages=1),
-}
-_QUERY_TILES = {
-    16: RasterTiles(64, 64, stages=2),
-    32: RasterTiles(64, 64, stages=2),
-    64: RasterTiles(64, 64, stages=2),
-    128: RasterTiles(64, 64, warps=8, stages=2),
-}
-_WIDE_FORWARD_TILES = RasterTiles(64, 32)
-_WIDE_BACKWARD_TILES = RasterTiles(32, 32, stages=1)
-
-
-def forward_tiles(width: int, itemsize: int) -> RasterTiles:
-    """Tiles of the forward kernel by head width d and bytes an element."""
-    table = _FORWARD_TILES[width] if itemsize == 2 else _WIDE_FORWARD_TILES
-    return _launch.chosen("raster_forward", table)
-
-
-def key_tiles(width: int, itemsize: int) -> RasterTiles:
-    """Tiles of the kernel of the key gradient."""
-    table = _KEY_TILES[width] if itemsize == 2 else _WIDE_BACKWARD_TILES
-    return _launch.chosen("raster_key", table)
-
-
-def query_tiles(width: int, itemsize: int) -> RasterTiles:
-    """Tiles of the kernel of the query gradient."""
-    table = _QUERY_TILES[width] if itemsize == 2 else _WIDE_BACKWARD_TILES
-    return _launch.chosen("raster_query", table)
+def _tiles(kernel: str, q: Tensor, geometry: Geometry) -> RasterTiles:
+    batch, _, _, width = q.shape
+    return choose(Problem(kernel, geometry, width, batch, q.dtype, q.device))
 
 
 def launch_forward(
@@ -503,15 +466,15 @@ def launch_forward(
     lse = torch.empty((batch, heads, tokens), dtype=_launch.accumulator(q.dtype), device=q.device)
     if batch == 0:
         return lse
-    tiles = forward_tiles(width, q.element_size())
+    tile = _tiles("raster_forward", q, geometry)
     _launch.launch(
-        forward_kernel, triton.cdiv(tokens, tiles.queries) * batch * heads,
+        forward_kernel, triton.cdiv(tokens, tile.queries) * batch * heads,
         q, k, v, o, lse, bound,
         *q.stride()[:3], *k.stride()[:2], *_value_strides(v), *o.stride()[:3], batch, heads,
-        **geometry.constants(), D=width, BLOCK_M=tiles.queries, BLOCK_N=tiles.keys, INSIDE=inside,
+        **geometry.constants(), D=width, BLOCK_M=tile.queries, BLOCK_N=tile.keys, INSIDE=inside,
         # Weights of 2**±50 fit bfloat16 and float32, not float16.
-        CERTIFIED=q.dtype != torch.float16, EIGHTHS=_eighths(tiles, q.dtype),
-        PRECISION=_launch.precision(q.dtype), warps=tiles.warps, stages=tiles.stages,
+        CERTIFIED=q.dtype != torch.float16, EIGHTHS=_eighths(tile, q.dtype),
+        PRECISION=_launch.precision(q.dtype), **tile.options(),
     )  # fmt: skip
     return lse
 
@@ -532,14 +495,14 @@ def launch_backward(
         zeros = torch.zeros((heads, tokens, width), dtype=exact, device=q.device)
         return zeros, zeros.clone() if shared else None
     do = _launch.unit_columns(do)
-    tiles = key_tiles(width, q.element_size())
-    keys = tiles.keys * tiles.blocks
+    tile = _tiles("raster_key", q, geometry)
+    keys = tile.keys * tile.blocks
     programs = triton.cdiv(tokens, keys) * heads
     chunk = triton.cdiv(batch, min(batch, max(1, _launch.PROGRAMS // programs)))
     chunks = triton.cdiv(batch, chunk)
     if tokens <= keys:
         mode, dq_buffer = "store", dq
-    elif torch.are_deterministic_algorithms_enabled():
+    elif tile.apart or torch.are_deterministic_algorithms_enabled():
         mode, dq_buffer = "apart", dq
     else:
         mode, dq_buffer = "add", torch.zeros(dq.shape, dtype=exact, device=dq.device)
@@ -559,18 +522,18 @@ def launch_backward(
         q, k, v, do, lse, delta, dq_buffer, parts[0], dv_buffer,
         *q.stride()[:3], *k.stride()[:2], *_value_strides(v), *do.stride()[:3],
         *dq_buffer.stride()[:3], *(dv_buffer.stride()[:3]), batch, heads, chunk,
-        BLOCK_M=tiles.queries, BLOCK_N=tiles.keys, BLOCKS=tiles.blocks, SHARED_VALUE=shared,
-        DQ=mode, EIGHTHS=_eighths(tiles, q.dtype), warps=tiles.warps, stages=tiles.stages,
+        BLOCK_M=tile.queries, BLOCK_N=tile.keys, BLOCKS=tile.blocks, SHARED_VALUE=shared,
+        DQ=mode, **tile.options(),
         **constants,
     )  # fmt: skip
     if mode == "apart":
-        tiles = query_tiles(width, q.element_size())
+        tile = _tiles("raster_query", q, geometry)
         _launch.launch(
-            backward_query_kernel, triton.cdiv(tokens, tiles.queries) * batch * heads,
+            backward_query_kernel, triton.cdiv(tokens, tile.queries) * batch * heads,
             q, k, v, do, lse, delta, dq,
             *q.stride()[:3], *k.stride()[:2], *_value_strides(v), *do.stride()[:3],
-            *dq.stride()[:3], batch, heads, BLOCK_M=tiles.queries, BLOCK_N=tiles.keys,
-            EIGHTHS=_eighths(tiles, q.dtype), warps=tiles.warps, stages=tiles.stages,
+            *dq.stride()[:3], batch, heads, BLOCK_M=tile.queries, BLOCK_N=tile.keys,
+            **tile.options(),
             **constants,
         )  # fmt: skip
     if mode == "add":
@@ -585,9 +548,9 @@ def _value_strides(v: Tensor) -> tuple[int, int, int]:
     return (0, *strides) if v.dim() == 3 else strides  # type: ignore[return-value]
 
 
-def _eighths(tiles: RasterTiles, dtype: torch.dtype) -> int:
+def _eighths(tile: RasterTiles, dtype: torch.dtype) -> int:
     """The cubic of exp2 is exact to bfloat16's rounding, not to float32's or float16's."""
-    return tiles.eighths if dtype == torch.bfloat16 else 0
+    return tile.eighths if dtype == torch.bfloat16 else 0
 
 
 @torch.library.custom_op("rlr_fast::masked_learnable_key_attention", mutates_args=())

@@ -16,7 +16,7 @@ import torch
 from rlr_fast import __version__
 from rlr_fast.backbone import BackboneWeightsError
 from rlr_fast.calibration import color_scale
-from rlr_fast.config import PRESETS, RLRConfig, TrainConfig
+from rlr_fast.config import PRECISIONS, PRESETS, RLRConfig, TrainConfig
 from rlr_fast.data import LAYOUTS, DataSet, check_dataset, format_report, read_dataset
 from rlr_fast.data.synthetic import make_dataset
 from rlr_fast.demo import run_demo
@@ -31,6 +31,7 @@ from rlr_fast.options import Parser, UsageError, add_fields, config_from, parse,
 from rlr_fast.predict import find_images, predict
 from rlr_fast.progress import follow, progress_bar
 from rlr_fast.train import TrainingError, read_run, train
+from rlr_fast.tune import tune
 
 _USER_ERRORS = (
     UsageError,
@@ -94,6 +95,7 @@ def build_parser() -> Parser:
     _add_train(verbs)
     _add_eval(verbs)
     _add_predict(verbs)
+    _add_tune(verbs)
     _add_info(verbs)
     return parser
 
@@ -389,6 +391,37 @@ def _predict(args: argparse.Namespace) -> int:
         result = predict(model, files, args.out, scale, workers=args.workers, progress=bar.update)
     print(f"{len(result.scores)} of {len(files)} images scored: {result.results}")
     return _report(result.failures)
+
+
+# tune
+
+
+def _add_tune(verbs: Any) -> None:
+    parser = _verb(
+        verbs,
+        "tune",
+        _tune,
+        "search for the fastest tiles of the Triton kernels on this GPU, and keep them",
+    )
+    parser.add_argument(
+        "--preset", default="paper", choices=tuple(PRESETS), help="the configuration"
+    )
+    parser.add_argument("--batch-size", type=positive, default=64, metavar="N", help="images")
+    parser.add_argument("--precision", default="bf16", choices=tuple(PRECISIONS), help="of a run")
+    add_fields(parser, RLRConfig)
+    _add_machine(parser)
+
+
+def _tune(args: argparse.Namespace) -> int:
+    config = config_from(args, RLRConfig, PRESETS[args.preset].model)
+    device = choose_device(args.device)
+    reason = unsupported_reason("triton", device)
+    if reason is not None:
+        raise UsageError(f"tuning cannot run on {device}: {reason}")
+    with progress_bar("tiles", None, args.quiet) as bar:
+        for line in tune(config, args.batch_size, args.precision, device, bar.update):
+            print(line, flush=True)
+    return 0
 
 
 # info

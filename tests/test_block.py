@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rlr_fast.block import Reconstructor, RLRBlock, sincos_positions
+from rlr_fast.block import PreparedBlock, Reconstructor, RLRBlock, sincos_positions
 
 GRID, WINDOW = (4, 5), 3
 
@@ -62,7 +62,81 @@ def test_block_is_equations_4_and_5_for_every_row_of_table_3(attention, residual
     for p in block.parameters():
         torch.nn.init.normal_(p, std=0.3)
     y, reference = torch.randn(2, 20, 16).double(), torch.randn(20, 16).double()
-    torch.testing.assert_close(block(y, reference), block_by_torch(block, y, reference, 3.0))
+    expected = block_by_torch(block, y, reference, 3.0)
+    torch.testing.assert_close(block(y, reference), expected)
+    # The paper's pair of branches runs as one product in and one out.
+    prepared = block.prepare(reference)
+    assert isinstance(prepared, PreparedBlock) == (set(attention) == {"mlka", "lca"})
+    torch.testing.assert_close(block(y, prepared), expected)
+
+
+@pytest.fixture
+def prepared_blocks(monkeypatch):
+    """The blocks that were prepared, one entry a time."""
+    calls = []
+    prepare = RLRBlock.prepare
+    monkeypatch.setattr(RLRBlock, "prepare", lambda self, r: calls.append(self) or prepare(self, r))
+    return calls
+
+
+def test_inference_prepares_the_reference_once(prepared_blocks):
+    level = Reconstructor(6, 16, 2, GRID, WINDOW, blocks=2).eval()
+    tokens = torch.randn(2, 20, 6)
+    with torch.inference_mode():
+        first = level(tokens)
+    with torch.no_grad():
+        second = level(tokens)
+    assert len(prepared_blocks) == 2
+    assert torch.equal(first, second)
+    level(tokens).sum().backward()  # gradients need their own
+    assert len(prepared_blocks) == 4
+
+
+def step(level: Reconstructor) -> None:
+    optimizer = torch.optim.Adam(level.parameters(), lr=0.1)
+    level(torch.randn(1, 20, 6)).square().sum().backward()
+    optimizer.step()
+
+
+def load(level: Reconstructor) -> None:
+    level.load_state_dict(Reconstructor(6, 16, 2, GRID, WINDOW, blocks=2).state_dict())
+
+
+def replace_data(level: Reconstructor) -> None:
+    level.reference.data = level.reference.data + 1
+
+
+def train_and_return(level: Reconstructor) -> None:
+    level.train()
+    level.reference.data.add_(1)  # unseen by version counters
+    level.eval()
+
+
+@pytest.mark.parametrize(
+    "change", [step, load, replace_data, train_and_return], ids=lambda f: f.__name__
+)
+def test_inference_sees_changed_weights(change):
+    level = Reconstructor(6, 16, 2, GRID, WINDOW, blocks=2).eval()
+    tokens = torch.randn(2, 20, 6)
+    with torch.no_grad():
+        before = level(tokens)
+        with torch.enable_grad():
+            change(level)
+        after = level(tokens)
+        fresh = Reconstructor(6, 16, 2, GRID, WINDOW, blocks=2).eval()
+        fresh.load_state_dict(level.state_dict())
+        assert torch.equal(after, fresh(tokens))
+    assert not torch.allclose(before, after)
+
+
+def test_inference_under_autocast_keeps_its_own(prepared_blocks):
+    level = Reconstructor(6, 16, 2, GRID, WINDOW, blocks=1).eval()
+    tokens = torch.randn(2, 20, 6)
+    with torch.no_grad():
+        plain = level(tokens)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert level(tokens).dtype == torch.bfloat16
+        assert torch.equal(level(tokens), plain)
 
 
 def test_reconstructor_uses_one_projected_reference_with_positions_in_all_blocks():

@@ -445,16 +445,10 @@ def test_windows_become_pairs():
     assert window_pair([3, 7]) == (3, 7)
 
 
-def test_kernel_request_is_refused_with_the_reason():
-    reason = unsupported_reason("triton", "cpu")
-    assert reason is not None
-    inputs = make_inputs((2, 2))
-    with pytest.raises(RuntimeError, match=reason):
-        local_cross_attention(*inputs[:3], (2, 2), 1, backend="triton")
-
-
 def test_auto_takes_the_fastest_path_that_runs(device):
-    expected = "triton" if unsupported_reason("triton", device) is None else "tiled"
+    # On a CPU the kernels run at most in Triton's interpreter: for proof, never for speed.
+    runs = device.type == "cuda" and unsupported_reason("triton", device) is None
+    expected = "triton" if runs else "tiled"
     assert resolve_backend("auto", device) == expected
     assert resolve_backend("dense", device) == "dense"
 
