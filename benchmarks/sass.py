@@ -205,8 +205,13 @@ def compile_kernel(
     return triton.compile(source, target=GPUTarget(backend, arch, warp), options=options)
 
 
-def resources(compiled: CompiledKernel) -> Resources:
-    """Registers, memory and residency of a kernel compiled for CUDA."""
+def resources(compiled: CompiledKernel, code: Sequence[Instruction] | None = None) -> Resources:
+    """Registers, memory and residency of a kernel compiled for CUDA.
+
+    Args:
+        compiled: The kernel.
+        code: Its ``instructions``, where they are at hand.
+    """
     text = _cuobjdump(compiled, "--dump-resource-usage")
     used = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED):(\d+)", text)}
     metadata = compiled.metadata
@@ -225,7 +230,7 @@ def resources(compiled: CompiledKernel) -> Resources:
     }
     if getattr(metadata, "tmem_size", 0):
         programs_by["tensor_memory"] = _TENSOR_MEMORY_COLUMNS // metadata.tmem_size
-    code = instructions(compiled)
+    code = instructions(compiled) if code is None else code
     stores, loads = (sum(i.width // 8 for i in code if i.base == base) for base in ("STL", "LDL"))
     return Resources(used["REG"], used["STACK"], stores, loads, shared, 32 * warps, programs_by)
 

@@ -1,0 +1,154 @@
+"""``pytest --benchmark``: runs the benchmarks alone, checks each before it is timed, records it."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import timing
+from benchmarks.check import WrongResultError
+from benchmarks.record import Recorder, bench_device, record_path
+from benchmarks.rivals import UnavailableError
+
+_RECORDER = pytest.StashKey[Recorder]()
+# A CPU call longer than this is timed a fixed number of times, without calibration.
+_LONG_SECONDS = 0.2
+_BUDGET_SECONDS = 1.0
+_LONG_ROUNDS = 3
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add ``--benchmark`` and what refines it."""
+    group = parser.getgroup("rlr_fast benchmarks")
+    group.addoption("--benchmark", action="store_true", help="run benchmarks, and nothing else")
+    group.addoption(
+        "--benchmark-headline",
+        action="store_true",
+        help="the few figures that matter most, within minutes on a GPU",
+    )
+    group.addoption(
+        "--benchmark-large", action="store_true", help="also problems that take a CPU minutes"
+    )
+    group.addoption(
+        "--benchmark-record",
+        metavar="NAME",
+        help="write results to benchmarks/results/NAME.json, or to a path that ends in .json",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep the benchmarks alone, or all but them."""
+    wanted = config.getoption("--benchmark")
+    kept = [item for item in items if _is_benchmark(item) == wanted]
+    dropped = [item for item in items if _is_benchmark(item) != wanted]
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = kept
+
+
+def _is_benchmark(item: pytest.Item) -> bool:
+    return "benchmark" in getattr(item, "fixturenames", ())
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Finish the record."""
+    recorder = session.config.stash.get(_RECORDER, None)
+    if recorder is not None:
+        recorder.close()
+
+
+@pytest.fixture(scope="session")
+def recorder(pytestconfig: pytest.Config) -> Recorder:
+    """The record of this run; in memory alone without ``--benchmark-record``."""
+    name = pytestconfig.getoption("--benchmark-record")
+    made = Recorder(record_path(name) if name else None)
+    pytestconfig.stash[_RECORDER] = made
+    return made
+
+
+@pytest.fixture
+def measure(benchmark: Any, recorder: Recorder) -> Callable[..., None]:
+    """Check, then time one call, and record what came of it.
+
+    ``measure(info, group, prepare, make, graph=False, context=nullcontext)``: ``prepare()`` checks
+    and returns the errors; ``make()`` returns the call. What a problem is too large for, what
+    cannot run here, and a wrong result are recorded in place of figures.
+    """
+
+    def run(
+        info: dict[str, object],
+        group: str,
+        prepare: Callable[[], dict[str, float]],
+        make: Callable[[], Callable[[], object]],
+        graph: bool = False,
+        context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    ) -> None:
+        benchmark.group = group
+        benchmark.extra_info.update(info)
+        try:
+            with _memory_errors():
+                errors = prepare()
+                with context():
+                    found = _time(benchmark, make, graph)
+        except UnavailableError as error:
+            recorder.add({**info, "outcome": "unavailable", "reason": str(error)})
+            pytest.skip(str(error))
+        except torch.OutOfMemoryError as error:
+            reason = str(error).splitlines()[0][:200]
+            recorder.add({**info, "outcome": "OOM", "reason": reason})
+            error.__traceback__ = None  # its frames hold the tensors that took the memory
+            _free()
+            pytest.skip(f"OOM: {reason}")
+        except WrongResultError as error:
+            recorder.add({**info, "outcome": "wrong", "reason": str(error)})
+            raise
+        benchmark.extra_info.update(found, errors=errors)
+        recorder.add({**info, "outcome": "ok", "errors": errors, **found})
+
+    return run
+
+
+def _time(
+    benchmark: Any, make: Callable[[], Callable[[], object]], graph: bool
+) -> dict[str, object]:
+    if benchmark.disabled:
+        make()()
+        return {}
+    if bench_device().type == "cuda":
+        result = timing.time_on_gpu(make, graph)
+        timing.CLOCK.load(result.seconds)
+        benchmark.pedantic(lambda: None, rounds=len(result.seconds), iterations=1)
+        return result.info()
+    call = make()
+    peak = timing.cpu_peak(call)
+    once = timing.seconds_of(call)
+    if once > _LONG_SECONDS:
+        rounds = max(1, min(_LONG_ROUNDS, int(_BUDGET_SECONDS / once)))
+        benchmark.pedantic(call, rounds=rounds, iterations=1)
+    else:
+        benchmark(call)
+    return timing.Timing(list(benchmark.stats.stats.data), peak).info()
+
+
+@contextlib.contextmanager
+def _memory_errors() -> Iterator[None]:
+    """Make the CPU allocator's complaint the error that a GPU's is."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" in str(error):
+            raise torch.OutOfMemoryError(str(error)) from error
+        raise
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

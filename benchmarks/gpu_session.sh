@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# What a GPU is worth ten minutes for, the most valuable first. Results come as they are made, into
+# $OUT, else benchmarks/results: each part has its own time limit and leaves a record and a log.
+#   benchmarks/gpu_session.sh                     all parts
+#   benchmarks/gpu_session.sh check headline      these parts: check headline unknowns tests training
+#                                                 tiles operators model scaling
+set -uo pipefail
+cd "$(dirname "$0")/.."
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+out=${OUT:-$PWD/benchmarks/results}
+mkdir -p "$out"
+log="$out/session.log"
+python=${PYTHON:-python3}
+options=(-o 'testpaths=tests benchmarks' -o 'python_files=test_*.py bench_*.py' -p no:cacheprovider)
+benchmark=("$python" -m pytest -q --benchmark "${options[@]}" --benchmark-columns=median,min,rounds)
+failed=0
+
+part() { # name, seconds, command…
+  local name=$1 seconds=$2 start=$SECONDS code
+  shift 2
+  echo "=== $name ($seconds s): $*" | tee -a "$log"
+  timeout --kill-after=10 "$seconds" "$@" 2>&1 | tee -a "$log"
+  code=${PIPESTATUS[0]}
+  [ "$code" -eq 0 ] || failed=1
+  echo "=== $name: exit $code after $((SECONDS - start)) s" | tee -a "$log"
+}
+
+run() {
+  case $1 in
+    check) part check 170 "$python" -m benchmarks.check --seconds 160 --record "$out/gpu-check.json" ;;
+    headline)
+      part headline 150 "${benchmark[@]}" benchmarks/bench_operators.py --benchmark-headline \
+        --benchmark-record "$out/gpu-headline.json"
+      ;;
+    unknowns) part unknowns 70 "$python" -m benchmarks.unknowns --record "$out/gpu-unknowns.json" ;;
+    tests) part tests 110 "$python" -m pytest -q -x tests/test_kernels.py -p no:cacheprovider ;;
+    training)
+      part training 70 "$python" -m benchmarks.throughput --record "$out/gpu-training.json"
+      ;;
+    tiles)
+      part tiles 560 "$python" -m benchmarks.tiles --seconds 520 --record "$out/gpu-tiles.json"
+      ;;
+    operators)
+      part operators 590 "${benchmark[@]}" benchmarks/bench_operators.py \
+        --benchmark-record "$out/gpu-operators.json"
+      ;;
+    model)
+      part model 300 "${benchmark[@]}" benchmarks/bench_model.py \
+        --benchmark-record "$out/gpu-model.json"
+      ;;
+    scaling)
+      part scaling 280 "${benchmark[@]}" benchmarks/bench_scaling.py \
+        --benchmark-record "$out/gpu-scaling.json"
+      ;;
+    *) echo "there is no part $1" >&2; exit 2 ;;
+  esac
+}
+
+: >"$log"
+if [ $# -eq 0 ]; then set -- check headline unknowns tests training; fi
+for name in "$@"; do run "$name"; done
+exit "$failed"

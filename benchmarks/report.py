@@ -1,0 +1,411 @@
+"""Tables and plots of `benchmarks/README.md`, made from the records and from nothing else.
+
+``python -m benchmarks.report`` reads ``benchmarks/results/*.json``, draws plots beside them and
+writes everything between the markers of the README. Every table names its record.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import record
+
+README = Path(__file__).resolve().parent / "README.md"
+BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
+Result = dict[str, Any]
+
+# What an H100 allows, for the limits in the plots: bytes/s of its memory, powers of two a second.
+# A record of `benchmarks.unknowns` from the same device replaces them by what was measured.
+_LIMITS = {"H100": (3.0e12, 3.7e12), "H200": (4.3e12, 3.7e12)}
+
+
+def figures(records: dict[str, dict[str, Any]], folder: Path) -> str:
+    """Return the Markdown of all records, with plots drawn into ``folder``."""
+    if not records:
+        return "No record has been made yet."
+    parts = []
+    for name, content in records.items():
+        parts.append(_heading(name, content))
+        results = content["results"]
+        for suite, write in _WRITERS.items():
+            mine = [r for r in results if r.get("suite") == suite]
+            if mine:
+                parts.append(write(mine, content, name, folder, records))
+    return "\n\n".join(parts)
+
+
+def _heading(name: str, content: dict[str, Any]) -> str:
+    facts = content["environment"]
+    packages = ", ".join(f"{k} {v}" for k, v in facts["packages"].items() if v)
+    lines = [
+        f"### Record `{name}`",
+        "",
+        f"- device: {facts['device_name']} ({facts['device']}), {facts['threads']} host threads",
+        f"- made: {content['made']}, commit `{content['commit'] or 'unknown'}`",
+        f"- command: `{content['command']}`",
+        f"- versions: Python {facts['python']}, {packages}",
+    ]
+    more = [f"{k} {facts[k]}" for k in ("cuda", "cudnn", "driver") if facts.get(k)]
+    if more:
+        lines[-1] += ", " + ", ".join(more)
+    for title, key in (("clocks before", "clocks"), ("clocks after", "clocks_after")):
+        if content.get(key):
+            lines.append(f"- {title}: " + ", ".join(f"{k} {v}" for k, v in content[key].items()))
+    counts: dict[str, int] = {}
+    for result in content["results"]:
+        counts[result["outcome"]] = counts.get(result["outcome"], 0) + 1
+    lines.append("- outcomes: " + ", ".join(f"{n} {k}" for k, n in counts.items()))
+    return "\n".join(lines)
+
+
+def _time(seconds: float) -> str:
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if seconds >= size or unit == "µs":
+            return f"{seconds / size:.3g} {unit}"
+    raise AssertionError
+
+
+def _bytes(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def _cell(result: Result | None) -> str:
+    if result is None:
+        return ""
+    if result["outcome"] != "ok":
+        outcome = str(result["outcome"])
+        return {"unavailable": "n/a", "wrong": "WRONG"}.get(outcome, outcome)
+    if "median_s" not in result:
+        return "checked"
+    text = _time(result["median_s"])
+    if "graph_median_s" in result:
+        text += f" ({_time(result['graph_median_s'])})"
+    return text
+
+
+def _table(
+    rows: Sequence[str], columns: Sequence[str], cell: Callable[[str, str], str], corner: str
+) -> str:
+    lines = [f"| {corner} | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    lines += [f"| {r} | " + " | ".join(cell(r, c) for c in columns) + " |" for r in rows]
+    return "\n".join(lines)
+
+
+def _unique(values: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(values))
+
+
+def _operators(
+    results: list[Result], content: dict[str, Any], name: str, folder: Path, records: Any
+) -> str:
+    parts = [
+        f"**Operators** (from `{name}`): median time; in brackets the replay of a CUDA graph. "
+        "The last column is the peak memory of the longest direction."
+    ]
+    problems = _unique(_problem(r) for r in results)
+    for problem in problems:
+        mine = [r for r in results if _problem(r) == problem]
+        found = {(r["rival"], r["direction"]): r for r in mine}
+        directions = _unique(r["direction"] for r in mine)
+        names = _unique(r["rival"] for r in mine)
+        names = [n for n in names if any(found.get((n, d), {}).get("outcome") != "unavailable"
+                                         for d in directions)]  # fmt: skip
+
+        def cell(rival: str, column: str, found: Any = found, ways: Any = directions) -> str:
+            if column != "memory":
+                return _cell(found.get((rival, column)))
+            peaks = [found[rival, d].get("peak_bytes") for d in ways if (rival, d) in found]
+            return _bytes(max(p for p in peaks if p is not None)) if any(peaks) else ""
+
+        parts.append(f"`{problem}`\n\n" + _table(names, [*directions, "memory"], cell, "rival"))
+    labels = {r["rival"]: r["label"] for r in results}
+    parts.append("Rivals: " + "; ".join(f"`{n}`: {text}" for n, text in labels.items()) + ".")
+    missing = {r["rival"]: r["reason"] for r in results if r["outcome"] == "unavailable"}
+    if missing:
+        parts.append(
+            "Could not run here: " + "; ".join(f"`{n}`: {why}" for n, why in missing.items()) + "."
+        )
+    speedups = _speedups(results, name, folder)
+    return "\n\n".join([*parts, *([speedups] if speedups else [])])
+
+
+def _problem(r: Result) -> str:
+    return f"{r['operator']}-{r['shape']}-B{r['batch']}-{r['dtype']}"
+
+
+def _speedups(results: list[Result], name: str, folder: Path) -> str:
+    """Draw the forward and backward times of every rival over ours, at the largest batch."""
+    timed = [r for r in results if r["outcome"] == "ok" and "median_s" in r]
+    ours = "triton" if any(r["rival"] == "triton" for r in timed) else "tiled"
+    best = {(_problem(r), r["direction"]): r["median_s"] for r in timed if r["rival"] == ours}
+    largest: dict[str, int] = {}
+    for r in timed:
+        key = f"{r['operator']} {r['shape']}"
+        largest[key] = max(largest.get(key, 0), r["batch"])
+    chosen = [r for r in timed if r["batch"] == largest[f"{r['operator']} {r['shape']}"]]
+    groups = _unique(f"{_problem(r)} {r['direction']}" for r in chosen if r["direction"] != "both")
+    names = [n for n in _unique(r["rival"] for r in chosen) if n != ours]
+    if not groups or not names or not best:
+        return ""
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(9, 0.34 * len(groups) + 1.6), layout="constrained")
+    for i, rival in enumerate(names):
+        points = [
+            (r["median_s"] / best[_problem(r), r["direction"]],
+             groups.index(f"{_problem(r)} {r['direction']}"))
+            for r in chosen
+            if r["rival"] == rival and r["direction"] != "both"
+            and (_problem(r), r["direction"]) in best
+        ]  # fmt: skip
+        if points:
+            xs, ys = zip(*points, strict=True)
+            axes.scatter(xs, ys, label=rival, marker="osD^v<>PX*hd"[i % 12], s=30)
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set(xscale="log", xlabel=f"time over that of {ours} (right of 1: slower than {ours})")
+    axes.set_yticks(range(len(groups)), groups, fontsize=7)
+    axes.invert_yaxis()
+    axes.grid(axis="x", which="both", alpha=0.3)
+    axes.legend(fontsize=7, ncols=2)
+    file = _save(figure, folder, name, "rivals")
+    return f"![Times over ours, from {name}]({file})"
+
+
+def _model(
+    results: list[Result], content: dict[str, Any], name: str, folder: Path, records: Any
+) -> str:
+    def what(r: Result) -> str:
+        level = f" level {r['level']} ({r['grid']})" if "level" in r else ""
+        return f"{r['part']}{level}, batch {r['batch']}, {r['dtype']}"
+
+    found = {(what(r), r["rival"]): r for r in results}
+    backends = _unique(r["rival"] for r in results)
+
+    def cell(row: str, column: str) -> str:
+        backend, _, kind = column.partition(" ")
+        result = found.get((row, backend))
+        if kind == "memory":
+            return _bytes(result["peak_bytes"]) if result and "peak_bytes" in result else ""
+        return _cell(result)
+
+    columns = [c for b in backends for c in (b, f"{b} memory")]
+    table = _table(_unique(what(r) for r in results), columns, cell, "part")
+    return f"**Model**, paper preset (from `{name}`): median time and peak memory.\n\n{table}"
+
+
+def slope(tokens: Sequence[float], values: Sequence[float]) -> float:
+    """Exponent p of value ~ tokens^p over the three largest sizes; NaN for less than two."""
+    if len(tokens) < 2:
+        return math.nan
+    pairs = sorted(zip(tokens, values, strict=True))[-3:]
+    x, y = (np.log([pair[i] for pair in pairs]) for i in (0, 1))
+    return float(np.polyfit(x, y, 1)[0])
+
+
+def _scaling(
+    results: list[Result], content: dict[str, Any], name: str, folder: Path, records: Any
+) -> str:
+    timed = [r for r in results if r["outcome"] == "ok" and "median_s" in r]
+    if not timed:
+        return ""
+    plt = _pyplot()
+    operators = _unique(r["operator"] for r in timed)
+    figure, grid = plt.subplots(
+        2, len(operators), figsize=(4.6 * len(operators), 7), squeeze=False, layout="constrained"
+    )
+    slopes: dict[tuple[str, str], str] = {}
+    for column, operator in enumerate(operators):
+        for direction, style in (("forward", "-"), ("both", "--")):
+            for i, rival in enumerate(_unique(r["rival"] for r in timed)):
+                mine = [
+                    r for r in timed
+                    if (r["operator"], r["direction"], r["rival"]) == (operator, direction, rival)
+                ]  # fmt: skip
+                if not mine:
+                    continue
+                tokens = [r["tokens"] for r in mine]
+                for row, field in enumerate(("median_s", "peak_bytes")):
+                    values = [max(r[field], 1e-9) for r in mine]
+                    p = slope(tokens, values)
+                    grid[row][column].plot(
+                        tokens, values, style, marker="o", markersize=3, color=f"C{i}",
+                        label=f"{rival} {direction}, N^{p:.2f}",
+                    )  # fmt: skip
+                    slopes[f"{operator} {direction} {rival}", field] = f"{p:.2f}"
+        limit = _limit(timed, operator, content, records)
+        if limit is not None:
+            label, tokens, values = limit
+            grid[0][column].plot(tokens, values, ":", color="black", label=label)
+        for row, label in enumerate(("time, s", "peak memory, bytes")):
+            axes = grid[row][column]
+            axes.set(xscale="log", yscale="log", xlabel="tokens N", ylabel=label, title=operator)
+            axes.grid(which="both", alpha=0.2)
+            axes.legend(fontsize=6)
+    file = _save(figure, folder, name, "scaling")
+    rows = _unique(key for key, _ in slopes)
+    fields = {"time": "median_s", "memory": "peak_bytes"}
+    table = _table(rows, list(fields), lambda r, c: slopes[r, fields[c]], "exponent of N")
+    first = timed[0]
+    return (
+        f"**Scaling** (from `{name}`): d = {first['width']}, window {first['window']}, batch "
+        f"{first['batch']}, {first['dtype']}. Exponent p of N^p over the three largest grids.\n\n"
+        f"{table}\n\n![Time and memory against tokens, from {name}]({file})"
+    )
+
+
+def _limit(
+    timed: list[Result], operator: str, content: dict[str, Any], records: dict[str, Any]
+) -> tuple[str, list[int], list[float]] | None:
+    """Return the least time of a forward pass on a known GPU, with the name of its source."""
+    device = content["environment"]["device_name"]
+    known = [limits for key, limits in _LIMITS.items() if key in device]
+    if not known:
+        return None
+    (bandwidth, rate), source = known[0], "by arithmetic"
+    for file, other in records.items():
+        if other["environment"]["device_name"] != device:
+            continue
+        values = {r["name"]: r["value"] for r in other["results"] if r.get("suite") == "unknowns"
+                  and r["outcome"] == "ok"}  # fmt: skip
+        powers = [v for k, v in values.items() if k.startswith("powers of two")]
+        if powers and "device copy" in values:
+            bandwidth, rate = values["device copy"] * 1e12, max(powers) * 1e12
+            source = f"from {file}"
+    mine = [r for r in timed if r["operator"] == operator and r["direction"] == "forward"]
+    mine = sorted({r["tokens"]: r for r in mine}.values(), key=lambda r: r["tokens"])
+
+    def least(r: Result) -> float:
+        seen = min(r["window"] ** 2, r["tokens"])
+        keys = seen if operator == "lca" else r["tokens"] - seen
+        return max(
+            r["least_bytes"] / bandwidth, r["batch"] * r["heads"] * r["tokens"] * keys / rate
+        )
+
+    return f"forward limit, {source}", [r["tokens"] for r in mine], [least(r) for r in mine]
+
+
+def _check(
+    results: list[Result], content: dict[str, Any], name: str, folder: Path, records: Any
+) -> str:
+    failed = [r for r in results if r["outcome"] != "ok"]
+    worst = max((max(r["errors"].values()) for r in results if r["outcome"] == "ok"), default=0.0)
+    text = (
+        f"**Checks** (from `{name}`): {len(results) - len(failed)} of {len(results)} problems "
+        "equal the definition in output and all gradients; largest relative error "
+        f"{worst:.1e}."
+    )
+    lines = [f"- `{_problem(r)}` failed: {r['reason']}" for r in failed]
+    return "\n".join([text, *([""] if lines else []), *lines])
+
+
+def _unknowns(
+    results: list[Result], content: dict[str, Any], name: str, folder: Path, records: Any
+) -> str:
+    found = {r["name"]: r for r in results}
+
+    def cell(row: str, column: str) -> str:
+        r = found[row]
+        if r["outcome"] != "ok":
+            return r["reason"] if column == "value" else ""
+        if column == "value":
+            return f"{r['value']:.3g} {r['unit']}"
+        skip = ("suite", "name", "outcome", "value", "unit")
+        return ", ".join(
+            f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
+            for k, v in r.items()
+            if k not in skip and not isinstance(v, dict)
+        )
+
+    return f"**What the GPU does** (from `{name}`)\n\n" + _table(
+        list(found), ["value", "more"], cell, "measured"
+    )
+
+
+def _tiles(
+    results: list[Result], content: dict[str, Any], name: str, folder: Path, records: Any
+) -> str:
+    parts = [f"**Tile search** (from `{name}`): the five fastest candidates, and the table's own."]
+    for group in _unique(f"{r['kernel']} {_problem(r)}" for r in results):
+        mine = [r for r in results if f"{r['kernel']} {_problem(r)}" == group]
+        timed = sorted((r for r in mine if r["outcome"] == "ok"), key=lambda r: r["median_s"])
+        shown = timed[:5] + [r for r in timed[5:] if r["own"]]
+        rows = {" ".join(f"{k}={v}" for k, v in r["tiles"].items()): r for r in shown}
+
+        def cell(row: str, column: str, rows: Any = rows) -> str:
+            return _cell(rows[row]) if column == "time" else ("yes" if rows[row]["own"] else "")
+
+        parts.append(f"`{group}`\n\n" + _table(list(rows), ["time", "table's"], cell, "tiles"))
+        failed = len(mine) - len(timed)
+        if failed:
+            parts.append(f"{failed} candidates did not compile or failed the check.")
+    return "\n\n".join(parts)
+
+
+def _throughput(
+    results: list[Result], content: dict[str, Any], name: str, folder: Path, records: Any
+) -> str:
+    rows = {f"{r['rival']}, {r['dtype']}, batch {r['batch']}": r for r in results}
+
+    def cell(row: str, column: str) -> str:
+        r = rows[row]
+        if column == "images/s":
+            return f"{r['images_per_s']:.3g}"
+        return _bytes(r["peak_bytes"]) if r["peak_bytes"] else ""
+
+    table = _table(list(rows), ["images/s", "peak memory"], cell, "training, paper preset")
+    return f"**Training with cached features** (from `{name}`)\n\n{table}"
+
+
+_WRITERS: dict[str, Callable[..., str]] = {
+    "check": _check,
+    "operators": _operators,
+    "scaling": _scaling,
+    "model": _model,
+    "throughput": _throughput,
+    "unknowns": _unknowns,
+    "tiles": _tiles,
+}
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _save(figure: Any, folder: Path, name: str, kind: str) -> str:
+    """Save a plot beside its record; return its path as the README links it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{Path(name).stem}-{kind}.png"
+    figure.savefig(path, dpi=130, metadata={"Software": None})  # equal records, equal files
+    _pyplot().close(figure)
+    return f"{folder.name}/{path.name}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the figures into the README."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+    parser.add_argument("--results", type=Path, default=record.RESULTS)
+    parser.add_argument("--readme", type=Path, default=README)
+    options = parser.parse_args(arguments)
+    text = options.readme.read_text(encoding="utf-8")
+    if BEGIN not in text or END not in text:
+        print(f"{options.readme} has no markers {BEGIN} and {END}", file=sys.stderr)
+        return 1
+    body = figures(record.read_records(options.results), options.results)
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    options.readme.write_text(f"{before}{BEGIN}\n\n{body}\n\n{END}{after}", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
