@@ -193,6 +193,10 @@ _WIDE = {
 }
 
 
+# Depth of the pipeline of LCA's backward, by architecture and head width.
+_BACKWARD_STAGES = {(80, 64): 2, (80, 128): 2, (100, 16): 3}
+
+
 def shipped(problem: Problem) -> Tiles:
     """Return the tiles of the shipped table."""
     if problem.kernel in HALO_KERNELS:
@@ -220,7 +224,9 @@ def _halo_tiles(problem: Problem) -> HaloTiles:
     numbers = triton.next_power_of_2(tiles.halo(problem.geometry)) * problem.width
     if numbers >= 8192:
         tiles = dataclasses.replace(tiles, images=4, warps=8 if numbers > 8192 else 4)
-    return dataclasses.replace(tiles, stages=1)
+    # One stage keeps registers free, but for these.
+    stages = _BACKWARD_STAGES.get((problem.architecture, problem.width), 1)
+    return dataclasses.replace(tiles, stages=stages)
 
 
 def _on_grid(tiles: HaloTiles, geometry: Geometry) -> HaloTiles:
