@@ -148,11 +148,11 @@ def forward_kernel(
         row_mask = (exists & (start + image < last))[:, None]
         q_tile = tl.load(q_pointers, mask=row_mask, other=0.0)
         s_a = tl.dot(q_tile, tl.trans(k_a), input_precision=PRECISION)  # (BLOCK_M, HALO_A)
-        s_a = tl.dot(choice, bias_a, s_a, input_precision=PRECISION)
+        s_a = tl.dot(choice, bias_a, s_a, input_precision=PRECISION, out_dtype=s_a.dtype)
         row_max = tl.max(s_a, 1)
         if HALO_B:
             s_b = tl.dot(q_tile, tl.trans(k_b), input_precision=PRECISION)
-            s_b = tl.dot(choice, bias_b, s_b, input_precision=PRECISION)
+            s_b = tl.dot(choice, bias_b, s_b, input_precision=PRECISION, out_dtype=s_b.dtype)
             row_max = tl.maximum(row_max, tl.max(s_b, 1))
         p_a = tl.exp2(s_a - row_max[:, None])
         row_sum = tl.sum(p_a, 1)
@@ -160,7 +160,9 @@ def forward_kernel(
         if HALO_B:
             p_b = tl.exp2(s_b - row_max[:, None])
             row_sum += tl.sum(p_b, 1)
-            out = tl.dot(p_b.to(v_b.dtype), v_b, out, input_precision=PRECISION)
+            out = tl.dot(
+                p_b.to(v_b.dtype), v_b, out, input_precision=PRECISION, out_dtype=out.dtype
+            )
         out = out * (1.0 / row_sum)[:, None]
         tl.store(o_pointers, out.to(o.dtype.element_ty), mask=row_mask)
         q_pointers += q_step
@@ -240,11 +242,11 @@ def backward_kernel(
         q_tile = tl.load(q_pointers, mask=row_mask, other=0.0)
         do_tile = tl.load(do_pointers, mask=row_mask, other=0.0)
         p_a = tl.dot(q_tile, tl.trans(k_a), input_precision=PRECISION)  # (BLOCK_M, HALO_A)
-        p_a = tl.dot(choice, bias_a, p_a, input_precision=PRECISION)
+        p_a = tl.dot(choice, bias_a, p_a, input_precision=PRECISION, out_dtype=p_a.dtype)
         row_max = tl.max(p_a, 1)
         if HALO_B:
             p_b = tl.dot(q_tile, tl.trans(k_b), input_precision=PRECISION)
-            p_b = tl.dot(choice, bias_b, p_b, input_precision=PRECISION)
+            p_b = tl.dot(choice, bias_b, p_b, input_precision=PRECISION, out_dtype=p_b.dtype)
             row_max = tl.maximum(row_max, tl.max(p_b, 1))
         p_a = tl.exp2(p_a - row_max[:, None])
         row_sum = tl.sum(p_a, 1)
@@ -259,15 +261,29 @@ def backward_kernel(
             p_b *= weight[:, None]
             dp_b = tl.dot(do_tile, tl.trans(v_b), input_precision=PRECISION)
             delta += tl.sum(p_b * dp_b, 1)
-        dv_a = tl.dot(tl.trans(p_a.to(do_tile.dtype)), do_tile, dv_a, input_precision=PRECISION)
+        dv_a = tl.dot(
+            tl.trans(p_a.to(do_tile.dtype)),
+            do_tile,
+            dv_a,
+            input_precision=PRECISION,
+            out_dtype=dv_a.dtype,
+        )
         ds_a = (p_a * (dp_a - delta[:, None])).to(q_tile.dtype)
         dq_tile = tl.dot(ds_a, k_a, input_precision=PRECISION)
-        dk_a = tl.dot(tl.trans(ds_a), q_tile, dk_a, input_precision=PRECISION)
+        dk_a = tl.dot(tl.trans(ds_a), q_tile, dk_a, input_precision=PRECISION, out_dtype=dk_a.dtype)
         if HALO_B:
-            dv_b = tl.dot(tl.trans(p_b.to(do_tile.dtype)), do_tile, dv_b, input_precision=PRECISION)
+            dv_b = tl.dot(
+                tl.trans(p_b.to(do_tile.dtype)),
+                do_tile,
+                dv_b,
+                input_precision=PRECISION,
+                out_dtype=dv_b.dtype,
+            )
             ds_b = (p_b * (dp_b - delta[:, None])).to(q_tile.dtype)
-            dq_tile = tl.dot(ds_b, k_b, dq_tile, input_precision=PRECISION)
-            dk_b = tl.dot(tl.trans(ds_b), q_tile, dk_b, input_precision=PRECISION)
+            dq_tile = tl.dot(ds_b, k_b, dq_tile, input_precision=PRECISION, out_dtype=dq_tile.dtype)
+            dk_b = tl.dot(
+                tl.trans(ds_b), q_tile, dk_b, input_precision=PRECISION, out_dtype=dk_b.dtype
+            )
         tl.store(dq_pointers, (dq_tile * _LN2).to(dq.dtype.element_ty), mask=row_mask)
         q_pointers += q_step
         do_pointers += do_step

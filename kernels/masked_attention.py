@@ -144,7 +144,9 @@ def _attend(
                 p = tl.where(seen, p, 0.0)
         # Over the groups of eight columns: within a thread. The rest is summed after the loop.
         row_sum += tl.sum(tl.reshape(p, (BLOCK_M, BLOCK_N // 8, 8)), 1)
-        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
+        acc = tl.dot(
+            p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION, out_dtype=acc.dtype
+        )
     return acc, row_sum, row_max
 
 
@@ -257,10 +259,10 @@ def _key_step(
     p = tl.exp2(x)
     if TESTED:
         p = tl.where(seen, p, 0.0)
-    dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+    dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION, out_dtype=dv.dtype)
     ds = p * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - delta[None, :])
     ds = ds.to(q.dtype)
-    dk = tl.dot(ds, q, dk, input_precision=PRECISION)
+    dk = tl.dot(ds, q, dk, input_precision=PRECISION, out_dtype=dk.dtype)
     return dk, dv, ds
 
 
@@ -299,7 +301,9 @@ def _key_gradients(
                 TESTED, PRECISION,
             )  # fmt: skip
             if DQ != "apart":
-                dq_tile = tl.dot(tl.trans(ds), k_b, dq_tile, input_precision=PRECISION)
+                dq_tile = tl.dot(
+                    tl.trans(ds), k_b, dq_tile, input_precision=PRECISION, out_dtype=dq_tile.dtype
+                )
         if DQ == "store":
             _store_rows(dq, dq_tile * _LN2, start, BLOCK_M, stride_dqn, N, D)
         if DQ == "add":
@@ -409,7 +413,7 @@ def _query_gradient(
             seen = _seen(offs_m, offs_n, BLOCK_M, BLOCK_N, N, W, RY, RX, INSIDE, WINDOWED)
             p = tl.where(seen, p, 0.0)
         ds = p * (tl.dot(do, tl.trans(v_tile), input_precision=PRECISION) - row_delta[:, None])
-        dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
+        dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION, out_dtype=dq.dtype)
     return dq
 
 

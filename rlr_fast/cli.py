@@ -24,7 +24,7 @@ from rlr_fast.environment import choose_device
 from rlr_fast.evaluate import FigureOptions, evaluate
 from rlr_fast.feature_cache import PLACEMENTS, CacheError
 from rlr_fast.files import write_atomically
-from rlr_fast.functional import unsupported_reason
+from rlr_fast.functional import BackendError, unsupported_reason
 from rlr_fast.info import describe
 from rlr_fast.model import CONFIG_FILE, CheckpointError, RLRModel, read_config
 from rlr_fast.options import Parser, UsageError, add_fields, config_from, parse, positive
@@ -37,6 +37,7 @@ _USER_ERRORS = (
     UsageError,
     ValueError,
     BackboneWeightsError,
+    BackendError,
     CheckpointError,
     CacheError,
     TrainingError,

@@ -24,6 +24,11 @@ except ModuleNotFoundError as error:  # Triton is not to be had on every platfor
 
 Backend = Literal["auto", "triton", "tiled", "dense"]
 
+
+class BackendError(RuntimeError):
+    """The requested backend cannot run here, or not on these tensors."""
+
+
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 _Operator = Callable[[Tensor, Tensor, Tensor, tuple[int, int], tuple[int, int], float], Tensor]
@@ -69,7 +74,7 @@ def local_cross_attention(
 
     Raises:
         ValueError: An argument breaks a rule above; the message names it.
-        RuntimeError: The requested backend cannot run here.
+        BackendError: The requested backend cannot run here.
     """
     return _apply(_LCA, query, key, value, grid, window, scale, backend)
 
@@ -104,7 +109,7 @@ def masked_learnable_key_attention(
 
     Raises:
         ValueError: An argument breaks a rule above; the message names it.
-        RuntimeError: The requested backend cannot run here.
+        BackendError: The requested backend cannot run here.
     """
     return _apply(_MLKA, query, key, value, grid, window, scale, backend)
 
@@ -143,7 +148,7 @@ def resolve_backend(backend: str, device: torch.device | str) -> str:
 
     Raises:
         ValueError: There is no such backend.
-        RuntimeError: ``backend`` is a path that cannot run on ``device``.
+        BackendError: ``backend`` is a path that cannot run on ``device``.
     """
     if unsupported_reason(backend, device) is None and backend != "auto":
         return backend
@@ -179,7 +184,7 @@ def prepare_reference(
 
     Raises:
         ValueError: There is no such backend.
-        RuntimeError: The requested backend cannot run here.
+        BackendError: The requested backend cannot run here.
     """
     parts = projected.unflatten(-1, (3 * heads, -1)).transpose(0, 1)  # (3h, N, d)
     keys, value = parts[: 2 * heads], parts[2 * heads :]
@@ -237,7 +242,7 @@ def _resolved(backend: str, device: torch.device | str, reason: str | None) -> s
         slow = torch.device(device).type == "cpu"
         return "tiled" if slow or kernels is None or reason is not None else "triton"
     if reason is not None:
-        raise RuntimeError(f"backend {backend!r} cannot run here: {reason}")
+        raise BackendError(f"backend {backend!r} cannot run here: {reason}")
     return backend
 
 
