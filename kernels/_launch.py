@@ -44,6 +44,15 @@ def unsupported_device(device: torch.device | str) -> str | None:
     return None
 
 
+def unsupported_width(width: int) -> str | None:
+    """Say why the kernels cannot take a head width d; ``None`` if they can."""
+    if width in HEAD_DIMS:
+        return None
+    return (
+        f"the Triton kernels need a head width d of {', '.join(map(str, HEAD_DIMS))}, got {width}"
+    )
+
+
 def unsupported_reason(query: Tensor, *shared: Tensor) -> str | None:
     """Say why the kernels cannot take these tensors; ``None`` if they can.
 
@@ -57,9 +66,9 @@ def unsupported_reason(query: Tensor, *shared: Tensor) -> str | None:
     if any(tensor.dim() != 3 for tensor in shared):
         names = "a key" if len(shared) == 1 else "key and value"
         return f"the Triton kernels need {names} that the batch shares, (h, N, d)"
-    if query.shape[3] not in HEAD_DIMS:
-        widths = ", ".join(map(str, HEAD_DIMS))
-        return f"the Triton kernels need a head width d of {widths}, got {query.shape[3]}"
+    reason = unsupported_width(query.shape[3])
+    if reason is not None:
+        return reason
     if query.shape[2] > _TOKENS:
         return f"the Triton kernels take at most {_TOKENS} tokens, got {query.shape[2]}"
     if INTERPRETING:
@@ -167,14 +176,3 @@ def launch(
 def unit_columns(tensor: Tensor) -> Tensor:
     """Return the tensor with unit stride in its last dimension; a copy only if it has another."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def refuse_double_backward(backward_op: Any) -> None:
-    """Make a second derivative through a backward op an error that says what to do."""
-
-    def refuse(ctx: Any, *grads: Tensor) -> None:
-        raise RuntimeError(
-            "the Triton kernels cannot be differentiated twice; use backend='dense' for that"
-        )
-
-    backward_op.register_autograd(refuse)

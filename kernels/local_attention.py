@@ -23,14 +23,13 @@ Windows whose halo is too large to keep go to the raster kernels of `masked_atte
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from rlr_fast.kernels import _launch, masked_attention
+from rlr_fast.kernels._autograd import register_gradients
 from rlr_fast.kernels._launch import Geometry
 from rlr_fast.kernels._window import within
 from rlr_fast.kernels.reference import prepare_key
@@ -480,27 +479,7 @@ def _backward(
     return dq, dk.to(key.dtype, copy=True), dv.to(value.dtype, copy=True)
 
 
-@_backward.register_fake
-def _(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, saved: Tensor,
-    grid: list[int], window: list[int],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
-
-
-def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    query, key, _, value, ctx.grid, ctx.window = inputs
-    ctx.save_for_backward(query, key, value, *output)
-    ctx.mark_non_differentiable(output[1])
-
-
-def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    dq, dk, dv = _backward(grad, *ctx.saved_tensors, ctx.grid, ctx.window)
-    return dq, dk, None, dv, None, None
-
-
-_forward.register_autograd(_differentiate, setup_context=_setup_context)
-_launch.refuse_double_backward(_backward)
+register_gradients(_forward, _backward)
 
 
 def local_cross_attention(

@@ -32,6 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rlr_fast.kernels import _launch
+from rlr_fast.kernels._autograd import register_gradients
 from rlr_fast.kernels._launch import Geometry
 from rlr_fast.kernels._softmax import NO_MAXIMUM, exp2
 from rlr_fast.kernels._window import inside_window, window_range
@@ -525,7 +526,7 @@ def launch_backward(
         backward_key_kernel, programs * chunks,
         q, k, v, do, lse, delta, dq_buffer, parts[0], dv_buffer,
         *q.stride()[:3], *k.stride()[:2], *_value_strides(v), *do.stride()[:3],
-        *dq_buffer.stride()[:3], *(dv_buffer.stride()[:3]), batch, heads, chunk,
+        *dq_buffer.stride()[:3], *dv_buffer.stride()[:3], batch, heads, chunk,
         BLOCK_M=tile.queries, BLOCK_N=tile.keys, BLOCKS=tile.blocks, SHARED_VALUE=shared,
         DQ=mode, **tile.options(),
         **constants,
@@ -582,36 +583,17 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     query, key, value = map(_launch.unit_columns, (query, key, value))
     dq = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    dv = torch.empty_like(dq)
+    dv = None if value.dim() == 3 else torch.empty_like(dq)
     dk, dv_sum = launch_backward(
         grad, query, key, value, output, lse, dq, dv, Geometry.of(grid, window), inside=False
     )
-    if dv_sum is not None:
+    if dv is None:
+        assert dv_sum is not None
         dv = dv_sum.to(value.dtype, copy=True)
     return dq, dk.to(key.dtype, copy=True), dv
 
 
-@_backward.register_fake
-def _(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor,
-    grid: list[int], window: list[int],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
-
-
-def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    query, key, _, value, ctx.grid, ctx.window = inputs
-    ctx.save_for_backward(query, key, value, *output)
-    ctx.mark_non_differentiable(output[1])
-
-
-def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    dq, dk, dv = _backward(grad, *ctx.saved_tensors, ctx.grid, ctx.window)
-    return dq, dk, None, dv, None, None
-
-
-_forward.register_autograd(_differentiate, setup_context=_setup_context)
-_launch.refuse_double_backward(_backward)
+register_gradients(_forward, _backward)
 
 
 def masked_learnable_key_attention(

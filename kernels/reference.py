@@ -92,5 +92,4 @@ def prepare_key(key: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     Returns:
         The keys (h, N, d) in log2 units and their dtype, and the largest norm a head (h,).
     """
-    prepared, bound = _prepare(key, scale)
-    return prepared, bound
+    return _prepare(key, scale)

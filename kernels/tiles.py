@@ -255,7 +255,7 @@ def with_tuned(problem: Problem, tiles: Tiles) -> str:
     Raises:
         ValueError: The file is damaged.
     """
-    content = _content()
+    content = read_tuned()
     machine = content.setdefault(_machine(problem.device), {})
     machine[problem.key()] = dataclasses.asdict(tiles)
     return json.dumps(content, indent=2)
@@ -273,7 +273,12 @@ def _machine(device: torch.device) -> str:
     return f"{name}, Triton {triton.__version__}"
 
 
-def _content() -> dict[str, dict[str, dict[str, Any]]]:
+def read_tuned() -> dict[str, dict[str, dict[str, Any]]]:
+    """Return what `tuned_file` holds: the fields of the tiles, by machine and problem.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
     path = tuned_file()
     try:
         text = path.read_text()
@@ -292,7 +297,7 @@ def _content() -> dict[str, dict[str, dict[str, Any]]]:
 
 @functools.cache
 def _tuned(machine: str) -> dict[str, Tiles]:
-    entries = _content().get(machine, {})
+    entries = read_tuned().get(machine, {})
     try:
         return {
             key: (HaloTiles if key.split()[0] in HALO_KERNELS else RasterTiles)(**fields)

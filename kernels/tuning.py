@@ -137,11 +137,12 @@ def search(
 def _strict(always: bool) -> Iterator[None]:
     """Deterministic mode, where backward always runs the kernel of the query gradient."""
     before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(always)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
 
 
 def _median(run: Callable[[], object]) -> float:

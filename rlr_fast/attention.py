@@ -17,6 +17,7 @@ from rlr_fast.functional import (
     Backend,
     local_cross_attention,
     masked_learnable_key_attention,
+    require_head_width,
     unsupported_reason,
     window_pair,
 )
@@ -34,6 +35,7 @@ class _Attention(nn.Module):
 
     Raises:
         ValueError: An argument breaks a rule above.
+        BackendError: The backend has no operator for the head width C / h.
     """
 
     windowed = True
@@ -50,6 +52,8 @@ class _Attention(nn.Module):
         if heads < 1 or dim % heads:
             raise ValueError(f"heads must be positive and divide dim, got {heads=} and {dim=}")
         unsupported_reason(backend, "cpu")  # refuses a name that is no backend
+        if self.windowed:
+            require_head_width(backend, dim // heads)
         self.dim, self.heads, self.grid = dim, heads, grid
         self.window, self.backend = window_pair(window), backend
         self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))

@@ -261,6 +261,10 @@ class Reconstructor(nn.Module):
         self._kept = None
         return super().train(mode)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what inference has kept: a copy makes its own."""
+        return self.__dict__ | {"_kept": None}
+
     def _prepared_blocks(self) -> list[Tensor | PreparedBlock]:
         """Prepare every block; in inference, only where a parameter has changed since."""
         kept = self._kept

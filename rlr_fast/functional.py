@@ -23,12 +23,6 @@ except ModuleNotFoundError as error:  # Triton is not to be had on every platfor
     kernels = None  # type: ignore[assignment]
 
 Backend = Literal["auto", "triton", "tiled", "dense"]
-
-
-class BackendError(RuntimeError):
-    """The requested backend cannot run here, or not on these tensors."""
-
-
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 _Operator = Callable[[Tensor, Tensor, Tensor, tuple[int, int], tuple[int, int], float], Tensor]
@@ -43,6 +37,10 @@ _MLKA: dict[str, _Operator] = {
 if kernels is not None:
     _LCA["triton"] = kernels.local_cross_attention
     _MLKA["triton"] = kernels.masked_learnable_key_attention
+
+
+class BackendError(RuntimeError):
+    """The requested backend cannot run here, or not on these tensors."""
 
 
 def local_cross_attention(
@@ -143,6 +141,18 @@ def unsupported_reason(backend: str, device: torch.device | str) -> str | None:
     return kernels.unsupported_device(device)
 
 
+def require_head_width(backend: str, width: int) -> None:
+    """Check before any work that ``backend`` has an operator for the head width d.
+
+    Raises:
+        BackendError: It has none.
+    """
+    if backend == "triton" and kernels is not None:
+        reason = kernels.unsupported_width(width)
+        if reason is not None:
+            raise BackendError(f"backend 'triton' cannot run here: {reason}")
+
+
 def resolve_backend(backend: str, device: torch.device | str) -> str:
     """Return the path to take on ``device``: "triton", "tiled" or "dense".
 
@@ -183,9 +193,13 @@ def prepare_reference(
         backend: As for the operators.
 
     Raises:
-        ValueError: There is no such backend.
+        ValueError: Another shape, or there is no such backend.
         BackendError: The requested backend cannot run here.
     """
+    if projected.dim() != 2 or projected.shape[1] % (3 * heads) or 0 in projected.shape:
+        raise ValueError(
+            f"projected must be (N, 3·h·d) with {heads=} h, got shape {tuple(projected.shape)}"
+        )
     parts = projected.unflatten(-1, (3 * heads, -1)).transpose(0, 1)  # (3h, N, d)
     keys, value = parts[: 2 * heads], parts[2 * heads :]
     path = _path(backend, keys[None], (keys, value))
@@ -211,11 +225,27 @@ def block_attention(
 
     Returns:
         (B, N, 2C), MLKA's output beside LCA's.
+
+    Raises:
+        ValueError: ``projected`` has another shape, dtype or device than ``reference`` asks for, or
+            ``grid`` or ``window`` breaks its rule.
     """
-    heads, _, width = reference.value.shape
+    heads, tokens, width = reference.value.shape
+    kind = (reference.value.dtype, reference.value.device)
+    if projected.dim() != 3 or tuple(projected.shape[1:]) != (tokens, 3 * heads * width):
+        raise ValueError(
+            f"projected must be (B, {tokens}, {3 * heads * width}) as the reference, "
+            f"got shape {tuple(projected.shape)}"
+        )
+    if (projected.dtype, projected.device) != kind:
+        raise ValueError(
+            f"projected must be {kind[0]} on {kind[1]} as the reference, "
+            f"got {projected.dtype} on {projected.device}"
+        )
+    grid, window = _check_grid(grid, tokens), window_pair(window)
     if reference.bound is not None:
         return kernels.block_attention(
-            projected, reference.keys, reference.bound, reference.value, grid, window_pair(window)
+            projected, reference.keys, reference.bound, reference.value, grid, window
         )
     query, value, local = projected.unflatten(2, (3, heads, width)).permute(2, 0, 3, 1, 4).unbind(0)
     keys, local_keys = reference.keys.chunk(2)

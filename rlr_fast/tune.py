@@ -38,19 +38,26 @@ def tune(
         A line a kernel and level.
 
     Raises:
-        ValueError: The file of tuned tiles is damaged.
+        ValueError: The file of tuned tiles is damaged, or the kernels fit no level.
         OSError: It cannot be written.
     """
     path = kernels.tuned_file()
+    kernels.read_tuned()
     path.parent.mkdir(parents=True, exist_ok=True)
     # The shapes do not depend on the backbone's weights.
     model = RLRModel(dataclasses.replace(config, backbone_weights="random"))
     levels: Any = model.levels
-    shapes = [
-        kernels.Shape(level.grid, window_pair(level.blocks[0].window), level.heads, width)
-        for level in levels
-        if (width := level.hidden // level.heads) in kernels.HEAD_DIMS
-    ]
+    shapes = []
+    for j, level in enumerate(levels):
+        width = level.hidden // level.heads
+        reason = kernels.unsupported_width(width)
+        if reason is None:
+            window = window_pair(level.blocks[0].window)
+            shapes.append(kernels.Shape(level.grid, window, level.heads, width))
+        else:
+            yield f"level {j} is left out: {reason}"
+    if not shapes:
+        raise ValueError("hidden, heads: the Triton kernels fit none of these levels")
     search = kernels.search(
         shapes, batch_size, _DTYPES[precision], device, progress=progress, **options
     )

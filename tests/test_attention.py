@@ -13,6 +13,7 @@ from rlr_fast.attention import (
     SelfAttention,
 )
 from rlr_fast.dense import inside_window
+from rlr_fast.functional import BackendError
 
 GRID, DIM, HEADS = (5, 6), 12, 3
 INSIDE = inside_window(GRID, (3, 5))
@@ -114,6 +115,13 @@ def test_backend_is_passed_on(kind):
 def test_wrong_constructor_argument_is_named(kind, arguments, message):
     with pytest.raises(ValueError, match=message):
         kind(*arguments)
+
+
+@pytest.mark.parametrize("kind", [LocalCrossAttention, MaskedLearnableKeyAttention])
+def test_head_width_that_the_backend_lacks_is_refused_at_once(kind):
+    pytest.importorskip("triton")
+    with pytest.raises(BackendError, match="head width d of 16, 32, 64, 128, got 4"):
+        kind(DIM, 3, GRID, 3, "triton")
 
 
 @pytest.mark.parametrize("kind", MODULES)

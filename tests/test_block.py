@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -137,6 +139,18 @@ def test_inference_under_autocast_keeps_its_own(prepared_blocks):
         with torch.autocast("cpu", torch.bfloat16):
             assert level(tokens).dtype == torch.bfloat16
         assert torch.equal(level(tokens), plain)
+
+
+def test_copies_do_not_carry_what_inference_keeps():
+    level = Reconstructor(6, 16, 2, GRID, WINDOW, blocks=1).eval()
+    tokens = torch.randn(2, 20, 6)
+    with torch.no_grad():
+        expected = level(tokens)
+        other = copy.deepcopy(level)
+        assert len(pickle.dumps(level)) == len(pickle.dumps(other))
+        assert torch.equal(other(tokens), expected)
+        other.reference.zero_()
+        assert torch.equal(level(tokens), expected)
 
 
 def test_reconstructor_uses_one_projected_reference_with_positions_in_all_blocks():

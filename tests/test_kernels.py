@@ -27,7 +27,7 @@ from rlr_fast.functional import (
     prepare_reference,
     unsupported_reason,
 )
-from rlr_fast.kernels import _launch, local_attention, masked_attention, reference
+from rlr_fast.kernels import _launch, block, local_attention, masked_attention, reference
 from rlr_fast.kernels._launch import Geometry
 from rlr_fast.kernels._softmax import exp2
 from rlr_fast.kernels.tiles import (
@@ -354,15 +354,11 @@ def test_operators_pass_opcheck(operator):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("window", [3, 31], ids=["resident", "raster"])
 def test_block_operator_passes_opcheck(window):
-    from rlr_fast.kernels import block_attention as module  # the function shadows its module
-
-    assert callable(module)
-    forward = torch.ops.rlr_fast.block_attention.default
     projected = torch.randn(2, 12, 96, device=DEVICE, requires_grad=True)
     keys = torch.randn(4, 12, 16, device=DEVICE, requires_grad=True)
     value = torch.randn(2, 12, 16, device=DEVICE, requires_grad=True)
     bound = torch.ones(4, device=DEVICE)
-    torch.library.opcheck(forward, (projected, keys, bound, value, [3, 4], [window, window]))
+    torch.library.opcheck(block._forward, (projected, keys, bound, value, [3, 4], [window, window]))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -486,6 +482,58 @@ def test_block_attention_equals_definition(window, mode):
         torch.testing.assert_close(actual, exact, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("backend", ["dense", "triton"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x[:, 1:], r"projected must be \(B, 42, 96\)"),
+        (lambda x: x[..., :64], r"projected must be \(B, 42, 96\)"),
+        (lambda x: x[0], r"projected must be \(B, 42, 96\)"),
+        (lambda x: x.half(), "projected must be torch.float32 on .* got torch.float16"),
+    ],
+    ids=["tokens", "channels", "no-batch", "dtype"],
+)
+def test_block_attention_refuses_what_does_not_fit_the_reference(change, message, backend):
+    reference = prepare_reference(torch.randn(42, 96, device=DEVICE), 2, backend)
+    projected = torch.randn(3, 42, 96, device=DEVICE)
+    with pytest.raises(ValueError, match=message):
+        block_attention(change(projected), reference, (6, 7), 3)
+    with pytest.raises(ValueError, match="grid must have H·W = N = 42"):
+        block_attention(projected, reference, (6, 6), 3)
+    with pytest.raises(ValueError, match="window must be odd"):
+        block_attention(projected, reference, (6, 7), 4)
+
+
+def test_reference_of_another_shape_is_refused():
+    with pytest.raises(ValueError, match=r"projected must be \(N, 3·h·d\) with heads=2 h, got"):
+        prepare_reference(torch.randn(42, 94), 2)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="CUDA graphs need a GPU")
+def test_block_attention_replays_in_a_cuda_graph(mode):
+    leaves = [torch.randn(s, device=DEVICE, requires_grad=True) for s in ((3, 42, 96), (42, 96))]
+    grad = torch.randn(3, 42, 64, device=DEVICE)
+
+    def step() -> tuple[Tensor, ...]:
+        output = block_attention(leaves[0], prepare_reference(leaves[1], 2, "triton"), (6, 7), 3)
+        return (output, *torch.autograd.grad(output, leaves, grad))
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = step()
+    with torch.no_grad():
+        for leaf in leaves:
+            leaf.copy_(torch.randn_like(leaf))
+    graph.replay()
+    for actual, expected in zip(replayed, step(), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
 def test_model_is_the_same_on_every_path(small, mode, tmp_path):
     config = replace(small, hidden=(32, 64), heads=(2, 2), blocks=2)
     torch.manual_seed(1)
@@ -587,6 +635,22 @@ def test_tuning_keeps_the_fastest_tiles_of_every_kernel(tuned, small):
         Problem("halo_forward", Geometry.of((6, 8), (3, 3)), 16, 2, torch.float32, DEVICE)
     )
     assert found == HaloTiles(1, 1, 16)
+
+
+def test_tuning_says_which_levels_it_leaves_out(tuned, small):
+    config = replace(small, out_indices=(1, 2), hidden=(24, 32), heads=(2, 2), windows=(3, 3))
+    lines = tune(config, 2, "fp32", DEVICE, lambda _: None, kernels=())
+    assert "level 0 is left out: the Triton kernels need a head width" in next(lines)
+    config = replace(config, hidden=(24, 40))
+    with pytest.raises(ValueError, match="hidden, heads"):
+        list(tune(config, 2, "fp32", DEVICE, lambda _: None))
+
+
+def test_tuning_finds_a_damaged_file_before_any_search(tuned, small):
+    tuned.parent.mkdir()
+    tuned.write_text("{")
+    with pytest.raises(ValueError, match="damaged"):
+        next(tune(small, 2, "fp32", DEVICE, lambda _: None))
 
 
 def test_every_shipped_tile_fits_its_kernel():

@@ -10,12 +10,11 @@ value (h, N, d) is LCA's.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from rlr_fast.kernels import _launch, local_attention, masked_attention
+from rlr_fast.kernels._autograd import register_gradients
 from rlr_fast.kernels._launch import Geometry
 
 
@@ -74,7 +73,7 @@ def _backward(
     o_mlka, o_lca = _split(output, heads, width)
     do_mlka, do_lca = _split(grad, heads, width)
     k_mlka, k_lca = keys.chunk(2)
-    dk_mlka, _none = masked_attention.launch_backward(
+    dk_mlka, _ = masked_attention.launch_backward(
         do_mlka, q_mlka, k_mlka, v_mlka, o_mlka, lse, dq_mlka, dv_mlka, geometry, inside=False
     )
     dk_lca, dv_lca = local_attention.launch_backward(
@@ -84,27 +83,7 @@ def _backward(
     return d_projected, d_keys, dv_lca.to(value.dtype, copy=True)
 
 
-@_backward.register_fake
-def _(
-    grad: Tensor, projected: Tensor, keys: Tensor, value: Tensor, output: Tensor, lse: Tensor,
-    saved: Tensor, grid: list[int], window: list[int],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return projected.new_empty(projected.shape), keys.new_empty(keys.shape), torch.empty_like(value)
-
-
-def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    projected, keys, _, value, ctx.grid, ctx.window = inputs
-    ctx.save_for_backward(projected, keys, value, *output)
-    ctx.mark_non_differentiable(*output[1:])
-
-
-def _differentiate(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    d_projected, d_keys, d_value = _backward(grad, *ctx.saved_tensors, ctx.grid, ctx.window)
-    return d_projected, d_keys, None, d_value, None, None
-
-
-_forward.register_autograd(_differentiate, setup_context=_setup_context)
-_launch.refuse_double_backward(_backward)
+register_gradients(_forward, _backward)
 
 
 def block_attention(
