@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from benchmarks import timing
 from benchmarks.check import WrongResultError
 from benchmarks.record import bench_device
+from benchmarks.rival_models import AUTHORS, LABELS, SDPA, with_rival_blocks
 from benchmarks.rivals import UnavailableError
 from rlr_fast import RLRConfig, RLRModel
 from rlr_fast.functional import unsupported_reason
@@ -67,7 +68,9 @@ class Case:
             "batch": self.batch,
             "dtype": PRECISION,
             "rival": self.backend,
-            "label": f"whole model code, attention backend {self.backend}",
+            "label": LABELS.get(
+                self.backend, f"whole model code, attention backend {self.backend}"
+            ),
         }
         if self.level is not None:
             side = GRIDS[self.level]
@@ -93,9 +96,13 @@ def cases(headline: bool, large: bool) -> list[Case]:
                 # What takes a CPU minutes with its check: N×N scores of a large grid or a network.
                 if GPU or large or backend == "tiled" or not (whole or level == 0):
                     found.append(Case(part, level, batch, backend))
+    whole_batches = batches if GPU else (1, 8)
+    rivals = () if headline else (AUTHORS, SDPA)
     for part in ("training-step", "inference-from-features", "inference-from-images"):
-        for batch, backend in itertools.product(batches, backends):
-            if GPU or large or backend == "tiled":
+        for batch, backend in itertools.product(whole_batches, (*backends, *rivals)):
+            if backend in rivals and part == "inference-from-images":
+                continue  # the backbone's time is the same for all
+            if GPU or large or backend != "dense":
                 found.append(Case(part, None, batch, backend))
     return found
 
@@ -109,6 +116,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @cache
 def _model(backend: Any) -> RLRModel:
+    if backend in LABELS:
+        torch.manual_seed(0)
+        return with_rival_blocks(RLRModel(CONFIG, backend="dense").to(DEVICE), backend)
     reason = "no GPU" if backend == "triton" and not GPU else unsupported_reason(backend, DEVICE)
     if reason is not None:
         raise UnavailableError(reason)

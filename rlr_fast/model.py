@@ -125,6 +125,11 @@ class RLRModel(
         )
         self.score_map = ScoreMap(config.image_size, config.smoothing)
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Let training compute each block again in backward: less memory, the same gradients."""
+        for level in cast("list[Reconstructor]", list(self.levels)):
+            level.grad_checkpointing = enable
+
     # One way for the data: images → tokens → reconstructed tokens → distance → map and score.
 
     def tokens(self, images: Tensor) -> list[Tensor]:

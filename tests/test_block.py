@@ -153,6 +153,32 @@ def test_copies_do_not_carry_what_inference_keeps():
         assert torch.equal(level(tokens), expected)
 
 
+def test_checkpointing_keeps_less_and_changes_no_gradient():
+    level = Reconstructor(6, 16, 2, GRID, WINDOW, blocks=4)
+    tokens, weights = torch.randn(3, 20, 6), torch.randn(3, 20, 6)
+
+    def run() -> tuple[int, list[torch.Tensor]]:
+        kept: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        level.zero_grad()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            loss = (level(tokens) * weights).sum()
+        size = sum(kept.values())
+        loss.backward()
+        return size, [p.grad.clone() for p in level.parameters()]
+
+    size, expected = run()
+    level.grad_checkpointing = True
+    smaller, grads = run()
+    assert smaller < 0.6 * size
+    for actual, grad in zip(grads, expected, strict=True):
+        assert torch.equal(actual, grad)
+
+
 def test_reconstructor_uses_one_projected_reference_with_positions_in_all_blocks():
     level = Reconstructor(6, 16, 2, GRID, WINDOW, blocks=3).double()
     tokens = torch.randn(2, 20, 6).double()
