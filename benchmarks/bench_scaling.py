@@ -1,8 +1,9 @@
-"""Time and memory of both operators against the number of tokens."""
+"""Time and memory of both operators against the number of tokens, and of images."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -16,10 +17,13 @@ from benchmarks.shapes import MOST_SCORES, OPERATORS, Problem, Shape
 DEVICE = bench_device()
 GPU = DEVICE.type == "cuda"
 SIDES = (16, 32, 64, 128, 256)
-# Head width and window of the paper's first level.
+# Head width and window of the authors' first level.
 WIDTH, WINDOW = 16, 11
+# Against the batch: the second level.
+BATCH_SHAPE = Shape(32, 32, 7)
+SCALED_BATCHES = (1, 4, 16, 64, 256) if GPU else (1, 2, 4, 8, 16)
 # MLKA takes a CPU over a minute a call beyond this.
-CPU_SIDE = 64
+CPU_SIDE = 128
 # Dense scores beyond this many bytes are not tried on a CPU.
 CPU_DENSE_SIDE = 64
 
@@ -29,15 +33,26 @@ else:
     pytestmark = pytest.mark.benchmark(max_time=0.25, min_rounds=3)
 
 
-def cases(headline: bool, large: bool) -> list[Case]:
+@dataclass(frozen=True)
+class Point:
+    """One point of a plot: a case, and the axis along which it lies, ``tokens`` or ``batch``."""
+
+    axis: str
+    case: Case
+
+
+def points(headline: bool, large: bool) -> list[Point]:
     """Return what this device times."""
     dtype = torch.bfloat16 if GPU else torch.float32
     names = ("triton", "tiled", "dense") if GPU else ("tiled", "dense")
     if headline:
         return []
-    found = []
+    ours = [rival for rival in RIVALS if rival.name in names]
+    problems = []
     for operator in OPERATORS:
-        for rival in (rival for rival in RIVALS if rival.name in names):
+        for rival in ours:
+            for batch in SCALED_BATCHES:
+                problems.append(("batch", rival, Problem(operator, BATCH_SHAPE, batch, dtype)))
             for side in SIDES:
                 problem = Problem(operator, Shape(side, WIDTH, WINDOW), 4 if GPU else 1, dtype)
                 if problem.scores > MOST_SCORES and operator == "mlka":
@@ -46,22 +61,27 @@ def cases(headline: bool, large: bool) -> list[Case]:
                     continue
                 if not GPU and rival.name == "dense" and side > CPU_DENSE_SIDE:
                     continue
-                found += [Case(problem, rival, way) for way in ("forward", "both")]
-    return found
+                problems.append(("tokens", rival, problem))
+    return [
+        Point(axis, Case(problem, rival, way))
+        for axis, rival, problem in problems
+        for way in ("forward", "both")
+    ]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Make a benchmark of every case."""
     option = metafunc.config.getoption
-    found = cases(option("--benchmark-headline"), option("--benchmark-large"))
-    metafunc.parametrize("case", [pytest.param(case, id=case.name) for case in found])
+    found = points(option("--benchmark-headline"), option("--benchmark-large"))
+    metafunc.parametrize("point", [pytest.param(p, id=f"{p.axis}-{p.case.name}") for p in found])
 
 
 _KEPT = _Kept()
 
 
-def test_scaling(measure: Callable[..., None], case: Case) -> None:
-    """Time one case."""
+def test_scaling(measure: Callable[..., None], point: Point) -> None:
+    """Time one point."""
+    case = point.case
     problem, rival, direction = case.problem, case.rival, case.direction
     assert rival is not None
 
@@ -71,8 +91,8 @@ def test_scaling(measure: Callable[..., None], case: Case) -> None:
 
     try:
         measure(
-            case.info() | {"suite": "scaling"},
-            f"scaling {problem.operator} {direction} {rival.name}",
+            case.info() | {"suite": "scaling", "axis": point.axis},
+            f"scaling {point.axis} {problem.operator} {direction} {rival.name}",
             prepare,
             lambda: _KEPT.contest_of(problem, rival).call(direction),
             context=rival.context,

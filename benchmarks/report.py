@@ -199,11 +199,11 @@ def _model(
     return f"**Model**, paper preset (from `{name}`): median time and peak memory.\n\n{table}"
 
 
-def slope(tokens: Sequence[float], values: Sequence[float]) -> float:
-    """Exponent p of value ~ tokens^p over the three largest sizes; NaN for less than two."""
-    if len(tokens) < 2:
+def slope(sizes: Sequence[float], values: Sequence[float]) -> float:
+    """Exponent p of value ~ size^p over the three largest sizes; NaN for less than two."""
+    if len(sizes) < 2:
         return math.nan
-    pairs = sorted(zip(tokens, values, strict=True))[-3:]
+    pairs = sorted(zip(sizes, values, strict=True))[-3:]
     x, y = (np.log([pair[i] for pair in pairs]) for i in (0, 1))
     return float(np.polyfit(x, y, 1)[0])
 
@@ -211,15 +211,29 @@ def slope(tokens: Sequence[float], values: Sequence[float]) -> float:
 def _scaling(
     results: list[Result], content: dict[str, Any], name: str, folder: Path, records: Any
 ) -> str:
-    timed = [r for r in results if r["outcome"] == "ok" and "median_s" in r]
-    if not timed:
-        return ""
+    return "\n\n".join(
+        _scaling_along(axis, mine, content, name, folder, records)
+        for axis in ("tokens", "batch")
+        if (mine := [r for r in results
+                     if r["axis"] == axis and r["outcome"] == "ok" and "median_s" in r])
+    )  # fmt: skip
+
+
+def _scaling_along(
+    axis: str,
+    timed: list[Result],
+    content: dict[str, Any],
+    name: str,
+    folder: Path,
+    records: Any,
+) -> str:
     plt = _pyplot()
     operators = _unique(r["operator"] for r in timed)
     figure, grid = plt.subplots(
         2, len(operators), figsize=(4.6 * len(operators), 7), squeeze=False, layout="constrained"
     )
     slopes: dict[tuple[str, str], str] = {}
+    what, symbol = {"tokens": ("tokens", "N"), "batch": ("the batch", "B")}[axis]
     for column, operator in enumerate(operators):
         for direction, style in (("forward", "-"), ("both", "--")):
             for i, rival in enumerate(_unique(r["rival"] for r in timed)):
@@ -229,38 +243,45 @@ def _scaling(
                 ]  # fmt: skip
                 if not mine:
                     continue
-                tokens = [r["tokens"] for r in mine]
+                sizes = [r[axis] for r in mine]
                 for row, field in enumerate(("median_s", "peak_bytes")):
                     values = [max(r[field], 1e-9) for r in mine]
-                    p = slope(tokens, values)
+                    p = slope(sizes, values)
                     grid[row][column].plot(
-                        tokens, values, style, marker="o", markersize=3, color=f"C{i}",
-                        label=f"{rival} {direction}, N^{p:.2f}",
+                        sizes, values, style, marker="o", markersize=3, color=f"C{i}",
+                        label=f"{rival} {direction}, {symbol}^{p:.2f}",
                     )  # fmt: skip
                     slopes[f"{operator} {direction} {rival}", field] = f"{p:.2f}"
-        limit = _limit(timed, operator, content, records)
+        limit = _limit(timed, axis, operator, content, records)
         if limit is not None:
-            label, tokens, values = limit
-            grid[0][column].plot(tokens, values, ":", color="black", label=label)
+            label, sizes, values = limit
+            grid[0][column].plot(sizes, values, ":", color="black", label=label)
         for row, label in enumerate(("time, s", "peak memory, bytes")):
             axes = grid[row][column]
-            axes.set(xscale="log", yscale="log", xlabel="tokens N", ylabel=label, title=operator)
+            axes.set(
+                xscale="log", yscale="log", xlabel=f"{axis} {symbol}", ylabel=label, title=operator
+            )
             axes.grid(which="both", alpha=0.2)
             axes.legend(fontsize=6)
-    file = _save(figure, folder, name, "scaling")
+    file = _save(figure, folder, name, f"scaling-{axis}")
     rows = _unique(key for key, _ in slopes)
     fields = {"time": "median_s", "memory": "peak_bytes"}
-    table = _table(rows, list(fields), lambda r, c: slopes[r, fields[c]], "exponent of N")
+    table = _table(rows, list(fields), lambda r, c: slopes[r, fields[c]], f"exponent of {symbol}")
     first = timed[0]
+    fixed = f"batch {first['batch']}" if axis == "tokens" else f"N = {first['tokens']}"
     return (
-        f"**Scaling** (from `{name}`): d = {first['width']}, window {first['window']}, batch "
-        f"{first['batch']}, {first['dtype']}. Exponent p of N^p over the three largest grids.\n\n"
-        f"{table}\n\n![Time and memory against tokens, from {name}]({file})"
+        f"**Scaling with {what}** (from `{name}`): d = {first['width']}, window "
+        f"{first['window']}, {fixed}, {first['dtype']}. Exponent p of {symbol}^p over the three "
+        f"largest sizes.\n\n{table}\n\n![Time and memory against {what}, from {name}]({file})"
     )
 
 
 def _limit(
-    timed: list[Result], operator: str, content: dict[str, Any], records: dict[str, Any]
+    timed: list[Result],
+    axis: str,
+    operator: str,
+    content: dict[str, Any],
+    records: dict[str, Any],
 ) -> tuple[str, list[int], list[float]] | None:
     """Return the least time of a forward pass on a known GPU, with the name of its source."""
     device = content["environment"]["device_name"]
@@ -278,7 +299,7 @@ def _limit(
             bandwidth, rate = values["device copy"] * 1e12, max(powers) * 1e12
             source = f"from {file}"
     mine = [r for r in timed if r["operator"] == operator and r["direction"] == "forward"]
-    mine = sorted({r["tokens"]: r for r in mine}.values(), key=lambda r: r["tokens"])
+    mine = sorted({r[axis]: r for r in mine}.values(), key=lambda r: r[axis])
 
     def least(r: Result) -> float:
         seen = min(r["window"] ** 2, r["tokens"])
@@ -287,7 +308,7 @@ def _limit(
             r["least_bytes"] / bandwidth, r["batch"] * r["heads"] * r["tokens"] * keys / rate
         )
 
-    return f"forward limit, {source}", [r["tokens"] for r in mine], [least(r) for r in mine]
+    return f"forward limit, {source}", [r[axis] for r in mine], [least(r) for r in mine]
 
 
 def _check(
