@@ -1,0 +1,89 @@
+"""The benchmark report: tables and plots from records, and nothing that no record says."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from benchmarks import report
+
+ENVIRONMENT = {
+    "device_name": "A processor",
+    "device": "cpu",
+    "threads": 2,
+    "python": "3.11",
+    "packages": {"torch": "2.15"},
+}
+
+
+def content(*results: dict) -> dict:
+    return {
+        "environment": ENVIRONMENT,
+        "made": "2026-01-01",
+        "commit": "abc",
+        "command": "pytest --benchmark",
+        "results": list(results),
+    }
+
+
+def operator(**changes: object) -> dict:
+    result = {
+        "suite": "operators", "operator": "lca", "shape": "8x8-d16-w3", "tokens": 64, "width": 16,
+        "window": 3, "batch": 1, "heads": 8, "dtype": "fp32", "direction": "forward",
+        "rival": "tiled", "label": "ours", "least_bytes": 10, "outcome": "ok", "errors": {"o": 0},
+        "median_s": 1e-3, "peak_bytes": 2**20,
+    }  # fmt: skip
+    return result | changes
+
+
+@pytest.mark.parametrize("power", [1.0, 2.0])
+def test_slope_is_the_exponent_of_the_largest_sizes(power):
+    sizes = [2.0, 64.0, 128.0, 256.0]
+    values = [50.0, *(3 * s**power for s in sizes[1:])]
+    assert report.slope(sizes, values) == pytest.approx(power)
+    assert math.isnan(report.slope([1], [1]))
+
+
+def test_operators_show_time_memory_and_what_did_not_run(tmp_path):
+    text = report.figures(
+        {
+            "a.json": content(
+                operator(),
+                operator(rival="dense", median_s=5e-3),
+                operator(rival="authors", outcome="OOM", reason="too large"),
+                operator(rival="flex-64", outcome="unavailable", reason="no GPU", label="flex"),
+                operator(rival="sdpa", outcome="wrong", reason="differs"),
+            )
+        },
+        tmp_path,
+    )
+    assert "A processor" in text and "`a.json`" in text and "`pytest --benchmark`" in text
+    assert "| tiled | 1 ms | 1.0 MiB |" in text
+    assert "| dense | 5 ms |" in text
+    assert "| authors | OOM |" in text
+    assert "| sdpa | WRONG |" in text
+    assert "`flex-64`: no GPU" in text
+    assert (tmp_path / "a-rivals.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize("axis", ["tokens", "batch"])
+def test_scaling_prints_the_exponents_that_it_draws(axis, tmp_path):
+    results = [
+        operator(suite="scaling", axis=axis, median_s=1e-9 * n**2, peak_bytes=n) | {axis: n}
+        for n in (256, 1024, 4096)
+    ]
+    text = report.figures({"b.json": content(*results)}, tmp_path)
+    assert "| lca forward tiled | 2.00 | 1.00 |" in text
+    assert (tmp_path / f"b-scaling-{axis}.png").stat().st_size > 0
+
+
+def test_everything_between_the_markers_is_replaced(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before {report.BEGIN} old {report.END} after\n")
+    assert report.main(["--results", str(tmp_path), "--readme", str(readme)]) == 0
+    text = readme.read_text()
+    assert text.startswith("before ") and text.endswith(" after\n")
+    assert "No record has been made yet" in text and "old" not in text
+    readme.write_text("no markers")
+    assert report.main(["--results", str(tmp_path), "--readme", str(readme)]) == 1
