@@ -383,11 +383,36 @@ def _throughput(
     return f"**Training with cached features** (from `{name}`)\n\n{table}"
 
 
+def _jobs(
+    results: list[Result], content: dict[str, Any], name: str, folder: Path, records: Any
+) -> str:
+    rows = {r["job"]: r for r in results}
+
+    def cell(row: str, column: str) -> str:
+        r = rows[row]
+        if column == "images":
+            return str(r["images"])
+        if column == "peak memory":
+            return _bytes(r["peak_bytes"]) if "peak_bytes" in r else ""
+        if column == "images/s" and "median_s" in r:
+            return f"{r['images'] / r['median_s']:.3g}"
+        return _cell(r) if column == "time" else ""
+
+    first = results[0]
+    table = _table(list(rows), ["images", "time", "images/s", "peak memory"], cell, "job")
+    return (
+        f"**Whole jobs** (from `{name}`): preset `{first['preset']}` at {first['image_size']} "
+        f"pixels, files of {first['file_size']}, batch {first['batch']}, {first['dtype']}.\n\n"
+        f"{table}"
+    )
+
+
 _WRITERS: dict[str, Callable[..., str]] = {
     "check": _check,
     "operators": _operators,
     "scaling": _scaling,
     "model": _model,
+    "jobs": _jobs,
     "throughput": _throughput,
     "unknowns": _unknowns,
     "tiles": _tiles,
