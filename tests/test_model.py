@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 
 import pytest
 import torch
@@ -169,3 +170,30 @@ def test_both_paths_give_the_same_loss_and_gradients(small, images, backend):
     for (name, p), q in zip(model.named_parameters(), oracle.parameters(), strict=True):
         if p.requires_grad:
             torch.testing.assert_close(p.grad, q.grad, msg=name)
+
+
+@pytest.mark.parametrize("backend", ["tiled", "triton"])
+def test_training_compiles_without_a_graph_break(small, backend, device):
+    if backend == "triton":
+        pytest.importorskip("triton")
+    config = dataclasses.replace(
+        small, out_indices=(3,), hidden=(32,), heads=(2,), windows=(3,), standardize=True
+    )
+    model = RLRModel(config, backend=backend).to(device).train()
+    tokens = [
+        torch.randn(2, h * w, c, device=device)
+        for (h, w), c in zip(model.backbone.grids, model.backbone.channels, strict=True)
+    ]
+    noise = [torch.randn_like(t) for t in tokens]
+    torch.compiler.reset()
+    compiled = torch.compile(model.distances, backend="aot_eager", fullgraph=True)
+    found = []
+    for run in (model.distances, compiled):
+        model.zero_grad()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loss = torch.stack([d.mean() for d in run(tokens, noise)]).sum()
+        loss.backward()
+        found.append([loss, *(p.grad for p in model.levels.parameters())])
+    for actual, expected in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(actual, expected)
