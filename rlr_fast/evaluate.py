@@ -273,18 +273,25 @@ def _nothing_read(name: str, shares: list[_Share] | None) -> ValueError:
 def _join(samples: list[Sample], shares: list[_Share]) -> _Scored:
     """Put the shares together in the order of ``samples``."""
     indices = np.concatenate([np.array(share.indices, dtype=int) for share in shares])
-    failures = sorted((f for share in shares for f in share.failures), key=lambda f: f.index)
-    order = np.argsort(indices)
-    rows = np.argsort(order)  # of each image of each share, in turn
-    joined = []
-    for parts in zip(*((s.scores, s.maps, s.masks) for s in shares), strict=True):
+    rows = np.split(
+        np.argsort(np.argsort(indices)), np.cumsum([len(share.indices) for share in shares])[:-1]
+    )
+
+    def join(parts: list[np.ndarray]) -> np.ndarray:
         if len(parts) == 1:
-            joined.append(parts[0])
-            continue
+            return parts[0]
         whole = np.empty((len(indices), *parts[0].shape[1:]), dtype=parts[0].dtype)
-        whole[rows] = np.concatenate(parts)
-        joined.append(whole)
-    return _Scored([samples[i] for i in indices[order]], *joined, failures)
+        for where, part in zip(rows, parts, strict=True):
+            whole[where] = part
+        return whole
+
+    return _Scored(
+        samples=[samples[i] for i in np.sort(indices)],
+        scores=join([share.scores for share in shares]),
+        maps=join([share.maps for share in shares]),
+        masks=join([share.masks for share in shares]),
+        failures=sorted((f for share in shares for f in share.failures), key=lambda f: f.index),
+    )
 
 
 def _mask(sample: Sample, size: tuple[int, int]) -> np.ndarray:

@@ -310,10 +310,11 @@ def _fit_standardization(model: RLRModel, features: FeatureCache, processes: Pro
             values = chunk.flatten(0, 1).double()
             total += values.sum(0)
             squares += values.square().sum(0)
-        sums = (level.shape[0] * level.shape[1], total.cpu(), squares.cpu())
-        count, total, squares = map(sum, zip(*processes.exchange(sums), strict=True))
-        mean = total / count
-        std = (squares / count - mean.square()).clamp_min(0).sqrt()
+        shares = processes.exchange((level.shape[0] * level.shape[1], total.cpu(), squares.cpu()))
+        count = sum(tokens for tokens, _, _ in shares)
+        mean = torch.stack([share for _, share, _ in shares]).sum(0) / count
+        mean_square = torch.stack([share for _, _, share in shares]).sum(0) / count
+        std = (mean_square - mean.square()).clamp_min(0).sqrt()
         standardize.fit(mean.float(), std.float())
 
 
