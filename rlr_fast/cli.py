@@ -55,8 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0: done. 1: done, but some files were left out, or a check failed. 2: a mistake of the
-            user, or
-        something that stopped the job; it is told in a line on standard error. 130: interrupted.
+        user, or something that stopped the job; it is told in a line on standard error, by one of
+        several processes. 130: interrupted.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
@@ -83,10 +83,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 1
     except KeyboardInterrupt:
-        print(
-            "\nrlr-fast: interrupted; `train --resume` goes on from the last epoch", file=sys.stderr
-        )
+        if _tells():
+            print(
+                "\nrlr-fast: interrupted; `train --resume` goes on from the last epoch",
+                file=sys.stderr,
+            )
         return 130
+
+
+def _tells() -> bool:
+    """Whether this process tells what all on its machine meet: the first that torchrun started."""
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -96,8 +103,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
             raise UsageError(f"{args.parser.prog} works in one process; start it without torchrun")
         return args
     except UsageError as error:
-        # torchrun gave each process on a machine the same command: the first one tells.
-        if int(os.environ.get("LOCAL_RANK", 0)) > 0:
+        if not _tells():
             raise PeerError(str(error), told=True) from error
         raise
 
@@ -156,6 +162,8 @@ def _device(args: argparse.Namespace) -> torch.device:
     reason = unsupported_reason(args.backend, device)
     if reason is not None:
         raise UsageError(f"--backend {args.backend} cannot run on {device}: {reason}")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # nothing of this process shall lie on another's GPU
     return device
 
 

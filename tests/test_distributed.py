@@ -25,7 +25,7 @@ from conftest import make_tree, save_picture
 from rlr_fast import RLRConfig, RLRModel, TrainConfig, cli
 from rlr_fast import train as train_module
 from rlr_fast.data import read_dataset
-from rlr_fast.distributed import Processes, processes
+from rlr_fast.distributed import PeerError, Processes, processes
 from rlr_fast.environment import choose_device
 from rlr_fast.evaluate import evaluate
 from rlr_fast.functional import unsupported_reason
@@ -118,6 +118,12 @@ def work(folder: Path) -> None:
         run("predict", "predict", data, "--checkpoint", folder / "whole", "--out", folder / "p")
         found["ddp"] = {b: ddp_difference(group, b) for b in ("tiled", "triton", "dense")}
         (folder / f"found{rank}.json").write_text(json.dumps(found))
+        if rank == 1:
+            os._exit(0)  # without a word
+        try:
+            group.exchange("anybody there?")
+        except PeerError as error:
+            (folder / "lost.json").write_text(json.dumps([str(error), error.told]))
 
 
 def ddp_difference(group: Processes, backend: str) -> float | None:
@@ -284,6 +290,11 @@ def test_an_error_ends_both_processes_with_one_message(folder, found, name, mess
     assert not (folder / name).exists()
 
 
+def test_a_process_that_dies_without_a_word_ends_the_other(folder, found):
+    message, told = json.loads((folder / "lost.json").read_text())
+    assert message.startswith("lost contact with the other processes") and not told
+
+
 def test_ddp_gives_the_gradients_of_one_process(found):
     for process in found:
         differences = {k: v for k, v in process["ddp"].items() if v is not None}
@@ -327,6 +338,16 @@ def test_processes_do_not_repeat_each_others_numbers(dataset, tmp_path):
         for seed in (Seeds(rank)._seed(i) for rank in range(8) for i in range(-20, 20))
     ]
     assert len(set(drawn)) == len(drawn)
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["demo", "data make d", "data check d", "predict p --checkpoint r --out o", "tune", "info"],
+)
+def test_verbs_for_one_process_refuse_torchrun(command, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(command.split()) == 2
+    assert "works in one process; start it without torchrun" in capsys.readouterr().err
 
 
 @pytest.fixture
