@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -138,6 +138,23 @@ class Processes:
             if rank == self.rank and failure is not None:
                 raise failure
             raise PeerError(f"process {rank} stopped: {reason}", told=True) from failure
+
+    def agree(self, values: Mapping[str, object]) -> None:
+        """Refuse processes that were not given the same values, by name.
+
+        Raises:
+            ValueError: Names the value and a process that differs from the leader.
+            PeerError: The same, in all but the leader.
+        """
+        leader, *others = self.exchange(dict(values))
+        for rank, other in enumerate(others, 1):
+            for name, value in leader.items():
+                if other[name] != value:
+                    message = (
+                        f"all processes must work on the same: {name} is {value!r} in process 0 "
+                        f"and {other[name]!r} in process {rank}"
+                    )
+                    raise self.alike(ValueError(message))
 
     def alike(self, error: Exception) -> Exception:
         """Return what to raise for an error that every process meets: the leader tells it."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,7 +113,7 @@ def evaluate(
 
     Raises:
         ValueError: A class has no test images, or a mask does not fit its image; found before any
-            image is scored.
+            image is scored. Or the processes were not given the same model and images.
         PeerError: Another process met an error.
     """
     with processes() as group:
@@ -118,10 +121,12 @@ def evaluate(
             data.require_test()
             if group.leads:
                 _check_masks(data)
+        if group.count > 1:
+            group.agree(_decisive(model, data))
         model.eval()
         classes: dict[str, dict[str, float]] = {}
         failures: list[str] = []
-        dealt = 0  # batches of the classes so far: every class has a rest, not always for one
+        dealt = 0  # batches of earlier classes: the turn goes on, or the first would have most
         for name in data.classes:
             samples = data.test[name]
             with group.together():
@@ -196,6 +201,22 @@ class _Scored:
     maps: np.ndarray
     masks: np.ndarray
     failures: list[ImageFailure]
+
+
+def _decisive(model: RLRModel, data: DataSet) -> dict[str, Any]:
+    """Return by name what all processes must have in common, wherever it lies."""
+    weights, images = hashlib.sha256(model.backbone.fingerprint.encode()), hashlib.sha256()
+    for name, tensor in model.checkpoint_state().items():
+        weights.update(name.encode() + tensor.cpu().numpy().tobytes())
+    for name in data.classes:
+        for sample in data.test[name]:
+            images.update(f"{name}\0{os.path.relpath(sample.path, data.root)}\n".encode())
+    config = {f"model {k}": v for k, v in dataclasses.asdict(model.config).items()}
+    del config["model backbone_weights"]  # where they were taken from; the fingerprint decides
+    return config | {
+        "digest of the weights": weights.hexdigest()[:12],
+        "digest of the test images' names": images.hexdigest()[:12],
+    }
 
 
 def _check_masks(data: DataSet) -> None:

@@ -117,9 +117,10 @@ def train(
         quiet: No progress bar.
 
     Raises:
-        ValueError: A class has no training images, or an option does not fit the device.
-        TrainingError: ``out`` holds another run, the disk is full, the loss is not finite, there
-            are more processes than images, or the processes were not given the same run.
+        ValueError: A class has no training images, an option does not fit the device, or the
+            processes were not given the same run.
+        TrainingError: ``out`` holds another run, the disk is full, the loss is not finite, or there
+            are more processes than images.
         CacheError: The feature cache cannot be written.
         PeerError: Another process met one of these.
     """
@@ -136,7 +137,7 @@ def train(
                 _check_folder(out, record, resume)
             torch.manual_seed(recipe.seed)
             model = RLRModel(config, backend=backend).to(device)
-        _check_agreement(record, model, group)
+        group.agree(_decisive(record, model))
         features, samples, failures = _features(
             model, data, cache_root, cache, workers, quiet, group
         )
@@ -234,23 +235,12 @@ def _check_folder(out: Path, record: dict[str, Any], resume: bool) -> None:
         )
 
 
-def _check_agreement(record: dict[str, Any], model: RLRModel, processes: Processes) -> None:
-    """Refuse processes that were given different flags, data or backbone weights."""
-    parts = {
-        f"{part} {k}": v for part in ("model", "recipe", "data") for k, v in record[part].items()
-    }
-    parts |= {"fingerprint of the backbone": model.backbone.fingerprint}
-    del parts["data root"]  # each machine may keep the images where it likes
-    leader, *others = processes.exchange(parts)
-    for rank, other in enumerate(others, 1):
-        for name, value in other.items():
-            if value != leader[name]:
-                raise processes.alike(
-                    TrainingError(
-                        f"all processes must train the same run: {name} is {leader[name]!r} in "
-                        f"process 0 and {value!r} in process {rank}"
-                    )
-                )
+def _decisive(record: dict[str, Any], model: RLRModel) -> dict[str, Any]:
+    """Return by name what all processes of a run must have in common."""
+    values = {f"{p} {k}": v for p in ("model", "recipe", "data") for k, v in record[p].items()}
+    # Each machine may keep images and weights where it likes; their digests decide.
+    del values["data root"], values["model backbone_weights"]
+    return values | {"fingerprint of the backbone": model.backbone.fingerprint}
 
 
 def _features(

@@ -105,6 +105,9 @@ def work(folder: Path) -> None:
         evaluated = ["--out", folder / "eval", "--device", "cpu", "--quiet", "--figures"]
         run("eval", "eval", data, "--checkpoint", folder / "whole", *evaluated)
 
+        other = folder / ("single" if rank == 1 else "whole")
+        run("other weights", "eval", data, "--checkpoint", other, *evaluated)
+
         (folder / "cache is a file").touch()
         argv = train_argv("no cache", MODEL, WHOLE)
         if rank == 1:
@@ -280,6 +283,7 @@ def test_metrics_of_two_processes_are_those_of_one(folder, found):
     [
         ("no cache", "cannot write the feature cache"),
         ("differ", "recipe lr is 0.001 in process 0 and 0.002 in process 1"),
+        ("other weights", "digest of the weights is "),
         ("one image", "1 training images cannot be shared among 2 processes"),
         ("unreadable", "no training image of cloth can be read"),
         ("predict", "rlr-fast predict works in one process; start it without torchrun"),
