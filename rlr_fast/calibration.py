@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from rlr_fast.distributed import Processes
 from rlr_fast.feature_cache import FeatureCache
 from rlr_fast.model import CheckpointError, RLRModel
 
@@ -18,13 +19,18 @@ _BATCH = 16
 
 
 @torch.no_grad()
-def calibrate(model: RLRModel, features: FeatureCache, categories: Sequence[str]) -> dict[str, Any]:
+def calibrate(
+    model: RLRModel, features: FeatureCache, categories: Sequence[str], processes: Processes
+) -> dict[str, Any]:
     """Score the training images and return quantiles of their pixels' and images' scores.
+
+    Each process scores its own images; the quantiles are those of all.
 
     Args:
         model: The trained model.
-        features: Its training features.
+        features: Its training features, this process's share.
         categories: Class of each row of ``features``.
+        processes: Those that share the training set.
 
     Returns:
         ``{"pixel": {quantile: score}, "image": {"max": score, "classes": {name: {"max": …}}}}``;
@@ -34,15 +40,18 @@ def calibrate(model: RLRModel, features: FeatureCache, categories: Sequence[str]
     device = next(model.levels.parameters()).device
     wanted = torch.tensor(_QUANTILES, device=device)
     pixels, scores = [], []
-    for rows in torch.arange(len(features)).split(_BATCH):
-        out = model.predict_tokens(features.batch(rows, device))
-        pixels += [torch.quantile(m.flatten().float(), wanted) for m in _thinned(out.score_map)]
-        scores.append(out.score.float())
-    score = torch.cat(scores).cpu()
-    means = torch.stack(pixels).mean(0).cpu()
+    with processes.together():
+        for rows in torch.arange(len(features)).split(_BATCH):
+            out = model.predict_tokens(features.batch(rows, device))
+            pixels += [torch.quantile(m.flatten().float(), wanted) for m in _thinned(out.score_map)]
+            scores.append(out.score.float())
+        share = torch.stack(pixels).cpu(), torch.cat(scores).cpu(), list(categories)
+    shares = processes.exchange(share)
+    means = torch.cat([pixel for pixel, _, _ in shares]).mean(0)
+    score = torch.cat([score for _, score, _ in shares])
+    names = [name for _, _, categories in shares for name in categories]
     per_class = {
-        name: {"max": float(score[[c == name for c in categories]].max())}
-        for name in sorted(set(categories))
+        name: {"max": float(score[[n == name for n in names]].max())} for name in sorted(set(names))
     }
     return {
         "pixel": {str(q): float(v) for q, v in zip(_QUANTILES, means, strict=True)},

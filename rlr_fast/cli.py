@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from rlr_fast.config import PRECISIONS, PRESETS, RLRConfig, TrainConfig
 from rlr_fast.data import LAYOUTS, DataSet, check_dataset, format_report, read_dataset
 from rlr_fast.data.synthetic import make_dataset
 from rlr_fast.demo import run_demo
+from rlr_fast.distributed import PeerError, processes, processes_wanted
 from rlr_fast.environment import choose_device
 from rlr_fast.evaluate import FigureOptions, evaluate
 from rlr_fast.feature_cache import PLACEMENTS, CacheError
@@ -43,6 +45,8 @@ _USER_ERRORS = (
     TrainingError,
     OSError,
 )
+# torchrun ends all processes with the first that ends: let that be the one that says why.
+_AFTER_PEER = 1.0
 _BACKENDS = ("auto", "triton", "tiled", "dense")
 
 
@@ -51,14 +55,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0: done. 1: done, but some files were left out, or a check failed. 2: a mistake of the
-            user, or
-        something that stopped the job; it is told in a line on standard error. 130: interrupted.
+        user, or something that stopped the job; it is told in a line on standard error, by one of
+        several processes. 130: interrupted.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
-        args = parse(build_parser(), argv)
+        args = _parse(argv)
         return int(args.run(args))
+    except PeerError as error:
+        time.sleep(_AFTER_PEER)
+        if not error.told:
+            print(f"rlr-fast: error: {error}", file=sys.stderr)
+        return 2
     except _USER_ERRORS as error:
         if os.environ.get("RLR_FAST_TRACEBACK"):
             raise
@@ -74,10 +83,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 1
     except KeyboardInterrupt:
-        print(
-            "\nrlr-fast: interrupted; `train --resume` goes on from the last epoch", file=sys.stderr
-        )
+        if _tells():
+            print(
+                "\nrlr-fast: interrupted; `train --resume` goes on from the last epoch",
+                file=sys.stderr,
+            )
         return 130
+
+
+def _tells() -> bool:
+    """Whether this process tells what all on its machine meet: the first that torchrun started."""
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    try:
+        args = parse(build_parser(), argv)
+        if processes_wanted() > 1 and not args.shared:
+            raise UsageError(f"{args.parser.prog} works in one process; start it without torchrun")
+        return args
+    except UsageError as error:
+        if not _tells():
+            raise PeerError(str(error), told=True) from error
+        raise
 
 
 def build_parser() -> Parser:
@@ -101,9 +129,12 @@ def build_parser() -> Parser:
     return parser
 
 
-def _verb(verbs: Any, name: str, run: Any, help: str, **options: Any) -> Parser:
+def _verb(
+    verbs: Any, name: str, run: Any, help: str, *, shared: bool = False, **options: Any
+) -> Parser:
+    """Add a verb; ``shared`` says that several processes under torchrun can share its work."""
     parser: Parser = verbs.add_parser(name, help=help, description=help, **options)
-    parser.set_defaults(run=run, parser=parser)
+    parser.set_defaults(run=run, parser=parser, shared=shared)
     parser.add_argument("--config", metavar="FILE", help="YAML file of flags; flags given here win")
     return parser
 
@@ -131,6 +162,8 @@ def _device(args: argparse.Namespace) -> torch.device:
     reason = unsupported_reason(args.backend, device)
     if reason is not None:
         raise UsageError(f"--backend {args.backend} cannot run on {device}: {reason}")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # nothing of this process shall lie on another's GPU
     return device
 
 
@@ -238,6 +271,7 @@ def _add_train(verbs: Any) -> None:
         "train",
         _train,
         "train one model on the normal images of all classes",
+        shared=True,
         epilog="presets: " + "; ".join(f"{name}: {p.about}" for name, p in PRESETS.items()),
     )
     _add_dataset(parser)
@@ -262,29 +296,36 @@ def _add_train(verbs: Any) -> None:
 
 
 def _train(args: argparse.Namespace) -> int:
-    previous = read_run(args.out) if args.resume else None
-    preset = PRESETS[args.preset]
-    model = config_from(args, RLRConfig, previous["model"] if previous else preset.model)
-    recipe = config_from(args, TrainConfig, previous["recipe"] if previous else preset.train)
-    result = train(
-        model,
-        recipe,
-        _read_data(args),
-        args.out,
-        device=_device(args),
-        resume=args.resume,
-        backend=args.backend,
-        cache_root=args.cache_dir,
-        cache=args.cache,
-        workers=args.workers,
-        quiet=args.quiet,
-    )
-    if int(os.environ.get("RANK", 0)) == 0:
-        last = result.history[-1]
-        print(
-            f"trained {recipe.epochs} epochs, loss {last['loss']:.4f}, "
-            f"{result.images_per_s:.0f} images/s: {result.out}"
+    with processes() as group:
+        previous = group.from_leader(lambda: read_run(args.out) if args.resume else None)
+        with group.together():
+            preset = PRESETS[args.preset]
+            model = config_from(args, RLRConfig, previous["model"] if previous else preset.model)
+            recipe = config_from(
+                args, TrainConfig, previous["recipe"] if previous else preset.train
+            )
+            data = _read_data(args)
+            device = _device(args)
+        result = train(
+            model,
+            recipe,
+            data,
+            args.out,
+            device=device,
+            resume=args.resume,
+            backend=args.backend,
+            cache_root=args.cache_dir,
+            cache=args.cache,
+            workers=args.workers,
+            quiet=args.quiet,
         )
+        if not group.leads:
+            return 0
+    last = result.history[-1]
+    print(
+        f"trained {recipe.epochs} epochs, loss {last['loss']:.4f}, "
+        f"{result.images_per_s:.0f} images/s: {result.out}"
+    )
     return _report([str(f.error) for f in result.failures])
 
 
@@ -340,6 +381,7 @@ def _add_eval(verbs: Any) -> None:
         "eval",
         _eval,
         "measure a checkpoint on the test images: seven metrics a class and mean",
+        shared=True,
     )
     _add_dataset(parser)
     _add_checkpoint(parser)
@@ -355,16 +397,23 @@ def _add_eval(verbs: Any) -> None:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    data = _read_data(args)
-    data.require_test()
-    figures = None
-    if args.figures:
-        figures = FigureOptions(args.out / "figures", _scale(args), args.per_defect)
-    model = _load(args)
-    args.out.mkdir(parents=True, exist_ok=True)
-    total = sum(len(samples) for samples in data.test.values())
-    with progress_bar("eval", total, args.quiet) as bar:
-        result = evaluate(model, data, workers=args.workers, figures=figures, progress=bar.update)
+    with processes() as group:
+        with group.together():
+            data = _read_data(args)
+            data.require_test()
+            figures = None
+            if args.figures:
+                figures = FigureOptions(args.out / "figures", _scale(args), args.per_defect)
+            model = _load(args)
+            if group.leads:
+                args.out.mkdir(parents=True, exist_ok=True)
+        total = sum(len(samples) for samples in data.test.values())
+        with progress_bar("eval", total, args.quiet or not group.leads) as bar:
+            result = evaluate(
+                model, data, workers=args.workers, figures=figures, progress=bar.update
+            )
+        if not group.leads:
+            return 0
     print(result.table(), flush=True)
     write_atomically(args.out / "metrics.json", result.to_json())
     print(f"\n{args.out / 'metrics.json'}")

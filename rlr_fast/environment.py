@@ -15,13 +15,30 @@ _PACKAGES = ("rlr_fast", "torch", "triton", "timm", "numpy", "scipy", "scikit-le
 def choose_device(name: str = "auto") -> torch.device:
     """Return the device called ``name``; ``auto`` is CUDA, else Apple's MPS, else the CPU.
 
+    Of the processes that torchrun starts on a machine (``LOCAL_RANK``, ``LOCAL_WORLD_SIZE``), each
+    gets a GPU of its own for ``auto`` and ``cuda``.
+
     Raises:
-        ValueError: No such device, or it is not available here.
+        ValueError: No such device, it is not available here, or several processes would share it.
     """
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        # MPS is one device, and processes cannot add up their gradients on it.
+        mps = torch.backends.mps.is_available() and here == 1
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if here > 1 and name.startswith(("cuda:", "mps")):
+        raise ValueError(
+            f"device must be cuda, cpu or auto for several processes, got {name!r} for {here} of "
+            "them; CUDA_VISIBLE_DEVICES says which GPUs they may take"
+        )
+    if name == "cuda" and torch.cuda.is_available():
+        gpus = torch.cuda.device_count()
+        if here > gpus:
+            raise ValueError(
+                f"each process on a machine needs a GPU of its own, got {here} processes for "
+                f"{gpus} GPUs; start them with --nproc-per-node {gpus}, or take --device cpu"
+            )
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

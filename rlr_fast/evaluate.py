@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
+import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +25,7 @@ from rlr_fast.data import (
     load_sample_mask,
     read_image_size,
 )
+from rlr_fast.distributed import Processes, processes
 from rlr_fast.environment import environment
 from rlr_fast.figures import SheetRow, sample_sheet
 from rlr_fast.metrics import class_metrics, format_table, mean_metrics
@@ -95,6 +100,10 @@ def evaluate(
     Masks are compared at the model's image size. Image files that cannot be read are left out and
     named in the result.
 
+    Started by torchrun, all processes call this together. The batches of images are dealt out to
+    them; the first process gathers the maps of a class and computes its metrics, and every process
+    returns the same result. The batches are those of a single process, so the numbers are too.
+
     Args:
         model: A trained model, on its device.
         data: Its ``test`` samples are used.
@@ -104,30 +113,56 @@ def evaluate(
 
     Raises:
         ValueError: A class has no test images, or a mask does not fit its image; found before any
-            image is scored.
+            image is scored. Or the processes were not given the same model and images.
+        PeerError: Another process met an error.
     """
-    data.require_test()
-    _check_masks(data)
-    model.eval()
-    classes: dict[str, dict[str, float]] = {}
-    failures: list[str] = []
-    for name in data.classes:
-        scored = _score_class(model, data.test[name], workers, progress)
-        failures += [str(failure.error) for failure in scored.failures]
-        labels = np.array([sample.is_anomaly for sample in scored.samples], dtype=bool)
-        classes[name] = class_metrics(scored.scores, labels, scored.maps, scored.masks)
-        if figures is not None:
-            try:
-                _write_sheet(name, scored, figures, model.config.image_size)
-            except OSError as error:  # a full disk must not cost the metrics
-                failures.append(f"cannot write the figures of {name}: {error}")
-    return Evaluation(
-        classes,
-        mean_metrics(classes),
-        protocol(model, data),
-        environment(next(model.levels.parameters()).device),
-        failures,
-    )
+    with processes() as group:
+        with group.together():
+            data.require_test()
+            if group.leads:
+                _check_masks(data)
+        if group.count > 1:
+            group.agree(_decisive(model, data))
+        model.eval()
+        classes: dict[str, dict[str, float]] = {}
+        failures: list[str] = []
+        dealt = 0  # batches of earlier classes: the turn goes on, or the first would have most
+        for name in data.classes:
+            samples = data.test[name]
+            with group.together():
+                share = _score(
+                    model,
+                    samples,
+                    _deal(len(samples), dealt, group),
+                    group.workers(workers),
+                    progress,
+                )
+            dealt += math.ceil(len(samples) / _BATCH)
+            if progress is not None:
+                progress(len(samples) - share.done)
+            shares = group.to_leader(share)
+            if sum(group.exchange(len(share.indices))) == 0:
+                raise group.alike(_nothing_read(name, shares))
+            if shares is None:
+                continue
+            scored = _join(samples, shares)
+            failures += [str(failure.error) for failure in scored.failures]
+            labels = np.array([sample.is_anomaly for sample in scored.samples], dtype=bool)
+            classes[name] = class_metrics(scored.scores, labels, scored.maps, scored.masks)
+            if figures is not None:
+                try:
+                    _write_sheet(name, scored, figures, model.config.image_size)
+                except OSError as error:  # a full disk must not cost the metrics
+                    failures.append(f"cannot write the figures of {name}: {error}")
+        return group.from_leader(
+            lambda: Evaluation(
+                classes,
+                mean_metrics(classes),
+                protocol(model, data),
+                environment(next(model.levels.parameters()).device),
+                failures,
+            )
+        )
 
 
 def protocol(model: RLRModel, data: DataSet) -> dict[str, Any]:
@@ -148,12 +183,40 @@ def protocol(model: RLRModel, data: DataSet) -> dict[str, Any]:
 
 
 @dataclass
+class _Share:
+    """What one process found for its images of a class; ``indices`` are their places in it."""
+
+    indices: list[int]
+    scores: np.ndarray
+    maps: np.ndarray
+    masks: np.ndarray
+    failures: list[ImageFailure]
+    done: int
+
+
+@dataclass
 class _Scored:
     samples: list[Sample]
     scores: np.ndarray
     maps: np.ndarray
     masks: np.ndarray
     failures: list[ImageFailure]
+
+
+def _decisive(model: RLRModel, data: DataSet) -> dict[str, Any]:
+    """Return by name what all processes must have in common, wherever it lies."""
+    weights, images = hashlib.sha256(model.backbone.fingerprint.encode()), hashlib.sha256()
+    for name, tensor in model.checkpoint_state().items():
+        weights.update(name.encode() + tensor.cpu().numpy().tobytes())
+    for name in data.classes:
+        for sample in data.test[name]:
+            images.update(f"{name}\0{os.path.relpath(sample.path, data.root)}\n".encode())
+    config = {f"model {k}": v for k, v in dataclasses.asdict(model.config).items()}
+    del config["model backbone_weights"]  # where they were taken from; the fingerprint decides
+    return config | {
+        "digest of the weights": weights.hexdigest()[:12],
+        "digest of the test images' names": images.hexdigest()[:12],
+    }
 
 
 def _check_masks(data: DataSet) -> None:
@@ -178,41 +241,78 @@ def _check_masks(data: DataSet) -> None:
         raise ValueError(f"{len(wrong)} masks are missing or of another size:\n  {shown}")
 
 
-def _score_class(
+def _deal(images: int, dealt: int, processes: Processes) -> list[int]:
+    """Return this process's images of a class: whole batches, in turn after ``dealt`` others."""
+    turns = range(math.ceil(images / _BATCH))
+    mine = [turn for turn in turns if (dealt + turn) % processes.count == processes.rank]
+    return [i for turn in mine for i in range(turn * _BATCH, min((turn + 1) * _BATCH, images))]
+
+
+def _score(
     model: RLRModel,
     samples: list[Sample],
-    workers: int | None,
+    mine: list[int],
+    workers: int,
     progress: Callable[[int], object] | None,
-) -> _Scored:
+) -> _Share:
+    """Score the samples at the places ``mine``."""
     device = next(model.levels.parameters()).device
-    height, width = model.config.image_size
-    maps = np.empty((len(samples), height, width), dtype=np.float32)
-    masks = np.empty((len(samples), height, width), dtype=bool)
+    size = model.config.image_size
+    maps = np.empty((len(mine), *size), dtype=np.float32)
+    masks = np.empty((len(mine), *size), dtype=bool)
     scores: list[float] = []
-    kept: list[Sample] = []
+    kept: list[int] = []
     failures: list[ImageFailure] = []
     with torch.inference_mode():
-        for batch in iterate_images(samples, (height, width), _BATCH, workers):
-            failures += batch.failures
+        for batch in iterate_images([samples[i] for i in mine], size, _BATCH, workers):
+            failures += [ImageFailure(mine[f.index], f.error) for f in batch.failures]
             if batch.indices:
                 out = model(batch.images.to(device))
                 batch_maps = out.score_map[:, 0].float().cpu().numpy()
                 for i, index in enumerate(batch.indices):
                     row = len(kept)
                     try:
-                        masks[row] = _mask(samples[index], (height, width))
+                        masks[row] = _mask(samples[mine[index]], size)
                     except UnreadableImageError as error:
-                        failures.append(ImageFailure(index, error))
+                        failures.append(ImageFailure(mine[index], error))
                         continue
                     maps[row] = batch_maps[i]
                     scores.append(float(out.score[i]))
-                    kept.append(samples[index])
+                    kept.append(mine[index])
             if progress is not None:
                 progress(len(batch.indices) + len(batch.failures))
-    if not kept:
-        raise ValueError(f"no test image of {samples[0].category} can be read: {failures[0].error}")
     count = len(kept)
-    return _Scored(kept, np.array(scores, dtype=np.float32), maps[:count], masks[:count], failures)
+    values = np.array(scores, dtype=np.float32)
+    return _Share(kept, values, maps[:count], masks[:count], failures, len(mine))
+
+
+def _nothing_read(name: str, shares: list[_Share] | None) -> ValueError:
+    reasons = [str(failure.error) for share in shares or [] for failure in share.failures]
+    return ValueError(f"no test image of {name} can be read: {'; '.join(reasons[:1])}")
+
+
+def _join(samples: list[Sample], shares: list[_Share]) -> _Scored:
+    """Put the shares together in the order of ``samples``."""
+    indices = np.concatenate([np.array(share.indices, dtype=int) for share in shares])
+    rows = np.split(
+        np.argsort(np.argsort(indices)), np.cumsum([len(share.indices) for share in shares])[:-1]
+    )
+
+    def join(parts: list[np.ndarray]) -> np.ndarray:
+        if len(parts) == 1:
+            return parts[0]
+        whole = np.empty((len(indices), *parts[0].shape[1:]), dtype=parts[0].dtype)
+        for where, part in zip(rows, parts, strict=True):
+            whole[where] = part
+        return whole
+
+    return _Scored(
+        samples=[samples[i] for i in np.sort(indices)],
+        scores=join([share.scores for share in shares]),
+        maps=join([share.maps for share in shares]),
+        masks=join([share.masks for share in shares]),
+        failures=sorted((f for share in shares for f in share.failures), key=lambda f: f.index),
+    )
 
 
 def _mask(sample: Sample, size: tuple[int, int]) -> np.ndarray:

@@ -84,13 +84,14 @@ def cached_features(
     *,
     workers: int | None = None,
     progress: Callable[[int], object] | None = None,
+    sharers: int = 1,
 ) -> FeatureCache:
     """Return the features of ``samples``, computed now or taken from an earlier run.
 
     A cache is known by everything that decides its numbers: backbone and fingerprint of its
-        weights,
-    levels, image size, neighbourhood, and path, size and time of change of each file. It appears
-    under its name only when complete, so half a cache is never read.
+    weights, levels, image size, neighbourhood, and path, size and time of change of each file. It
+    appears under its name only when complete, so half a cache is never read. Of several processes
+    each asks for the images of its own share, and keeps a cache of them.
 
     Args:
         model: Its backbone and neighbourhood give the features, on the device where it lies.
@@ -99,6 +100,7 @@ def cached_features(
         placement: ``gpu``, ``ram``, ``disk``, or ``auto``: the first of them with room.
         workers: Threads that decode images.
         progress: Called with the number of images done since the last call.
+        sharers: Processes that divide this machine's memory among them.
 
     Raises:
         CacheError: The disk is full, the folder cannot be written, or no image can be read.
@@ -128,7 +130,7 @@ def cached_features(
         for j, (tokens, channels) in enumerate(meta["levels"])
     ]
     device = next(model.levels.parameters()).device
-    where = _choose(placement, sum(level.nbytes for level in levels), device)
+    where = _choose(placement, sum(level.nbytes for level in levels), device, sharers)
     if where == "gpu":
         levels = [level.to(device) for level in levels]
     elif where == "ram":
@@ -244,11 +246,12 @@ def _remove_stale(root: Path, name: str) -> None:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def _choose(placement: Placement, size: int, device: torch.device) -> str:
+def _choose(placement: Placement, size: int, device: torch.device, sharers: int) -> str:
     if placement == "gpu" and device.type != "cuda":
         raise ValueError(f"cache placement 'gpu' needs the model on a GPU, it is on {device}")
     if placement != "auto":
         return placement
     if device.type == "cuda" and size < _SHARE * torch.cuda.mem_get_info(device)[0]:
         return "gpu"
-    return "ram" if size < _SHARE * psutil.virtual_memory().available else "disk"
+    memory = psutil.virtual_memory().available / sharers
+    return "ram" if size < _SHARE * memory else "disk"

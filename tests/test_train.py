@@ -158,20 +158,6 @@ def test_kill_9_at_any_moment_then_resume_ends_with_the_same_bits(tree, tmp_path
         assert (killed / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_two_processes_give_the_weights_of_one_with_the_same_global_batch(tree, tmp_path):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    # 10 images in batches of 3: the last one has a single image, so one process has none.
-    one = command(tree, tmp_path / "one", tmp_path, "--batch-size", "3")
-    subprocess.run([sys.executable, *one], check=True, env=environment)
-    two = command(tree, tmp_path / "two", tmp_path, "--batch-size", "3")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    launcher += ["--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    subprocess.run([*launcher, *two], check=True, env=environment)
-    expected, found = weights(tmp_path / "one"), weights(tmp_path / "two")
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-5, msg=name)
-
-
 def test_loss_that_is_not_finite_stops_with_step_and_level(dataset, tmp_path, monkeypatch):
     step = train_module._Run._step
 
