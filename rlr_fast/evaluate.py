@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from rlr_fast.data import (
     DataSet,
@@ -23,10 +22,9 @@ from rlr_fast.data import (
 )
 from rlr_fast.environment import environment
 from rlr_fast.figures import SheetRow, sample_sheet
+from rlr_fast.inference import DEFAULT_BATCH, check_precision, score_batches
 from rlr_fast.metrics import class_metrics, format_table, mean_metrics
 from rlr_fast.model import RLRModel
-
-_BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -86,6 +84,8 @@ def evaluate(
     model: RLRModel,
     data: DataSet,
     *,
+    batch_size: int = DEFAULT_BATCH,
+    precision: str = "fp32",
     workers: int | None = None,
     figures: FigureOptions | None = None,
     progress: Callable[[int], object] | None = None,
@@ -98,21 +98,24 @@ def evaluate(
     Args:
         model: A trained model, on its device.
         data: Its ``test`` samples are used.
+        batch_size: Images scored at once.
+        precision: ``fp32``, ``bf16``, or ``fp16`` (GPU only); score maps are float32.
         workers: Threads that decode images.
         figures: Write a sheet of sample images a class.
         progress: Called with the number of images done since the last call.
 
     Raises:
-        ValueError: A class has no test images, or a mask does not fit its image; found before any
-            image is scored.
+        ValueError: A class has no test images, a mask does not fit its image, or the precision does
+            not fit the device; found before any image is scored.
     """
+    check_precision(precision, next(model.levels.parameters()).device)
     data.require_test()
     _check_masks(data)
     model.eval()
     classes: dict[str, dict[str, float]] = {}
     failures: list[str] = []
     for name in data.classes:
-        scored = _score_class(model, data.test[name], workers, progress)
+        scored = _score_class(model, data.test[name], batch_size, precision, workers, progress)
         failures += [str(failure.error) for failure in scored.failures]
         labels = np.array([sample.is_anomaly for sample in scored.samples], dtype=bool)
         classes[name] = class_metrics(scored.scores, labels, scored.maps, scored.masks)
@@ -124,7 +127,7 @@ def evaluate(
     return Evaluation(
         classes,
         mean_metrics(classes),
-        protocol(model, data),
+        protocol(model, data) | {"precision": precision},
         environment(next(model.levels.parameters()).device),
         failures,
     )
@@ -181,34 +184,32 @@ def _check_masks(data: DataSet) -> None:
 def _score_class(
     model: RLRModel,
     samples: list[Sample],
+    batch_size: int,
+    precision: str,
     workers: int | None,
     progress: Callable[[int], object] | None,
 ) -> _Scored:
-    device = next(model.levels.parameters()).device
     height, width = model.config.image_size
     maps = np.empty((len(samples), height, width), dtype=np.float32)
     masks = np.empty((len(samples), height, width), dtype=bool)
     scores: list[float] = []
     kept: list[Sample] = []
     failures: list[ImageFailure] = []
-    with torch.inference_mode():
-        for batch in iterate_images(samples, (height, width), _BATCH, workers):
-            failures += batch.failures
-            if batch.indices:
-                out = model(batch.images.to(device))
-                batch_maps = out.score_map[:, 0].float().cpu().numpy()
-                for i, index in enumerate(batch.indices):
-                    row = len(kept)
-                    try:
-                        masks[row] = _mask(samples[index], (height, width))
-                    except UnreadableImageError as error:
-                        failures.append(ImageFailure(index, error))
-                        continue
-                    maps[row] = batch_maps[i]
-                    scores.append(float(out.score[i]))
-                    kept.append(samples[index])
-            if progress is not None:
-                progress(len(batch.indices) + len(batch.failures))
+    batches = iterate_images(samples, (height, width), batch_size, workers)
+    for batch, found in score_batches(model, ((b, b.images) for b in batches), precision):
+        failures += batch.failures
+        for index, score_map, score in zip(batch.indices, found.maps, found.scores, strict=True):
+            row = len(kept)
+            try:
+                masks[row] = _mask(samples[index], (height, width))
+            except UnreadableImageError as error:
+                failures.append(ImageFailure(index, error))
+                continue
+            maps[row] = score_map
+            scores.append(score)
+            kept.append(samples[index])
+        if progress is not None:
+            progress(len(batch.indices) + len(batch.failures))
     if not kept:
         raise ValueError(f"no test image of {samples[0].category} can be read: {failures[0].error}")
     count = len(kept)
