@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -12,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, BinaryIO, Literal, get_args
 
 import psutil
 import torch
@@ -22,6 +23,7 @@ from rlr_fast.data.images import ImageFailure, UnreadableImageError, iterate_ima
 from rlr_fast.data.layouts import Sample
 from rlr_fast.files import write_atomically
 from rlr_fast.model import RLRModel
+from rlr_fast.writing import Writer
 
 Placement = Literal["auto", "gpu", "ram", "disk"]
 PLACEMENTS: tuple[str, ...] = get_args(Placement)
@@ -198,19 +200,20 @@ def _build(
         with contextlib.ExitStack() as stack:
             names = [f"level_{j}.bf16" for j in range(len(model.levels))]
             files = [stack.enter_context(open(partial / name, "wb")) for name in names]
+            # One batch is written while the next is computed.
+            writer = stack.enter_context(Writer(threads=1, jobs=1))
             for batch in iterate_images(samples, model.config.image_size, _BATCH, workers):
                 failures += [
                     {"index": f.index, "path": str(f.error.path), "reason": f.error.reason}
                     for f in batch.failures
                 ]
                 if len(batch.images):
-                    for file, tokens in zip(
-                        files, model.tokens(batch.images.to(device)), strict=True
-                    ):
-                        stored = tokens.to(torch.bfloat16).contiguous().cpu()
-                        file.write(stored.view(torch.uint8).numpy().data)
+                    found = model.tokens(batch.images.to(device))
+                    stored = [tokens.to(torch.bfloat16).contiguous() for tokens in found]
+                    writer.submit(functools.partial(_append, files, stored))
                 if progress is not None:
                     progress(len(batch.images) + len(batch.failures))
+            writer.finish()
             for file in files:
                 file.flush()
                 os.fsync(file.fileno())
@@ -235,6 +238,11 @@ def _build(
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return meta
+
+
+def _append(files: Sequence[BinaryIO], stored: Sequence[Tensor]) -> None:
+    for file, tokens in zip(files, stored, strict=True):
+        file.write(tokens.cpu().view(torch.uint8).numpy().data)
 
 
 def _remove_stale(root: Path, name: str) -> None:
