@@ -103,7 +103,8 @@ def cached_features(
         progress: Called with the number of images done since the last call.
 
     Raises:
-        CacheError: The disk is full, the folder cannot be written, or no image can be read.
+        CacheError: The disk is full, the folder cannot be written, the GPU's memory is too small,
+            or no image can be read.
     """
     root = default_cache_root() if root is None else root
     identity = _identity(model, samples)
@@ -116,6 +117,13 @@ def cached_features(
             meta = _build(model, samples, folder, identity, workers, progress)
         except OSError as error:
             raise CacheError(f"cannot write the feature cache in {str(root)!r}: {error}") from error
+        except torch.OutOfMemoryError as error:
+            height, width = model.config.image_size
+            raise CacheError(
+                f"out of GPU memory while the backbone sees {_BATCH} images of {height} x {width} "
+                f"pixels ({str(error).splitlines()[0]}); a smaller --image-size or --backbone "
+                "needs less"
+            ) from error
     failures = [
         ImageFailure(f["index"], UnreadableImageError(f["path"], f["reason"]))
         for f in meta["failures"]
