@@ -21,7 +21,7 @@ from rlr_fast.writing import Writer
 RESULTS_FILE = "results.csv"
 PICTURES_FOLDER = "pictures"
 
-# Pixels of the pictures that wait to be drawn and written; some 50 bytes each while drawn.
+# Pixels of the pictures that wait to be drawn and written, in all; one larger waits alone.
 _PIXELS_WAITING = 2**24
 
 
