@@ -29,9 +29,10 @@ class BackboneWeightsError(RuntimeError):
 class Backbone(nn.Module):
     """A frozen timm network, cut after the last level that is asked for: images → feature maps.
 
-    Its features are bit-identical to those of ``timm.create_model(name, features_only=True)``; what
-    follows the last level is neither kept nor computed. It stays in eval mode whatever ``train()``
-    says and its parameters never ask for gradients.
+    Its features are those of ``timm.create_model(name, features_only=True)`` in channels-last
+    layout, bit for bit, and to rounding those of any layout; what follows the last level is neither
+    kept nor computed. It stays in eval mode whatever ``train()`` says and its parameters never ask
+    for gradients.
 
     Args:
         name: A timm model name, with its weight tag if it has several; CNN or ViT.
@@ -68,7 +69,8 @@ class Backbone(nn.Module):
                 torch.manual_seed(_RANDOM_SEED)
                 untrained = _create(name, "random", tuple(out_indices), image_size)
                 _refuse_untrained(name, weights, self.network, untrained)
-        self.network.requires_grad_(False).eval()
+        # A third faster than contiguous at 256 px on a CPU; on a GPU the layout of tensor cores.
+        self.network.requires_grad_(False).eval().to(memory_format=torch.channels_last)
         data = resolve_model_data_config(self.network)
         for key in ("mean", "std"):
             value = torch.tensor(data[key]).view(3, 1, 1)
@@ -113,7 +115,8 @@ class Backbone(nn.Module):
             images = images.to(self.mean.dtype) / 255
         elif not images.is_floating_point():
             raise ValueError(f"images must be uint8 or floating point, got {images.dtype}")
-        return list(self.network((images - self.mean) / self.std))
+        images = (images - self.mean) / self.std
+        return list(self.network(images.contiguous(memory_format=torch.channels_last)))
 
 
 def neighborhood_mean(maps: Tensor, p: int) -> Tensor:

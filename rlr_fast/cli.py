@@ -27,11 +27,13 @@ from rlr_fast.evaluate import FigureOptions, evaluate
 from rlr_fast.feature_cache import PLACEMENTS, CacheError
 from rlr_fast.files import write_atomically
 from rlr_fast.functional import BackendError, unsupported_reason
+from rlr_fast.inference import DEFAULT_BATCH, check_precision
 from rlr_fast.info import describe
 from rlr_fast.model import CONFIG_FILE, CheckpointError, RLRModel, read_config
-from rlr_fast.options import Parser, UsageError, add_fields, config_from, parse, positive
+from rlr_fast.options import Parser, UsageError, add_fields, config_from, parse, positive, sides
 from rlr_fast.predict import find_images, predict
 from rlr_fast.progress import follow, progress_bar
+from rlr_fast.tiling import checked_tiles
 from rlr_fast.train import TrainingError, read_run, train
 from rlr_fast.tune import tune
 
@@ -76,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except torch.OutOfMemoryError as error:
         print(
             f"rlr-fast: error: out of GPU memory ({str(error).splitlines()[0]}); "
-            "a smaller --batch-size or --image-size needs less",
+            f"{args.less_memory}",
             file=sys.stderr,
         )
         return 2
@@ -134,7 +136,12 @@ def _verb(
 ) -> Parser:
     """Add a verb; ``shared`` says that several processes under torchrun can share its work."""
     parser: Parser = verbs.add_parser(name, help=help, description=help, **options)
-    parser.set_defaults(run=run, parser=parser, shared=shared)
+    parser.set_defaults(
+        run=run,
+        parser=parser,
+        shared=shared,
+        less_memory="a smaller --batch-size or --image-size needs less",
+    )
     parser.add_argument("--config", metavar="FILE", help="YAML file of flags; flags given here win")
     return parser
 
@@ -357,13 +364,35 @@ def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_inference(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("inference")
+    group.add_argument(
+        "--batch-size",
+        type=positive,
+        default=DEFAULT_BATCH,
+        metavar="N",
+        help="images, or tiles, scored at once",
+    )
+    group.add_argument(
+        "--precision",
+        default="fp32",
+        choices=PRECISIONS,
+        help="of backbone and reconstructors: fp32, bf16, or fp16 (GPU only); score maps are fp32",
+    )
+    parser.set_defaults(
+        less_memory="a smaller --batch-size needs less, and so does --precision bf16"
+    )
+
+
 def _load(args: argparse.Namespace) -> RLRModel:
+    device = _device(args)
+    check_precision(args.precision, device)
     if args.out.exists() and not args.out.is_dir():
         raise UsageError(f"--out must be a folder, {str(args.out)!r} is a file")
     model: RLRModel = RLRModel.from_pretrained(
         args.checkpoint, backend=args.backend, backbone_weights=args.backbone_weights
     )
-    return model.to(_device(args))
+    return model.to(device)
 
 
 def _scale(args: argparse.Namespace) -> tuple[float, float]:
@@ -393,6 +422,7 @@ def _add_eval(verbs: Any) -> None:
         metavar="N",
         help="samples of each defect in a sheet",
     )
+    _add_inference(parser)
     _add_machine(parser)
 
 
@@ -410,7 +440,13 @@ def _eval(args: argparse.Namespace) -> int:
         total = sum(len(samples) for samples in data.test.values())
         with progress_bar("eval", total, args.quiet or not group.leads) as bar:
             result = evaluate(
-                model, data, workers=args.workers, figures=figures, progress=bar.update
+                model,
+                data,
+                batch_size=args.batch_size,
+                precision=args.precision,
+                workers=args.workers,
+                figures=figures,
+                progress=bar.update,
             )
         if not group.leads:
             return 0
@@ -430,15 +466,44 @@ def _add_predict(verbs: Any) -> None:
     parser.add_argument("paths", nargs="+", metavar="PATH", help="images, or folders of images")
     _add_checkpoint(parser)
     parser.add_argument("--no-pictures", action="store_true", help="only the table")
+    parser.add_argument(
+        "--tile",
+        type=sides,
+        metavar="PIXELS",
+        help="score pictures at their own resolution in tiles of this side, or height x width "
+        "(512x1024); without it they are resized to the model's image size",
+    )
+    parser.add_argument(
+        "--overlap",
+        type=sides,
+        metavar="PIXELS",
+        help="pixels that neighbouring tiles share at least (default: an eighth of the tile)",
+    )
+    _add_inference(parser)
     _add_machine(parser)
 
 
 def _predict(args: argparse.Namespace) -> int:
+    if args.tile is not None:
+        checked_tiles(args.tile, args.overlap)
+    elif args.overlap is not None:
+        raise UsageError("--overlap needs --tile")
     files = find_images(args.paths, args.out)
     scale = None if args.no_pictures else _scale(args)
     model = _load(args)
     with progress_bar("predict", len(files), args.quiet) as bar:
-        result = predict(model, files, args.out, scale, workers=args.workers, progress=bar.update)
+        result = predict(
+            model,
+            files,
+            args.out,
+            scale,
+            tile=args.tile,
+            overlap=args.overlap,
+            batch_size=args.batch_size,
+            precision=args.precision,
+            workers=args.workers,
+            progress=bar.update,
+        )
     print(f"{len(result.scores)} of {len(files)} images scored: {result.results}")
     return _report(result.failures)
 

@@ -10,10 +10,9 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from rlr_fast.data import (
     DataSet,
@@ -28,10 +27,9 @@ from rlr_fast.data import (
 from rlr_fast.distributed import Processes, processes
 from rlr_fast.environment import environment
 from rlr_fast.figures import SheetRow, sample_sheet
+from rlr_fast.inference import DEFAULT_BATCH, check_precision, score_batches
 from rlr_fast.metrics import class_metrics, format_table, mean_metrics
 from rlr_fast.model import RLRModel
-
-_BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -91,6 +89,8 @@ def evaluate(
     model: RLRModel,
     data: DataSet,
     *,
+    batch_size: int = DEFAULT_BATCH,
+    precision: str = "fp32",
     workers: int | None = None,
     figures: FigureOptions | None = None,
     progress: Callable[[int], object] | None = None,
@@ -107,22 +107,26 @@ def evaluate(
     Args:
         model: A trained model, on its device.
         data: Its ``test`` samples are used.
+        batch_size: Images scored at once.
+        precision: ``fp32``, ``bf16``, or ``fp16`` (GPU only); score maps are float32.
         workers: Threads that decode images.
         figures: Write a sheet of sample images a class.
         progress: Called with the number of images done since the last call.
 
     Raises:
-        ValueError: A class has no test images, or a mask does not fit its image; found before any
-            image is scored. Or the processes were not given the same model and images.
+        ValueError: A class has no test images, a mask does not fit its image, or the precision does
+            not fit the device; found before any image is scored. Or the processes were not given
+            the same model and images.
         PeerError: Another process met an error.
     """
     with processes() as group:
         with group.together():
+            check_precision(precision, next(model.levels.parameters()).device)
             data.require_test()
             if group.leads:
                 _check_masks(data)
         if group.count > 1:
-            group.agree(_decisive(model, data))
+            group.agree(_decisive(model, data) | {"precision": precision, "batch": batch_size})
         model.eval()
         classes: dict[str, dict[str, float]] = {}
         failures: list[str] = []
@@ -130,14 +134,10 @@ def evaluate(
         for name in data.classes:
             samples = data.test[name]
             with group.together():
-                share = _score(
-                    model,
-                    samples,
-                    _deal(len(samples), dealt, group),
-                    group.workers(workers),
-                    progress,
-                )
-            dealt += math.ceil(len(samples) / _BATCH)
+                mine = _deal(len(samples), batch_size, dealt, group)
+                way = _Way(batch_size, precision, group.workers(workers))
+                share = _score(model, samples, mine, way, progress)
+            dealt += math.ceil(len(samples) / batch_size)
             if progress is not None:
                 progress(len(samples) - share.done)
             shares = group.to_leader(share)
@@ -158,7 +158,7 @@ def evaluate(
             lambda: Evaluation(
                 classes,
                 mean_metrics(classes),
-                protocol(model, data),
+                protocol(model, data) | {"precision": precision},
                 environment(next(model.levels.parameters()).device),
                 failures,
             )
@@ -180,6 +180,14 @@ def protocol(model: RLRModel, data: DataSet) -> dict[str, Any]:
         "aupro": "8-connected regions, FPR up to 0.3",
         "checkpoint": "last epoch",
     }
+
+
+class _Way(NamedTuple):
+    """How images are scored, see `evaluate`."""
+
+    batch_size: int
+    precision: str
+    workers: int
 
 
 @dataclass
@@ -241,46 +249,42 @@ def _check_masks(data: DataSet) -> None:
         raise ValueError(f"{len(wrong)} masks are missing or of another size:\n  {shown}")
 
 
-def _deal(images: int, dealt: int, processes: Processes) -> list[int]:
+def _deal(images: int, batch: int, dealt: int, processes: Processes) -> list[int]:
     """Return this process's images of a class: whole batches, in turn after ``dealt`` others."""
-    turns = range(math.ceil(images / _BATCH))
+    turns = range(math.ceil(images / batch))
     mine = [turn for turn in turns if (dealt + turn) % processes.count == processes.rank]
-    return [i for turn in mine for i in range(turn * _BATCH, min((turn + 1) * _BATCH, images))]
+    return [i for turn in mine for i in range(turn * batch, min((turn + 1) * batch, images))]
 
 
 def _score(
     model: RLRModel,
     samples: list[Sample],
     mine: list[int],
-    workers: int,
+    way: _Way,
     progress: Callable[[int], object] | None,
 ) -> _Share:
     """Score the samples at the places ``mine``."""
-    device = next(model.levels.parameters()).device
     size = model.config.image_size
     maps = np.empty((len(mine), *size), dtype=np.float32)
     masks = np.empty((len(mine), *size), dtype=bool)
     scores: list[float] = []
     kept: list[int] = []
     failures: list[ImageFailure] = []
-    with torch.inference_mode():
-        for batch in iterate_images([samples[i] for i in mine], size, _BATCH, workers):
-            failures += [ImageFailure(mine[f.index], f.error) for f in batch.failures]
-            if batch.indices:
-                out = model(batch.images.to(device))
-                batch_maps = out.score_map[:, 0].float().cpu().numpy()
-                for i, index in enumerate(batch.indices):
-                    row = len(kept)
-                    try:
-                        masks[row] = _mask(samples[mine[index]], size)
-                    except UnreadableImageError as error:
-                        failures.append(ImageFailure(mine[index], error))
-                        continue
-                    maps[row] = batch_maps[i]
-                    scores.append(float(out.score[i]))
-                    kept.append(mine[index])
-            if progress is not None:
-                progress(len(batch.indices) + len(batch.failures))
+    batches = iterate_images([samples[i] for i in mine], size, way.batch_size, way.workers)
+    for batch, found in score_batches(model, ((b, b.images) for b in batches), way.precision):
+        failures += [ImageFailure(mine[f.index], f.error) for f in batch.failures]
+        for index, score_map, score in zip(batch.indices, found.maps, found.scores, strict=True):
+            row = len(kept)
+            try:
+                masks[row] = _mask(samples[mine[index]], size)
+            except UnreadableImageError as error:
+                failures.append(ImageFailure(mine[index], error))
+                continue
+            maps[row] = score_map
+            scores.append(score)
+            kept.append(mine[index])
+        if progress is not None:
+            progress(len(batch.indices) + len(batch.failures))
     count = len(kept)
     values = np.array(scores, dtype=np.float32)
     return _Share(kept, values, maps[:count], masks[:count], failures, len(mine))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -12,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, BinaryIO, Literal, get_args
 
 import psutil
 import torch
@@ -22,6 +23,7 @@ from rlr_fast.data.images import ImageFailure, UnreadableImageError, iterate_ima
 from rlr_fast.data.layouts import Sample
 from rlr_fast.files import write_atomically
 from rlr_fast.model import RLRModel
+from rlr_fast.writing import Writer
 
 Placement = Literal["auto", "gpu", "ram", "disk"]
 PLACEMENTS: tuple[str, ...] = get_args(Placement)
@@ -103,7 +105,8 @@ def cached_features(
         sharers: Processes that divide this machine's memory among them.
 
     Raises:
-        CacheError: The disk is full, the folder cannot be written, or no image can be read.
+        CacheError: The disk is full, the folder cannot be written, the GPU's memory is too small,
+            or no image can be read.
     """
     root = default_cache_root() if root is None else root
     identity = _identity(model, samples)
@@ -116,6 +119,13 @@ def cached_features(
             meta = _build(model, samples, folder, identity, workers, progress)
         except OSError as error:
             raise CacheError(f"cannot write the feature cache in {str(root)!r}: {error}") from error
+        except torch.OutOfMemoryError as error:
+            height, width = model.config.image_size
+            raise CacheError(
+                f"out of GPU memory while the backbone sees {_BATCH} images of {height} x {width} "
+                f"pixels ({str(error).splitlines()[0]}); a smaller --image-size or --backbone "
+                "needs less"
+            ) from error
     failures = [
         ImageFailure(f["index"], UnreadableImageError(f["path"], f["reason"]))
         for f in meta["failures"]
@@ -200,19 +210,20 @@ def _build(
         with contextlib.ExitStack() as stack:
             names = [f"level_{j}.bf16" for j in range(len(model.levels))]
             files = [stack.enter_context(open(partial / name, "wb")) for name in names]
+            # One batch is written while the next is computed.
+            writer = stack.enter_context(Writer(threads=1, jobs=1))
             for batch in iterate_images(samples, model.config.image_size, _BATCH, workers):
                 failures += [
                     {"index": f.index, "path": str(f.error.path), "reason": f.error.reason}
                     for f in batch.failures
                 ]
                 if len(batch.images):
-                    for file, tokens in zip(
-                        files, model.tokens(batch.images.to(device)), strict=True
-                    ):
-                        stored = tokens.to(torch.bfloat16).contiguous().cpu()
-                        file.write(stored.view(torch.uint8).numpy().data)
+                    found = model.tokens(batch.images.to(device))
+                    stored = [tokens.to(torch.bfloat16).contiguous() for tokens in found]
+                    writer.submit(functools.partial(_append, files, stored))
                 if progress is not None:
                     progress(len(batch.images) + len(batch.failures))
+            writer.finish()
             for file in files:
                 file.flush()
                 os.fsync(file.fileno())
@@ -237,6 +248,11 @@ def _build(
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return meta
+
+
+def _append(files: Sequence[BinaryIO], stored: Sequence[Tensor]) -> None:
+    for file, tokens in zip(files, stored, strict=True):
+        file.write(tokens.cpu().view(torch.uint8).numpy().data)
 
 
 def _remove_stale(root: Path, name: str) -> None:

@@ -34,6 +34,7 @@ Scale = tuple[float, float]
 Colour = tuple[int, int, int]
 
 _COLOURS = np.round(255 * matplotlib.colormaps["inferno"](np.arange(256))[:, :3]).astype(np.uint8)
+_STRIP = 256  # rows of a picture that are painted at once
 _OUTLINE: Colour = (0, 229, 255)
 _INK: Colour = (32, 32, 32)
 _FAINT: Colour = (112, 112, 112)
@@ -121,19 +122,18 @@ def prediction_picture(
     Raises:
         ValueError: For a wrong scale, shape, dtype or alpha, or a score that is NaN or infinite.
     """
+    _check_scale(scale)
     picture = _read_image(image)
     scores = _map_of(picture, score_map)
-    panels = [
-        picture,
-        _paint(_position(scores, scale)),
-        _blend(picture, scores, scale, alpha),
-    ]
     height, width = scores.shape
     gap = max(2, round(height / 64))
     bar = _vertical_bar(height, scale)
     sheet = Image.new("RGB", (3 * (width + gap) + bar.width, height), _PAPER)
-    for i, panel in enumerate(panels):
-        sheet.paste(Image.fromarray(panel), (i * (width + gap), 0))
+    for y in range(0, height, _STRIP):  # a large picture need not fit in memory as floats
+        image, part = picture[y : y + _STRIP], scores[y : y + _STRIP]
+        panels = (image, _paint(_position(part, scale)), _blend(image, part, scale, alpha))
+        for i, panel in enumerate(panels):
+            sheet.paste(Image.fromarray(panel), (i * (width + gap), y))
     sheet.paste(bar, (3 * (width + gap), 0))
     return sheet
 

@@ -95,6 +95,16 @@ def positive(text: str) -> int:
     return value
 
 
+def sides(text: str) -> tuple[int, int]:
+    """Read pixels: ``1024``, or ``512x1024`` (height x width), of at least 0."""
+    values = [int(side) for side in text.lower().split("x")]
+    if len(values) > 2 or min(values) < 0:
+        raise argparse.ArgumentTypeError(
+            f"must be a side, or height x width such as 512x1024, got {text!r}"
+        )
+    return values[0], values[-1]
+
+
 def read_yaml(path: str) -> dict[str, Any]:
     """Read a YAML file of flags, ``batch-size: 16`` or ``batch_size: 16``.
 

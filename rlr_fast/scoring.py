@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter1d
 from torch import Tensor, nn
 
@@ -45,12 +47,31 @@ def perturb(tokens: Tensor, strength: float, noise: Tensor) -> Tensor:
     return tokens + noise * scale
 
 
+def smooth(values: NDArray[Any], smoothing: float, size: int, axis: int) -> NDArray[Any]:
+    """Smooth along one axis by the Gaussian before the image score's maximum.
+
+    Its sigma is ``smoothing * size / 256`` pixels; borders are mirrored, it is cut at 4 sigma.
+
+    Args:
+        values: An array of any shape.
+        smoothing: Sigma in pixels at 256 px; 0 changes nothing.
+        size: Pixels of an image of the model along the axis.
+        axis: The axis.
+    """
+    if smoothing == 0:
+        return values
+    smoothed: NDArray[Any] = gaussian_filter1d(
+        values, smoothing * size / 256, axis=axis, mode="reflect"
+    )
+    return smoothed
+
+
 class ScoreMap(nn.Module):
     """Token distances of all levels → score map and image score (eq. 16).
 
     Each level's map is upsampled bilinearly (corners aligned); the score map is their mean. The
-    image score is the maximum of the score map after a Gaussian whose sigma grows with the image:
-    ``smoothing * size / 256`` pixels along each axis, borders mirrored, cut at 4 sigma.
+    image score is the maximum of the score map after a Gaussian whose sigma grows with the image,
+    see `smooth`.
 
     Args:
         image_size: (H, W) of the score map.
@@ -62,9 +83,7 @@ class ScoreMap(nn.Module):
         self.image_size = image_size
         # The filter with its border rule as a matrix an axis: two small products, on any device.
         for name, size in zip(("blur_y", "blur_x"), image_size, strict=True):
-            matrix = np.eye(size)
-            if smoothing > 0:
-                matrix = gaussian_filter1d(matrix, smoothing * size / 256, axis=0, mode="reflect")
+            matrix = smooth(np.eye(size), smoothing, size, axis=0)
             self.register_buffer(name, torch.from_numpy(matrix).float(), persistent=False)
         self.blur_y: Tensor
         self.blur_x: Tensor

@@ -18,6 +18,8 @@ FLAGS = [
     *("--epochs", "2", "--batch-size", "4"),
 ]
 
+PREDICT = ["predict", "DATA", "--checkpoint", "RUN", "--out", "OUT"]
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
@@ -60,6 +62,51 @@ def test_predict_with_a_corrupt_image_exits_with_1(trained, tmp_path, capsys):
     captured = capsys.readouterr()
     assert "1 of 2 images scored" in captured.out
     assert "left out" in captured.err and "000.png" in captured.err
+
+
+def test_predict_in_tiles(trained, tmp_path, capsys):
+    argv = ["predict", str(trained / "data/bolt/test"), "--checkpoint", str(trained / "run")]
+    argv += ["--out", str(tmp_path / "out"), "--quiet", "--tile", "32x40", "--overlap", "8"]
+    assert main([*argv, "--batch-size", "2", "--precision", "bf16"]) == 0
+    assert "4 of 4 images scored" in capsys.readouterr().out
+
+
+def test_predict_names_the_file_that_is_smaller_than_a_tile(trained, tmp_path, capsys):
+    argv = ["predict", str(trained / "data/bolt/test/good"), "--checkpoint", str(trained / "run")]
+    assert main([*argv, "--out", str(tmp_path / "out"), "--quiet", "--tile", "64"]) == 1
+    captured = capsys.readouterr()
+    assert "0 of 2 images scored" in captured.out
+    assert "001.png" in captured.err and "48 x 64 pixels, less than a tile" in captured.err
+
+
+def test_metrics_name_the_precision(trained, tmp_path):
+    argv = ["eval", str(trained / "data"), "--checkpoint", str(trained / "run"), "--quiet"]
+    assert main([*argv, "--out", str(tmp_path), "--precision", "bf16", "--batch-size", "3"]) == 0
+    values = json.loads((tmp_path / "metrics.json").read_text())
+    assert values["protocol"]["precision"] == "bf16"
+
+
+@pytest.mark.parametrize("verb", ["eval", "predict"])
+def test_a_gpu_out_of_memory_says_what_needs_less(verb, trained, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
+
+    monkeypatch.setattr("rlr_fast.model.RLRModel.tokens", full)
+    argv = (verb, trained / "data", "--checkpoint", trained / "run", "--out", tmp_path / "out")
+    message = refused(capsys, *argv, "--quiet")
+    assert "out of GPU memory" in message and "a smaller --batch-size needs less" in message
+    assert len(message.splitlines()) == 1
+
+
+def test_a_cache_out_of_gpu_memory_says_what_needs_less(trained, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr("rlr_fast.model.RLRModel.tokens", full)
+    places = ("--out", tmp_path / "run", "--cache-dir", tmp_path / "cache")
+    message = refused(capsys, "train", trained / "data", *places, *FLAGS)
+    assert "8 images of 32 x 32 pixels" in message and "smaller --image-size" in message
+    assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_resume_needs_no_settings(trained, capsys):
@@ -128,6 +175,16 @@ def test_mistakes_in_the_file_are_told(content, message, trained, tmp_path, caps
             ["predict", "DATA", "--checkpoint", "RUN", "--out", "OUT", "--scale", "2", "1"],
             "below HIGH",
         ),
+        ([*PREDICT, "--tile", "64", "--overlap", "64"], "overlap must be at least 0 and below"),
+        ([*PREDICT, "--tile", "0"], "tile must be a positive side"),
+        ([*PREDICT, "--tile", "-8"], "must be a side, or height x width"),
+        ([*PREDICT, "--tile", "1x2x3"], "must be a side, or height x width"),
+        ([*PREDICT, "--tile", "big"], "invalid sides value: 'big'"),
+        ([*PREDICT, "--overlap", "8"], "--overlap needs --tile"),
+        ([*PREDICT, "--batch-size", "0"], "must be at least 1, got 0"),
+        ([*PREDICT, "--precision", "fp8"], "fp8"),
+        ([*PREDICT, "--precision", "fp16", "--device", "cpu"], "fp16 needs a CUDA device"),
+        (["eval", *PREDICT[1:], "--precision", "fp16", "--device", "cpu"], "fp16 needs a CUDA"),
         (["demp"], "demo"),
     ],
     ids=lambda value: " ".join(value[2:])[:40] if isinstance(value, list) else None,

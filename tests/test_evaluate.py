@@ -1,22 +1,19 @@
-"""Evaluation and prediction: the model's numbers, and a bad file does not stop the others."""
+"""Evaluation: the model's numbers, and a bad file does not stop the others."""
 
 from __future__ import annotations
 
-import csv
 import json
 import shutil
 
 import numpy as np
 import pytest
 import torch
-from conftest import save_picture
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from rlr_fast import RLRModel
 from rlr_fast.data import load_image, load_sample_mask, read_dataset
 from rlr_fast.evaluate import FigureOptions, evaluate
-from rlr_fast.predict import find_images, predict
 
 
 @pytest.fixture
@@ -110,63 +107,3 @@ def test_only_normal_images_give_null_instead_of_numbers(model, tree):
 def test_figures_are_written_for_each_class(model, dataset, tmp_path):
     evaluate(model, dataset, figures=FigureOptions(tmp_path / "figures", (0.0, 1.0)))
     assert {p.name for p in (tmp_path / "figures").iterdir()} == {"bolt.png", "cloth.png"}
-
-
-def rows(path):
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.reader(file))
-
-
-def test_predict_writes_score_and_picture_of_each_file(model, tree, tmp_path):
-    files = find_images([tree / "bolt/test"])
-    result = predict(model, files, tmp_path / "out", (0.0, 2.0))
-    table = rows(result.results)
-    assert table[0] == ["path", "score"] and len(table) == 5
-    size = model.config.image_size
-    for path, score in table[1:]:
-        assert float(score) == pytest.approx(model(load_image(path, size)[None]).score.item())
-    pictures = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*.png")}
-    assert pictures == {
-        f"pictures/test/{kind}/{i:03d}.png" for kind in ("good", "hole") for i in range(2)
-    }
-
-
-def test_predict_skips_a_corrupt_file_among_fifty(model, tmp_path):
-    for i in range(50):
-        save_picture(tmp_path / "images" / f"{i:02d}.png", i)
-    broken = tmp_path / "images/17.png"
-    broken.write_bytes(broken.read_bytes()[:30])
-    result = predict(model, find_images([tmp_path / "images"]), tmp_path / "out", None)
-    assert len(result.scores) == 49 and broken not in result.scores
-    assert len(result.failures) == 1 and str(broken) in result.failures[0]
-    assert len(rows(result.results)) == 50
-
-
-def test_pictures_of_an_earlier_prediction_are_not_scored(model, tmp_path):
-    save_picture(tmp_path / "images/a.png", 1)
-    predict(model, find_images([tmp_path / "images"]), tmp_path / "images", (0.0, 1.0))
-    files = find_images([tmp_path / "images"], tmp_path / "images")
-    assert [f.path.name for f in files] == ["a.png"]
-
-
-def test_files_of_one_name_do_not_share_a_picture(model, tmp_path):
-    for name in ("a/x.png", "b/x.png", "a/x.bmp"):
-        save_picture(tmp_path / name, 1)
-    files = find_images([tmp_path / "a", tmp_path / "b", tmp_path / "a/x.png"])
-    assert len(files) == 3
-    predict(model, files, tmp_path / "out", (0.0, 1.0))
-    assert len(list((tmp_path / "out").rglob("*.png"))) == 3
-
-
-def test_single_files_of_one_name_do_not_share_a_picture(tmp_path):
-    for name in ("a/x.png", "b/x.png"):
-        save_picture(tmp_path / name, 1)
-    files = find_images([tmp_path / "a/x.png", tmp_path / "b/x.png"])
-    assert len({f.picture for f in files}) == 2
-
-
-@pytest.mark.parametrize("path", ["missing.png", "empty"])
-def test_paths_without_images_are_named(path, tmp_path):
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=path):
-        find_images([tmp_path / path])

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import threading
 
 import pytest
 import torch
 from conftest import save_picture
 
-from rlr_fast import RLRModel
+from rlr_fast import RLRModel, feature_cache
 from rlr_fast.data import load_image
 from rlr_fast.feature_cache import CacheError, cached_features
 
@@ -110,6 +111,36 @@ def test_interrupted_build_leaves_nothing_that_is_read(model, samples, tmp_path)
     seen = counting(model)
     assert len(cached_features(model, samples, tmp_path)) == len(samples)
     assert sum(seen) == len(samples)
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(model, samples, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(feature_cache, "_append", full)
+    with pytest.raises(CacheError, match=r"cannot write the feature cache.*No space left"):
+        cached_features(model, samples, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["data"]
+
+
+def test_a_batch_is_written_while_the_next_is_computed(model, samples, tmp_path, monkeypatch):
+    computed, waited, batches = threading.Event(), [], []
+    append = feature_cache._append
+
+    def count(*_):
+        batches.append(1)
+        if len(batches) == 2:
+            computed.set()
+
+    def wait_and_append(*arguments):
+        waited.append(computed.wait(30))
+        append(*arguments)
+
+    model.backbone.register_forward_pre_hook(count)
+    monkeypatch.setattr(feature_cache, "_append", wait_and_append)
+    monkeypatch.setattr(feature_cache, "_BATCH", 5)
+    assert len(cached_features(model, samples, tmp_path)) == 10
+    assert waited == [True, True]
 
 
 def test_what_a_killed_process_left_is_not_read(model, samples, tmp_path):

@@ -8,11 +8,13 @@ from rlr_fast.data.images import (
     ImageFailure,
     UnreadableImageError,
     iterate_images,
+    iterate_pictures,
     load_image,
     load_mask,
     load_sample_mask,
     open_image,
     read_image_size,
+    resize_image,
 )
 from rlr_fast.data.layouts import (
     LAYOUTS,
@@ -37,6 +39,7 @@ __all__ = [
     "detect_layout",
     "format_report",
     "iterate_images",
+    "iterate_pictures",
     "list_images",
     "load_image",
     "load_mask",
@@ -44,4 +47,5 @@ __all__ = [
     "open_image",
     "read_dataset",
     "read_image_size",
+    "resize_image",
 ]

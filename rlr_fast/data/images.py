@@ -43,6 +43,9 @@ _BROKEN_FILE = (
 )
 
 
+_PICTURES_AHEAD = 2
+
+
 class UnreadableImageError(OSError):
     """An image file that is missing, broken, too large, or of pixels with no meaning as a picture.
 
@@ -239,9 +242,28 @@ def iterate_images(
         workers = default_workers()
     if workers < 1:
         raise ValueError(f"workers must be positive, got {workers=}")
-    paths = [item.path if isinstance(item, Sample) else Path(item) for item in items]
     # Checked before the first batch is asked for, hence two functions.
-    return _iterate(paths, size, batch_size, workers)
+    return _iterate(_paths(items), size, batch_size, workers)
+
+
+def iterate_pictures(
+    items: Sequence[Sample | str | os.PathLike[str]], workers: int | None = None
+) -> Iterator[ImageBatch]:
+    """Images as `iterate_images` gives them, one a batch, each in the size of its file.
+
+    At most `_PICTURES_AHEAD` pictures wait decoded, since one can fill a gigabyte.
+
+    Args:
+        items: Samples or paths.
+        workers: Threads that decode; `default_workers` by default.
+
+    Raises:
+        ValueError: If `workers` is not positive.
+    """
+    workers = default_workers() if workers is None else workers
+    if workers < 1:
+        raise ValueError(f"workers must be positive, got {workers=}")
+    return _iterate(_paths(items), None, 1, workers)
 
 
 def default_workers() -> int:
@@ -252,8 +274,12 @@ def default_workers() -> int:
     return min(8, os.cpu_count() or 1)
 
 
+def _paths(items: Sequence[Sample | str | os.PathLike[str]]) -> list[Path]:
+    return [item.path if isinstance(item, Sample) else Path(item) for item in items]
+
+
 def _iterate(
-    paths: list[Path], size: tuple[int, int], batch_size: int, workers: int
+    paths: list[Path], size: tuple[int, int] | None, batch_size: int, workers: int
 ) -> Iterator[ImageBatch]:
     indices: list[int] = []
     images: list[torch.Tensor] = []
@@ -261,13 +287,14 @@ def _iterate(
     failures: list[ImageFailure] = []
 
     def take_batch() -> ImageBatch:
-        stacked = torch.stack(images) if images else torch.empty(0, 3, *size, dtype=torch.uint8)
+        none = torch.empty(0, 3, *(size or (0, 0)), dtype=torch.uint8)
+        stacked = torch.stack(images) if images else none
         batch = ImageBatch(indices[:], stacked, original_sizes[:], failures[:])
         for collected in (indices, images, original_sizes, failures):
             collected.clear()
         return batch
 
-    look_ahead = max(batch_size, 2 * workers)
+    look_ahead = _PICTURES_AHEAD if size is None else max(batch_size, 2 * workers)
     pending: deque[Future[tuple[torch.Tensor, tuple[int, int]]]] = deque()
     pool = ThreadPoolExecutor(workers, thread_name_prefix="images")
     try:
@@ -292,17 +319,26 @@ def _iterate(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+def resize_image(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """An RGB tensor (3, h, w) of uint8 resized to `size` (H, W) by Lanczos, as image files are."""
+    pixels = np.ascontiguousarray(image.numpy().transpose(1, 2, 0))
+    return _as_tensor(Image.fromarray(pixels), size)
+
+
 def _load_image(
-    path: str | os.PathLike[str], size: tuple[int, int]
+    path: str | os.PathLike[str], size: tuple[int, int] | None
 ) -> tuple[torch.Tensor, tuple[int, int]]:
-    """The image (3, H, W) and the (height, width) of its file."""
+    """The image (3, H, W) in `size`, or in its own, and the (height, width) of its file."""
     image = to_rgb(open_image(path), path)
     original_size = (image.height, image.width)
-    if original_size != size:
+    return _as_tensor(image, original_size if size is None else size), original_size
+
+
+def _as_tensor(image: Image.Image, size: tuple[int, int]) -> torch.Tensor:
+    if (image.height, image.width) != size:
         image = image.resize((size[1], size[0]), Image.Resampling.LANCZOS)
     # Transposed by NumPy: PyTorch would start its own threads within each of ours.
-    pixels = np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
-    return torch.from_numpy(pixels), original_size
+    return torch.from_numpy(np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)))
 
 
 def _load_mask(

@@ -1,0 +1,64 @@
+"""Work for threads that write files while the caller computes."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+
+
+class Writer:
+    """Threads that do jobs in order, with a bounded number of them waiting.
+
+    A context manager: leaving it waits for every job, whatever the reason for leaving, so that an
+    interruption loses nothing that was handed over. The first error of a job is raised by a later
+    `submit`, or on leaving.
+
+    Args:
+        threads: Threads; one does the jobs strictly one after the other.
+        jobs: Most unfinished jobs; `submit` waits for room.
+        cost: Most cost of the unfinished jobs together, whatever the jobs' costs count; a job that
+            costs more is done while no other waits.
+    """
+
+    def __init__(self, threads: int, jobs: int, cost: float = float("inf")) -> None:
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="writer")
+        self._jobs, self._cost = jobs, cost
+        self._pending: deque[tuple[Future[None], float]] = deque()
+
+    def submit(self, job: Callable[[], None], cost: float = 0) -> None:
+        """Hand over a job, when there is room for it.
+
+        Raises:
+            Exception: Whatever an earlier job raised.
+        """
+        while self._pending and (
+            self._pending[0][0].done()
+            or len(self._pending) >= self._jobs
+            or sum(c for _, c in self._pending) + cost > self._cost
+        ):
+            self._pending.popleft()[0].result()
+        self._pending.append((self._pool.submit(job), cost))
+
+    def finish(self) -> None:
+        """Wait for every job.
+
+        Raises:
+            Exception: Whatever a job raised.
+        """
+        while self._pending:
+            self._pending.popleft()[0].result()
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._pool.shutdown(wait=True)
+        if error is None:  # else it is the first thing to tell
+            self.finish()
