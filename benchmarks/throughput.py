@@ -21,7 +21,7 @@ from rlr_fast import RLRConfig, RLRModel, TrainConfig
 from rlr_fast.distributed import Processes
 from rlr_fast.feature_cache import FeatureCache
 from rlr_fast.functional import resolve_backend
-from rlr_fast.train import _Run
+from rlr_fast.loop import Loop
 
 
 def images_per_second(
@@ -38,7 +38,7 @@ def images_per_second(
     recipe = TrainConfig(epochs=2, batch_size=batch, precision=precision)
     with tempfile.TemporaryDirectory() as folder:
         cache = FeatureCache(levels, [], "gpu" if device.type == "cuda" else "ram", Path(folder))
-        run = _Run(model, recipe, cache, Path(folder, "run"), Processes())
+        run = Loop(model, recipe, cache, Path(folder, "run"), Processes())
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         run.go(quiet=True)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from rlr_fast.distributed import Processes
-from rlr_fast.feature_cache import FeatureCache
+from rlr_fast.features import Features
 from rlr_fast.model import CheckpointError, RLRModel
 
 CALIBRATION_FILE = "calibration.json"
@@ -20,7 +20,7 @@ _BATCH = 16
 
 @torch.no_grad()
 def calibrate(
-    model: RLRModel, features: FeatureCache, categories: Sequence[str], processes: Processes
+    model: RLRModel, features: Features, categories: Sequence[str], processes: Processes
 ) -> dict[str, Any]:
     """Score the training images and return quantiles of their pixels' and images' scores.
 
@@ -41,8 +41,8 @@ def calibrate(
     wanted = torch.tensor(_QUANTILES, device=device)
     pixels, scores = [], []
     with processes.together():
-        for rows in torch.arange(len(features)).split(_BATCH):
-            out = model.predict_tokens(features.batch(rows, device))
+        for tokens in features.batches(torch.arange(len(features)).split(_BATCH), device):
+            out = model.predict_tokens(tokens)
             pixels += [torch.quantile(m.flatten().float(), wanted) for m in _thinned(out.score_map)]
             scores.append(out.score.float())
         share = torch.stack(pixels).cpu(), torch.cat(scores).cpu(), list(categories)

@@ -24,7 +24,7 @@ from rlr_fast.demo import run_demo
 from rlr_fast.distributed import PeerError, processes, processes_wanted
 from rlr_fast.environment import choose_device
 from rlr_fast.evaluate import FigureOptions, evaluate
-from rlr_fast.feature_cache import PLACEMENTS, CacheError
+from rlr_fast.feature_cache import CacheError
 from rlr_fast.files import write_atomically
 from rlr_fast.functional import BackendError, unsupported_reason
 from rlr_fast.inference import DEFAULT_BATCH, check_precision
@@ -33,8 +33,9 @@ from rlr_fast.model import CONFIG_FILE, CheckpointError, RLRModel, read_config
 from rlr_fast.options import Parser, UsageError, add_fields, config_from, parse, positive, sides
 from rlr_fast.predict import find_images, predict
 from rlr_fast.progress import follow, progress_bar
+from rlr_fast.run_folder import TrainingError, read_run
 from rlr_fast.tiling import checked_tiles
-from rlr_fast.train import TrainingError, read_run, train
+from rlr_fast.train import CACHES, train
 from rlr_fast.tune import tune
 
 _USER_ERRORS = (
@@ -294,8 +295,24 @@ def _add_train(verbs: Any) -> None:
     parser.add_argument(
         "--cache",
         default="auto",
-        choices=PLACEMENTS,
-        help="where cached features lie while training",
+        choices=CACHES,
+        help="where cached features lie while training; none makes them again in every epoch",
+    )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the reconstructors (CUDA graphs on a GPU): a minute at first, faster then",
+    )
+    parser.add_argument(
+        "--grad-checkpointing",
+        action="store_true",
+        help="compute blocks again in backward: less memory, a third more time, the same result",
+    )
+    parser.add_argument(
+        "--piece",
+        type=positive,
+        metavar="N",
+        help="images of a step in memory at once: less memory, the same result to rounding",
     )
     add_fields(parser, RLRConfig)
     add_fields(parser, TrainConfig)
@@ -323,6 +340,9 @@ def _train(args: argparse.Namespace) -> int:
             backend=args.backend,
             cache_root=args.cache_dir,
             cache=args.cache,
+            compiled=args.compile,
+            grad_checkpointing=args.grad_checkpointing,
+            piece=args.piece,
             workers=args.workers,
             quiet=args.quiet,
         )

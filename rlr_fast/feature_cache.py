@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, get_args
@@ -59,17 +59,18 @@ class FeatureCache:
     def __len__(self) -> int:
         return self.levels[0].shape[0]
 
-    @property
-    def device(self) -> torch.device:
-        """Where `batch` gathers; its indices should lie there."""
-        return self.levels[0].device
-
-    def batch(self, indices: Tensor, device: torch.device) -> list[Tensor]:
-        """Return the tokens [(B, N_j, C_j)] of the rows ``indices`` (B,), float32 on ``device``."""
+    def batch(self, rows: Tensor, device: torch.device) -> list[Tensor]:
+        """Return the tokens [(B, N_j, C_j)] of the rows (B,), float32 on ``device``."""
+        # Gathered where they lie, so that only a batch of them travels.
+        rows = rows.to(self.levels[0].device)
         return [
-            level.index_select(0, indices.to(level.device)).to(device, non_blocking=True).float()
+            level.index_select(0, rows).to(device, non_blocking=True).float()
             for level in self.levels
         ]
+
+    def batches(self, rows: Sequence[Tensor], device: torch.device) -> Iterator[list[Tensor]]:
+        """Yield `batch` of each group of rows."""
+        return (self.batch(group, device) for group in rows)
 
 
 def default_cache_root() -> Path:

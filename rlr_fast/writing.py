@@ -41,6 +41,11 @@ class Writer:
             self._pending.popleft()[0].result()
         self._pending.append((self._pool.submit(job), cost))
 
+    @property
+    def busy(self) -> bool:
+        """Whether a job is unfinished."""
+        return any(not job.done() for job, _ in self._pending)
+
     def finish(self) -> None:
         """Wait for every job.
 

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -16,11 +17,14 @@ import safetensors.torch
 import torch
 from conftest import BRIEF, SMALL, make_tree
 
-from rlr_fast import RLRModel
-from rlr_fast import train as train_module
+from rlr_fast import RLRModel, run_folder
 from rlr_fast.backbone import BackboneWeightsError
 from rlr_fast.data import read_dataset
-from rlr_fast.train import TrainingError, train
+from rlr_fast.distributed import Processes
+from rlr_fast.feature_cache import cached_features
+from rlr_fast.loop import Loop
+from rlr_fast.run_folder import TrainingError
+from rlr_fast.train import train
 
 CPU = torch.device("cpu")
 
@@ -80,17 +84,17 @@ def test_resumed_run_ends_with_the_same_bits(dataset, tmp_path, monkeypatch, set
     recipe = dataclasses.replace(BRIEF, epochs=4, **setting)
     config = dataclasses.replace(SMALL, standardize=True)
     run(dataset, tmp_path / "whole", tmp_path, config, recipe)
-    save = train_module._Run._save
+    save = Loop._save
 
-    def stop_after_two(self):
-        save(self)
+    def stop_after_two(self, checkpoints):
+        save(self, checkpoints)
         if self.epoch == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(train_module._Run, "_save", stop_after_two)
+    monkeypatch.setattr(Loop, "_save", stop_after_two)
     with pytest.raises(KeyboardInterrupt):
         run(dataset, tmp_path / "halves", tmp_path, config, recipe)
-    monkeypatch.setattr(train_module._Run, "_save", save)
+    monkeypatch.setattr(Loop, "_save", save)
     torch.rand(7)  # the global generator's state does not matter
     result = run(dataset, tmp_path / "halves", tmp_path, config, recipe, resume=True)
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "halves"))
@@ -99,17 +103,18 @@ def test_resumed_run_ends_with_the_same_bits(dataset, tmp_path, monkeypatch, set
 
 def test_kill_between_the_last_two_writes_is_made_good_by_resume(dataset, tmp_path, monkeypatch):
     run(dataset, tmp_path / "whole", tmp_path)
-    export = train_module._Run._export
+    write = run_folder.write_tensors
 
-    def die(self):
-        if self.epoch == BRIEF.epochs:
+    def die(path, *arguments):
+        last = run_folder.read_checkpoint(tmp_path / "run")
+        if path.name == "model.safetensors" and last.epoch == BRIEF.epochs:
             raise KeyboardInterrupt
-        export(self)
+        write(path, *arguments)
 
-    monkeypatch.setattr(train_module._Run, "_export", die)
+    monkeypatch.setattr(run_folder, "write_tensors", die)
     with pytest.raises(KeyboardInterrupt):
         run(dataset, tmp_path / "run", tmp_path)
-    monkeypatch.setattr(train_module._Run, "_export", export)
+    monkeypatch.setattr(run_folder, "write_tensors", write)
     assert not same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
     run(dataset, tmp_path / "run", tmp_path, resume=True)
     assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
@@ -159,22 +164,22 @@ def test_kill_9_at_any_moment_then_resume_ends_with_the_same_bits(tree, tmp_path
 
 
 def test_loss_that_is_not_finite_stops_with_step_and_level(dataset, tmp_path, monkeypatch):
-    step = train_module._Run._step
+    step = Loop._step
 
-    def poison(self, index, rows):
+    def poison(self, index, tokens):
         if index == 4:
             with torch.no_grad():
                 self.model.levels[1].token_out.bias.fill_(torch.nan)
-        step(self, index, rows)
+        step(self, index, tokens)
 
-    monkeypatch.setattr(train_module._Run, "_step", poison)
+    monkeypatch.setattr(Loop, "_step", poison)
     with pytest.raises(TrainingError, match=r"loss of level 1 is not finite at step 4 \(epoch 2\)"):
         run(dataset, tmp_path / "run", tmp_path)
     assert all(v.isfinite().all() for v in weights(tmp_path / "run").values())
 
 
 def test_full_disk_keeps_the_last_checkpoint(dataset, tmp_path, monkeypatch):
-    write = train_module.write_tensors
+    write = run_folder.write_tensors
     calls = []
 
     def full(path, *arguments):
@@ -184,12 +189,12 @@ def test_full_disk_keeps_the_last_checkpoint(dataset, tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(path, *arguments)
 
-    monkeypatch.setattr(train_module, "write_tensors", full)
+    monkeypatch.setattr(run_folder, "write_tensors", full)
     with pytest.raises(
         TrainingError, match=r"No space left on device; the checkpoint of epoch \d is intact"
     ):
         run(dataset, tmp_path / "run", tmp_path)
-    monkeypatch.setattr(train_module, "write_tensors", write)
+    monkeypatch.setattr(run_folder, "write_tensors", write)
     run(dataset, tmp_path / "run", tmp_path, resume=True)
     run(dataset, tmp_path / "whole", tmp_path)
     assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
@@ -216,7 +221,7 @@ def test_resume_with_other_images_is_refused_and_keeps_the_record(dataset, tmp_p
 
 def test_a_run_that_finished_no_epoch_leaves_its_folder_free(dataset, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(train_module._Run, "_step", lambda *_: 1 / 0)
+        patch.setattr(Loop, "_step", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(dataset, tmp_path / "run", tmp_path)
     run(dataset, tmp_path / "run", tmp_path, recipe=dataclasses.replace(BRIEF, lr=2e-3))
@@ -272,7 +277,7 @@ def test_standardisation_is_that_of_the_training_set(dataset, tmp_path):
     run(dataset, tmp_path / "run", tmp_path, config)
     model = RLRModel.from_pretrained(tmp_path / "run")
     samples = [s for group in dataset.train.values() for s in group]
-    cache = train_module.cached_features(model, samples, tmp_path / "cache")
+    cache = cached_features(model, samples, tmp_path / "cache")
     for level, module in zip(cache.levels, model.standardize, strict=True):
         flat = level.double().flatten(0, 1)
         torch.testing.assert_close(module.mean.double(), flat.mean(0), atol=1e-5, rtol=1e-4)
@@ -292,3 +297,113 @@ def test_fp16_on_a_cpu_is_refused(dataset, tmp_path):
     recipe = dataclasses.replace(BRIEF, precision="fp16")
     with pytest.raises(ValueError, match="fp16 needs a CUDA device"):
         run(dataset, tmp_path / "run", tmp_path, recipe=recipe)
+
+
+def test_seed_decides_order_and_noise(dataset, tmp_path):
+    """Not only the initial weights: a CPU's generator takes few of a seed's bits."""
+    drawn = set()
+    for seed in range(8):
+        recipe = dataclasses.replace(BRIEF, seed=seed)
+        loop = Loop.__new__(Loop)
+        loop.recipe, loop.processes = recipe, Processes()
+        for index in (-2, -1, 0, 1):
+            generator = torch.Generator().manual_seed(loop._seed(index))
+            drawn.add(float(torch.randn(1, generator=generator, dtype=torch.float64)))
+    assert len(drawn) == 32
+
+
+@pytest.mark.parametrize("standardize", [False, True])
+def test_features_made_each_time_train_as_kept_ones_do(dataset, tmp_path, standardize):
+    dataset.train["bolt"][1].path.write_bytes(b"no image")
+    config = dataclasses.replace(SMALL, standardize=standardize)
+    kept = run(dataset, tmp_path / "kept", tmp_path, config)
+    fresh = run(dataset, tmp_path / "fresh", tmp_path / "no", config, cache="none")
+    assert [f.error.path for f in fresh.failures] == [f.error.path for f in kept.failures]
+    assert not (tmp_path / "no").exists()
+    losses = [[row["loss"] for row in r.history] for r in (kept, fresh)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)  # a batch's make-up changes rounding
+
+
+def test_pieces_add_up_to_the_step(dataset, tmp_path):
+    whole = run(dataset, tmp_path / "whole", tmp_path)
+    pieces = run(dataset, tmp_path / "pieces", tmp_path, piece=3)
+    for name in ("loss", "grad_norm"):
+        expected = [row[name] for row in whole.history]
+        assert [row[name] for row in pieces.history] == pytest.approx(expected, rel=1e-4)
+    with pytest.raises(ValueError, match="piece must be positive, got piece=0"):
+        run(dataset, tmp_path / "none", tmp_path, piece=0)
+
+
+def test_too_little_memory_halves_the_pieces_and_says_so(dataset, tmp_path, monkeypatch, caplog):
+    whole = run(dataset, tmp_path / "whole", tmp_path)
+    distances = RLRModel.distances
+
+    def small_device(self, tokens, noise=None):
+        if len(tokens[0]) > 1 and torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("no room")
+        return distances(self, tokens, noise)
+
+    monkeypatch.setattr(RLRModel, "distances", small_device)
+    result = run(dataset, tmp_path / "run", tmp_path)
+    expected = [row["loss"] for row in whole.history]
+    assert [row["loss"] for row in result.history] == pytest.approx(expected, rel=1e-4)
+    told = [r.getMessage() for r in caplog.records if "out of memory" in r.getMessage()]
+    assert [t.split(";")[0] for t in told] == [
+        "out of memory with 4 images at once",
+        "out of memory with 2 images at once",
+    ]
+    monkeypatch.setattr(RLRModel, "distances", lambda *_: (_ for _ in ()).throw(
+        torch.OutOfMemoryError("no room")
+    ))  # fmt: skip
+    with pytest.raises(torch.OutOfMemoryError):
+        run(dataset, tmp_path / "none", tmp_path)
+
+
+def test_grad_checkpointing_changes_no_bit(dataset, tmp_path):
+    run(dataset, tmp_path / "whole", tmp_path)
+    run(dataset, tmp_path / "run", tmp_path, grad_checkpointing=True)
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+
+
+def test_compiled_training_is_the_same_to_rounding(dataset, tmp_path, monkeypatch):
+    config = dataclasses.replace(
+        SMALL, out_indices=(3,), hidden=(16,), heads=(2,), windows=(3,), perturbation=0.0
+    )
+    compiler = torch.compile
+
+    def quick(function, **options):  # the same graphs, without a C++ compiler's minute
+        assert options == {"mode": "default", "dynamic": False}
+        return compiler(function, backend="aot_eager", fullgraph=True, dynamic=False)
+
+    monkeypatch.setattr(torch, "compile", quick)
+    recipe = dataclasses.replace(BRIEF, epochs=2, batch_size=10)
+    whole = run(dataset, tmp_path / "whole", tmp_path, config, recipe)
+    result = run(dataset, tmp_path / "run", tmp_path, config, recipe, compiled=True)
+    expected = [row["loss"] for row in whole.history]
+    assert [row["loss"] for row in result.history] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_slow_disk_does_not_hold_training_up(dataset, tmp_path, monkeypatch):
+    write, began = run_folder.write_checkpoint, []
+    recipe = dataclasses.replace(BRIEF, epochs=6)
+    run(dataset, tmp_path / "whole", tmp_path, recipe=recipe)
+    done = threading.Event()
+
+    def slow(out, checkpoint):
+        began.append(checkpoint.epoch)
+        if checkpoint.epoch == 1:
+            assert done.wait(60)
+        write(out, checkpoint)
+
+    train_epoch = Loop._train_epoch
+
+    def watched(self, *arguments):
+        if self.epoch == 4:
+            done.set()
+        train_epoch(self, *arguments)
+
+    monkeypatch.setattr(run_folder, "write_checkpoint", slow)
+    monkeypatch.setattr(Loop, "_train_epoch", watched)
+    run(dataset, tmp_path / "run", tmp_path, recipe=recipe)
+    assert began[0] == 1 and began[-1] == 6 and not {2, 3, 4} & set(began)
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
