@@ -155,11 +155,14 @@ def choose(problem: Problem) -> Any:
 
 # The shipped table.
 
+# Registers are given out otherwise since Triton 3.9.
+_BEFORE_3_9 = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
+
 # By head width d, for two bytes an element.
 _RASTER: dict[int, dict[str, dict[int, RasterTiles]]] = {
     90: {
         "raster_forward": {
-            16: RasterTiles(64, 128, eighths=2, registers=160),
+            16: RasterTiles(64, 128, eighths=2, registers=0 if _BEFORE_3_9 else 160),
             32: RasterTiles(64, 128, eighths=2, stages=3),
             64: RasterTiles(64, 64, eighths=2, stages=3),
             128: RasterTiles(64, 64, eighths=2),
@@ -206,7 +209,7 @@ _WIDE[80] = _WIDE[100] | {
 # Depth of the pipeline of LCA's backward, by architecture and head width.
 _BACKWARD_STAGES = {(80, 64): 2, (80, 128): 2, (100, 16): 3}
 # Before Triton 3.9 a single stage spills there, since then three would.
-if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
+if _BEFORE_3_9:
     _BACKWARD_STAGES[90, 16] = 3
 
 
