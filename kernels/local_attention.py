@@ -31,12 +31,13 @@ from torch import Tensor
 from rlr_fast.kernels import _launch, masked_attention
 from rlr_fast.kernels._autograd import register_gradients
 from rlr_fast.kernels._launch import Geometry
+from rlr_fast.kernels._product import dot
 from rlr_fast.kernels._window import within
 from rlr_fast.kernels.reference import prepare_key
 from rlr_fast.kernels.tiles import HaloTiles, Problem, choose
 
 _LN2 = tl.constexpr(0.6931471805599453)
-# The bias of a hidden key is -2**30, as a product whose factors float16 can hold.
+# The bias of a hidden key is -2**30, as a product whose factors float16 and TF32 hold.
 _HIDDEN = tl.constexpr(32768.0)
 # Keys of a halo, and bytes of its keys alone.
 _LARGEST_HALO = 256
@@ -146,22 +147,20 @@ def forward_kernel(
     for start in tl.range(first, last, IMAGES):
         row_mask = (exists & (start + image < last))[:, None]
         q_tile = tl.load(q_pointers, mask=row_mask, other=0.0)
-        s_a = tl.dot(q_tile, tl.trans(k_a), input_precision=PRECISION)  # (BLOCK_M, HALO_A)
-        s_a = tl.dot(choice, bias_a, s_a, input_precision=PRECISION, out_dtype=s_a.dtype)
+        s_a = dot(q_tile, tl.trans(k_a), PRECISION)  # (BLOCK_M, HALO_A)
+        s_a = tl.dot(choice, bias_a, s_a, input_precision="tf32", out_dtype=s_a.dtype)
         row_max = tl.max(s_a, 1)
         if HALO_B:
-            s_b = tl.dot(q_tile, tl.trans(k_b), input_precision=PRECISION)
-            s_b = tl.dot(choice, bias_b, s_b, input_precision=PRECISION, out_dtype=s_b.dtype)
+            s_b = dot(q_tile, tl.trans(k_b), PRECISION)
+            s_b = tl.dot(choice, bias_b, s_b, input_precision="tf32", out_dtype=s_b.dtype)
             row_max = tl.maximum(row_max, tl.max(s_b, 1))
         p_a = tl.exp2(s_a - row_max[:, None])
         row_sum = tl.sum(p_a, 1)
-        out = tl.dot(p_a.to(v_a.dtype), v_a, input_precision=PRECISION)
+        out = dot(p_a.to(v_a.dtype), v_a, PRECISION)
         if HALO_B:
             p_b = tl.exp2(s_b - row_max[:, None])
             row_sum += tl.sum(p_b, 1)
-            out = tl.dot(
-                p_b.to(v_b.dtype), v_b, out, input_precision=PRECISION, out_dtype=out.dtype
-            )
+            out = dot(p_b.to(v_b.dtype), v_b, PRECISION, out)
         out = out * (1.0 / row_sum)[:, None]
         tl.store(o_pointers, out.to(o.dtype.element_ty), mask=row_mask)
         q_pointers += q_step
@@ -213,12 +212,20 @@ def backward_kernel(
     k_a, v_a, bias_a = _load_halo(
         k, v, stride_kn, stride_vn, i_y, i_x, 0, HALO_A, PH, PW, P, H, W, RY, RX, D
     )
+    # A square product would be shared out by its rows, and every warp compute all scores.
+    WIDE: tl.constexpr = D == 16 and BLOCK_M == 16
+    wide_a = k_a
+    if WIDE:
+        wide_a = tl.reshape(tl.join(k_a, tl.zeros_like(k_a)), (HALO_A, 2 * D))
     dk_a = tl.zeros((HALO_A, D), ACC)
     dv_a = tl.zeros((HALO_A, D), ACC)
     if HALO_B:
         k_b, v_b, bias_b = _load_halo(
             k, v, stride_kn, stride_vn, i_y, i_x, HALO_A, HALO_B, PH, PW, P, H, W, RY, RX, D
         )
+        wide_b = k_b
+        if WIDE:
+            wide_b = tl.reshape(tl.join(k_b, tl.zeros_like(k_b)), (HALO_B, 2 * D))
         dk_b = tl.zeros((HALO_B, D), ACC)
         dv_b = tl.zeros((HALO_B, D), ACC)
     choice = _choice(PH, PW, P, BLOCK_M, q.dtype.element_ty)
@@ -240,12 +247,12 @@ def backward_kernel(
         row_mask = (exists & (start + image < last))[:, None]
         q_tile = tl.load(q_pointers, mask=row_mask, other=0.0)
         do_tile = tl.load(do_pointers, mask=row_mask, other=0.0)
-        p_a = tl.dot(q_tile, tl.trans(k_a), input_precision=PRECISION)  # (BLOCK_M, HALO_A)
-        p_a = tl.dot(choice, bias_a, p_a, input_precision=PRECISION, out_dtype=p_a.dtype)
+        p_a = dot(q_tile, tl.trans(k_a), PRECISION)  # (BLOCK_M, HALO_A)
+        p_a = tl.dot(choice, bias_a, p_a, input_precision="tf32", out_dtype=p_a.dtype)
         row_max = tl.max(p_a, 1)
         if HALO_B:
-            p_b = tl.dot(q_tile, tl.trans(k_b), input_precision=PRECISION)
-            p_b = tl.dot(choice, bias_b, p_b, input_precision=PRECISION, out_dtype=p_b.dtype)
+            p_b = dot(q_tile, tl.trans(k_b), PRECISION)
+            p_b = tl.dot(choice, bias_b, p_b, input_precision="tf32", out_dtype=p_b.dtype)
             row_max = tl.maximum(row_max, tl.max(p_b, 1))
         p_a = tl.exp2(p_a - row_max[:, None])
         row_sum = tl.sum(p_a, 1)
@@ -254,35 +261,23 @@ def backward_kernel(
             row_sum += tl.sum(p_b, 1)
         weight = 1.0 / row_sum
         p_a *= weight[:, None]
-        dp_a = tl.dot(do_tile, tl.trans(v_a), input_precision=PRECISION)
+        dp_a = dot(do_tile, tl.trans(v_a), PRECISION)
         delta = tl.sum(p_a * dp_a, 1)
         if HALO_B:
             p_b *= weight[:, None]
-            dp_b = tl.dot(do_tile, tl.trans(v_b), input_precision=PRECISION)
+            dp_b = dot(do_tile, tl.trans(v_b), PRECISION)
             delta += tl.sum(p_b * dp_b, 1)
-        dv_a = tl.dot(
-            tl.trans(p_a.to(do_tile.dtype)),
-            do_tile,
-            dv_a,
-            input_precision=PRECISION,
-            out_dtype=dv_a.dtype,
-        )
+        dv_a = dot(tl.trans(p_a.to(do_tile.dtype)), do_tile, PRECISION, dv_a)
         ds_a = (p_a * (dp_a - delta[:, None])).to(q_tile.dtype)
-        dq_tile = tl.dot(ds_a, k_a, input_precision=PRECISION)
-        dk_a = tl.dot(tl.trans(ds_a), q_tile, dk_a, input_precision=PRECISION, out_dtype=dk_a.dtype)
+        dq_tile = dot(ds_a, wide_a, PRECISION)
+        dk_a = dot(tl.trans(ds_a), q_tile, PRECISION, dk_a)
         if HALO_B:
-            dv_b = tl.dot(
-                tl.trans(p_b.to(do_tile.dtype)),
-                do_tile,
-                dv_b,
-                input_precision=PRECISION,
-                out_dtype=dv_b.dtype,
-            )
+            dv_b = dot(tl.trans(p_b.to(do_tile.dtype)), do_tile, PRECISION, dv_b)
             ds_b = (p_b * (dp_b - delta[:, None])).to(q_tile.dtype)
-            dq_tile = tl.dot(ds_b, k_b, dq_tile, input_precision=PRECISION, out_dtype=dq_tile.dtype)
-            dk_b = tl.dot(
-                tl.trans(ds_b), q_tile, dk_b, input_precision=PRECISION, out_dtype=dk_b.dtype
-            )
+            dq_tile = dot(ds_b, wide_b, PRECISION, dq_tile)
+            dk_b = dot(tl.trans(ds_b), q_tile, PRECISION, dk_b)
+        if WIDE:
+            dq_tile, _ = tl.split(tl.reshape(dq_tile, (BLOCK_M, D, 2)))
         tl.store(dq_pointers, (dq_tile * _LN2).to(dq.dtype.element_ty), mask=row_mask)
         q_pointers += q_step
         do_pointers += do_step
@@ -346,7 +341,7 @@ def halo_parts(tile: HaloTiles, geometry: Geometry) -> tuple[int, int]:
     keys = tile.halo(geometry)
     whole = max(16, triton.next_power_of_2(keys))
     half = whole // 2
-    if half >= 64 and keys - half <= half // 2:
+    if half >= 64 and (keys - half <= half // 2 or whole > tile.part):
         return half, max(16, triton.next_power_of_2(keys - half))
     return whole, 0
 

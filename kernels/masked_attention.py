@@ -34,6 +34,7 @@ from torch import Tensor
 from rlr_fast.kernels import _launch
 from rlr_fast.kernels._autograd import register_gradients
 from rlr_fast.kernels._launch import Geometry
+from rlr_fast.kernels._product import dot
 from rlr_fast.kernels._softmax import NO_MAXIMUM, exp2
 from rlr_fast.kernels._window import inside_window, window_range
 from rlr_fast.kernels.reference import prepare_key
@@ -126,7 +127,7 @@ def _attend(
         start = _place(i, lo, hi, WINDOWED)
         k_tile = _rows(k, start, BLOCK_N, stride_kn, N, D)
         v_tile = _rows(v, start, BLOCK_N, stride_vn, N, D)
-        s = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
+        s = dot(q, tl.trans(k_tile), PRECISION)  # (BLOCK_M, BLOCK_N)
         seen = _seen(
             offs_m, start + tl.arange(0, BLOCK_N), BLOCK_M, BLOCK_N, N, W, RY, RX, INSIDE, WINDOWED
         )
@@ -145,9 +146,7 @@ def _attend(
                 p = tl.where(seen, p, 0.0)
         # Over the groups of eight columns: within a thread. The rest is summed after the loop.
         row_sum += tl.sum(tl.reshape(p, (BLOCK_M, BLOCK_N // 8, 8)), 1)
-        acc = tl.dot(
-            p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION, out_dtype=acc.dtype
-        )
+        acc = dot(p.to(v_tile.dtype), v_tile, PRECISION, acc)
     return acc, row_sum, row_max
 
 
@@ -256,14 +255,14 @@ def _key_step(
     TESTED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dK, dV and Kᵀ dSᵀ of one block of keys and one of queries; scores lie as (keys, queries)."""
-    x = tl.dot(k, tl.trans(q), input_precision=PRECISION) - lse[None, :]
+    x = dot(k, tl.trans(q), PRECISION) - lse[None, :]
     p = tl.exp2(x)
     if TESTED:
         p = tl.where(seen, p, 0.0)
-    dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION, out_dtype=dv.dtype)
-    ds = p * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - delta[None, :])
+    dv = dot(p.to(do.dtype), do, PRECISION, dv)
+    ds = p * (dot(v, tl.trans(do), PRECISION) - delta[None, :])
     ds = ds.to(q.dtype)
-    dk = tl.dot(ds, q, dk, input_precision=PRECISION, out_dtype=dk.dtype)
+    dk = dot(ds, q, PRECISION, dk)
     return dk, dv, ds
 
 
@@ -294,7 +293,7 @@ def _key_gradients(
             TESTED, PRECISION,
         )  # fmt: skip
         if DQ != "apart":
-            dq_tile = tl.dot(tl.trans(ds), k_a, input_precision=PRECISION)
+            dq_tile = dot(tl.trans(ds), k_a, PRECISION)
         if BLOCKS == 2:
             seen = _seen(offs_b, offs_m, BLOCK_N, BLOCK_M, N, W, RY, RX, INSIDE, WINDOWED)
             dk_b, dv_b, ds = _key_step(
@@ -302,9 +301,7 @@ def _key_gradients(
                 TESTED, PRECISION,
             )  # fmt: skip
             if DQ != "apart":
-                dq_tile = tl.dot(
-                    tl.trans(ds), k_b, dq_tile, input_precision=PRECISION, out_dtype=dq_tile.dtype
-                )
+                dq_tile = dot(tl.trans(ds), k_b, PRECISION, dq_tile)
         if DQ == "store":
             _store_rows(dq, dq_tile * _LN2, start, BLOCK_M, stride_dqn, N, D)
         if DQ == "add":
@@ -407,14 +404,14 @@ def _query_gradient(
         start = _place(i, lo, hi, WINDOWED)
         k_tile = _rows(k, start, BLOCK_N, stride_kn, N, D)
         v_tile = _rows(v, start, BLOCK_N, stride_vn, N, D)
-        x = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION) - row_lse[:, None]
+        x = dot(q, tl.trans(k_tile), PRECISION) - row_lse[:, None]
         p = tl.exp2(x)
         if WINDOWED or N % BLOCK_N != 0:
             offs_n = start + tl.arange(0, BLOCK_N)
             seen = _seen(offs_m, offs_n, BLOCK_M, BLOCK_N, N, W, RY, RX, INSIDE, WINDOWED)
             p = tl.where(seen, p, 0.0)
-        ds = p * (tl.dot(do, tl.trans(v_tile), input_precision=PRECISION) - row_delta[:, None])
-        dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION, out_dtype=dq.dtype)
+        ds = p * (dot(do, tl.trans(v_tile), PRECISION) - row_delta[:, None])
+        dq = dot(ds.to(k_tile.dtype), k_tile, PRECISION, dq)
     return dq
 
 

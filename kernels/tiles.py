@@ -68,6 +68,7 @@ class HaloTiles:
         images: Images a tile; ``images · rows · columns`` queries.
         warps: Warps a program.
         stages: Depth of the software pipeline.
+        part: Most keys of the halo that one product takes, where two parts can hold it.
     """
 
     rows: int
@@ -75,6 +76,7 @@ class HaloTiles:
     images: int
     warps: int = 4
     stages: int = 2
+    part: int = 256
 
     def halo(self, geometry: Geometry) -> int:
         """Keys around a tile."""
@@ -153,11 +155,14 @@ def choose(problem: Problem) -> Any:
 
 # The shipped table.
 
+# Registers are given out otherwise since Triton 3.9.
+_BEFORE_3_9 = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
+
 # By head width d, for two bytes an element.
 _RASTER: dict[int, dict[str, dict[int, RasterTiles]]] = {
     90: {
         "raster_forward": {
-            16: RasterTiles(64, 128, eighths=2, registers=160),
+            16: RasterTiles(64, 128, eighths=2, registers=0 if _BEFORE_3_9 else 160),
             32: RasterTiles(64, 128, eighths=2, stages=3),
             64: RasterTiles(64, 64, eighths=2, stages=3),
             128: RasterTiles(64, 64, eighths=2),
@@ -185,16 +190,27 @@ _RASTER[80] = _RASTER[90] | {
         128: RasterTiles(64, 64, apart=True, warps=8, stages=1),
     },
 }
-# Four or eight bytes an element: small, for any width.
-_WIDE = {
-    "raster_forward": RasterTiles(64, 32),
-    "raster_key": RasterTiles(32, 64, stages=1),
-    "raster_query": RasterTiles(32, 32, stages=1),
+# Four or eight bytes an element: small.
+_SMALL_KEY, _TINY_KEY = RasterTiles(32, 64, stages=1), RasterTiles(32, 32, apart=True, stages=1)
+_QUERY, _SMALL_QUERY = RasterTiles(64, 32, stages=1), RasterTiles(32, 32, stages=1)
+_WIDE: dict[int, dict[str, dict[int, RasterTiles]]] = {
+    90: {
+        "raster_forward": {width: RasterTiles(64, 32) for width in (16, 32, 64, 128)},
+        "raster_key": {16: _SMALL_KEY, 32: _SMALL_KEY, 64: _TINY_KEY, 128: _TINY_KEY},
+        "raster_query": {16: _QUERY, 32: _QUERY, 64: _QUERY, 128: _SMALL_QUERY},
+    }
+}
+_WIDE[100] = _WIDE[90] | {"raster_query": _WIDE[90]["raster_query"] | {64: _SMALL_QUERY}}
+_WIDE[80] = _WIDE[100] | {
+    "raster_key": _WIDE[90]["raster_key"] | {32: RasterTiles(16, 64, apart=True, stages=1)}
 }
 
 
 # Depth of the pipeline of LCA's backward, by architecture and head width.
 _BACKWARD_STAGES = {(80, 64): 2, (80, 128): 2, (100, 16): 3}
+# Before Triton 3.9 a single stage spills there, since then three would.
+if _BEFORE_3_9:
+    _BACKWARD_STAGES[90, 16] = 3
 
 
 def shipped(problem: Problem) -> Tiles:
@@ -202,7 +218,7 @@ def shipped(problem: Problem) -> Tiles:
     if problem.kernel in HALO_KERNELS:
         return _halo_tiles(problem)
     if problem.dtype.itemsize > 2:
-        return _WIDE[problem.kernel]
+        return _WIDE[problem.architecture][problem.kernel][problem.width]
     return _RASTER[problem.architecture][problem.kernel][problem.width]
 
 
@@ -212,6 +228,8 @@ def _halo_tiles(problem: Problem) -> HaloTiles:
     Backward holds the gradients of the halo's keys and values beside two tiles of scores: where
     these outgrow the registers, it takes fewer rows, and at last more warps.
     """
+    if problem.dtype.itemsize > 2:
+        return _on_grid(_wide_halo_tiles(problem), problem.geometry)
     forward = problem.kernel == "halo_forward"
     large, small = HaloTiles(2, 2, 16), HaloTiles(4, 4, 4)
     if problem.batch <= 8 and (forward or small.halo(problem.geometry) <= 128 >= 4 * problem.width):
@@ -222,11 +240,35 @@ def _halo_tiles(problem: Problem) -> HaloTiles:
     if forward:
         return tiles
     numbers = triton.next_power_of_2(tiles.halo(problem.geometry)) * problem.width
+    if (problem.architecture, problem.width, numbers) == (80, 64, 4096):
+        return dataclasses.replace(tiles, rows=1, columns=1, images=64, stages=1)
     if numbers >= 8192:
         tiles = dataclasses.replace(tiles, images=4, warps=8 if numbers > 8192 else 4)
     # One stage keeps registers free, but for these.
     stages = _BACKWARD_STAGES.get((problem.architecture, problem.width), 1)
     return dataclasses.replace(tiles, stages=stages)
+
+
+def _wide_halo_tiles(problem: Problem) -> HaloTiles:
+    """Four or eight bytes an element: few rows or few keys.
+
+    A product of float32 holds both halves of its operands. Sixteen rows of a backward tile leave
+    the keys to be shared by the warps.
+    """
+    pair = HaloTiles(2, 2, 4, stages=1)
+    halo = pair.halo(problem.geometry)
+    if problem.kernel == "halo_backward":
+        few = halo <= 64 and problem.width < 64
+        tiles = pair if few else HaloTiles(1, 1, 16, stages=1)
+        if problem.architecture == 80 and problem.width < 64:
+            # Sixteen rows are not shared out there, and 64 cost a third of the clocks: the one
+            # place where registers spill.
+            tiles = dataclasses.replace(tiles, images=4 * tiles.images)
+        return tiles
+    if problem.batch <= 8:
+        return pair
+    few = halo <= 128 and problem.width < 64
+    return HaloTiles(2, 2, 16, stages=1) if few else HaloTiles(1, 1, 64, stages=1, part=64)
 
 
 def _on_grid(tiles: HaloTiles, geometry: Geometry) -> HaloTiles:

@@ -1,0 +1,30 @@
+"""Matrix products, as device functions."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _upper(x):
+    """The part of float32 x that TF32 holds."""
+    return (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def dot(a, b, PRECISION: tl.constexpr, acc=None):
+    """``a @ b``, added to ``acc`` and in its dtype if there is one.
+
+    "tf32x3" is spelt out: Triton's own adds in an accumulator of its own and tests it for NaN,
+    which takes half as many instructions again, and more registers.
+    """
+    if PRECISION == "tf32x3":
+        a_upper, b_upper = _upper(a), _upper(b)
+        acc = tl.dot(a - a_upper, b_upper, acc, input_precision="tf32")
+        acc = tl.dot(a_upper, b - b_upper, acc, input_precision="tf32")
+        return tl.dot(a_upper, b_upper, acc, input_precision="tf32")
+    elif acc is None:
+        return tl.dot(a, b, input_precision=PRECISION)
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
