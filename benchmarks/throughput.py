@@ -1,84 +1,193 @@
-"""Training throughput of the paper's preset with cached features, on random features.
+"""Training throughput: images a second from the second epoch on, and where the time goes.
 
-``python -m benchmarks.throughput``: the training loop of `rlr_fast.train` itself, on features that
-already lie on the device, as from the second epoch on; the first is left out of the figure.
+``python -m benchmarks.throughput`` trains the paper's preset on random features that already lie on
+the device. ``python -m benchmarks.throughput --data DATA --preset tiny`` trains on a data set, with
+the features kept and made in every epoch, and divides the time of the epochs between forward,
+backward, optimizer and the rest (on a GPU, where work is queued, the whole step is one share).
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import dataclasses
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks import record
 from rlr_fast import RLRConfig, RLRModel, TrainConfig
+from rlr_fast.config import PRESETS
+from rlr_fast.data import read_dataset
 from rlr_fast.distributed import Processes
 from rlr_fast.feature_cache import FeatureCache
 from rlr_fast.functional import resolve_backend
 from rlr_fast.loop import Loop
+from rlr_fast.train import train
+
+_EPOCHS = 4
 
 
-def images_per_second(
-    backend: str, precision: str, batch: int, images: int, device: torch.device
-) -> tuple[float, float]:
-    """Return the median images/s after the first epoch, and the largest device memory in bytes."""
+class Clock:
+    """Seconds of the epochs from the second on, and of the parts of their steps."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.images = 0
+        self._within = False
+
+    @contextmanager
+    def watching(self) -> Iterator[Clock]:
+        """Time every `Loop` while the block runs."""
+        patched: list[tuple[Any, str, Any]] = []
+
+        def patch(owner: Any, name: str, part: str) -> None:
+            original = getattr(owner, name)
+            patched.append((owner, name, original))
+            setattr(owner, name, self._timed(original, part))
+
+        try:
+            if not torch.cuda.is_available():
+                patch(RLRModel, "distances", "forward")
+                patch(torch.Tensor, "backward", "backward")
+                patch(torch.optim.Adam, "step", "optimizer")
+            else:
+                patch(Loop, "_step", "steps")
+            patched.append((Loop, "_train_epoch", Loop._train_epoch))
+            Loop._train_epoch = self._epochs(Loop._train_epoch)  # type: ignore[method-assign]
+            yield self
+        finally:
+            for owner, name, original in reversed(patched):
+                setattr(owner, name, original)
+
+    def _timed(self, function: Callable[..., Any], part: str) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            start = time.perf_counter()
+            result = function(*args, **options)
+            if self._within:
+                self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
+            return result
+
+        return call
+
+    def _epochs(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(loop: Loop, *args: Any) -> None:
+            if loop.epoch == 1:  # the first is over, and what it wrote
+                self.seconds, self.images = {}, 0
+                self._start = time.perf_counter()
+            self._within = True
+            function(loop, *args)
+            self._within = False
+            if loop.epoch >= 1:
+                self.images += loop.images
+                self.seconds["epochs"] = time.perf_counter() - self._start
+
+        return call
+
+    def info(self) -> dict[str, object]:
+        """As plain values for a record."""
+        whole = self.seconds["epochs"]
+        parts = {k: v / whole for k, v in self.seconds.items() if k != "epochs"}
+        return {
+            "images_per_s": self.images / whole,
+            "shares": {**parts, "the rest": 1 - sum(parts.values())},
+        }
+
+
+def on_features(
+    backend: str, recipe: TrainConfig, images: int, compiled: bool, device: torch.device
+) -> Clock:
+    """Train the paper's preset on random features on the device."""
     torch.manual_seed(0)
-    config = RLRConfig(backbone_weights="random")
-    model = RLRModel(config, backend=backend).to(device)  # type: ignore[arg-type]
+    model = RLRModel(RLRConfig(backbone_weights="random"), backend=backend)  # type: ignore[arg-type]
+    model.to(device)
     levels = [
         torch.randn(images, h * w, c, device=device, dtype=torch.bfloat16)
         for (h, w), c in zip(model.backbone.grids, model.backbone.channels, strict=True)
     ]
-    recipe = TrainConfig(epochs=2, batch_size=batch, precision=precision)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, Clock().watching() as clock:
         cache = FeatureCache(levels, [], "gpu" if device.type == "cuda" else "ram", Path(folder))
-        run = Loop(model, recipe, cache, Path(folder, "run"), Processes())
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        run.go(quiet=True)
-    later = [row["images_per_s"] for row in run.history if row["epoch"] > 1]
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
-    return statistics.median(later), float(peak)
+        out = Path(folder, "run")
+        out.mkdir()
+        Loop(model, recipe, cache, out, Processes(), compiled).go(quiet=True)
+    return clock
+
+
+def on_data(
+    root: Path, preset: str, recipe: TrainConfig, cache: Any, backend: Any, device: torch.device
+) -> Clock:
+    """Train on a data set as the command does."""
+    data = read_dataset(root)
+    with tempfile.TemporaryDirectory() as folder, Clock().watching() as clock:
+        train(
+            PRESETS[preset].model, recipe, data, Path(folder, "run"), device=device,
+            backend=backend, cache_root=Path(folder, "features"), cache=cache, quiet=True,
+        )  # fmt: skip
+    return clock
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train briefly, print and record."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.throughput", description=__doc__)
+    parser.add_argument("--data", type=Path, help="a data set to train on, cache beside no cache")
+    parser.add_argument("--preset", default="tiny", choices=tuple(PRESETS), help="with --data")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--precision", help="default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--batch", type=int, action="append", help="default: 64, then 4")
-    parser.add_argument("--steps", type=int, default=20, help="steps an epoch")
+    parser.add_argument("--steps", type=int, default=20, help="steps an epoch, without --data")
+    parser.add_argument("--compile", action="store_true", help="without --data")
     parser.add_argument("--record", metavar="NAME", help="as of pytest --benchmark-record")
     options = parser.parse_args(arguments)
     device = record.bench_device()
     precision = options.precision or ("bf16" if device.type == "cuda" else "fp32")
     backend = resolve_backend(options.backend, device)
     recorder = record.Recorder(record.record_path(options.record) if options.record else None)
-    for batch in options.batch or (64, 4):
-        start = time.perf_counter()
-        speed, peak = images_per_second(backend, precision, batch, batch * options.steps, device)
+
+    def add(what: str, batch: int, make: Callable[[TrainConfig], Clock]) -> None:
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        base = PRESETS[options.preset].train if options.data else TrainConfig()
+        recipe = dataclasses.replace(base, epochs=_EPOCHS, batch_size=batch, precision=precision)
+        found = make(recipe).info()
+        peak = float(torch.cuda.max_memory_allocated()) if device.type == "cuda" else 0.0
         recorder.add(
-            {
-                "suite": "throughput",
-                "outcome": "ok",
-                "rival": backend,
-                "dtype": precision,
-                "batch": batch,
-                "images_per_s": speed,
-                "peak_bytes": peak,
-            }
-        )
+            {"suite": "throughput", "outcome": "ok", "what": what, "rival": backend,
+             "dtype": precision, "batch": batch, "peak_bytes": peak, **found}
+        )  # fmt: skip
+        shares = ", ".join(f"{k} {v:.1%}" for k, v in found["shares"].items())  # type: ignore[attr-defined]
         print(
-            f"{backend} {precision} batch {batch}: {speed:.1f} images/s, "
-            f"{peak / 2**30:.2f} GiB ({time.perf_counter() - start:.0f} s in all)",
+            f"{what}, {backend}, {precision}, batch {batch}: {found['images_per_s']:.1f} images/s, "
+            f"{peak / 2**30:.2f} GiB; {shares}",
             flush=True,
         )
+
+    if options.data:
+        batch = (options.batch or [PRESETS[options.preset].train.batch_size])[0]
+        for cache in ("auto", "none", "auto", "none"):
+            kept = "features made each epoch" if cache == "none" else "features kept"
+            add(
+                f"{options.preset}, {kept}",
+                batch,
+                lambda recipe, cache=cache: on_data(  # type: ignore[misc]
+                    options.data, options.preset, recipe, cache, backend, device
+                ),
+            )
+    else:
+        what = "paper, random features" + (", compiled" if options.compile else "")
+        for batch in options.batch or (64, 4):
+            images = batch * options.steps
+            add(
+                what,
+                batch,
+                lambda recipe, images=images: on_features(  # type: ignore[misc]
+                    backend, recipe, images, options.compile, device
+                ),
+            )
     recorder.close()
     return 0
 

@@ -63,9 +63,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    args = argparse.Namespace(interrupted="")
     try:
         args = _parse(argv)
         return int(args.run(args))
+    except BrokenPipeError:  # an OSError, but nobody is left to read a message
+        return 1
     except PeerError as error:
         time.sleep(_AFTER_PEER)
         if not error.told:
@@ -83,14 +86,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    except BrokenPipeError:
-        return 1
     except KeyboardInterrupt:
         if _tells():
-            print(
-                "\nrlr-fast: interrupted; `train --resume` goes on from the last epoch",
-                file=sys.stderr,
-            )
+            print(f"\nrlr-fast: interrupted{args.interrupted}", file=sys.stderr)
         return 130
 
 
@@ -142,6 +140,7 @@ def _verb(
         parser=parser,
         shared=shared,
         less_memory="a smaller --batch-size or --image-size needs less",
+        interrupted="",
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of flags; flags given here win")
     return parser
@@ -284,7 +283,11 @@ def _add_train(verbs: Any) -> None:
     )
     _add_dataset(parser)
     parser.add_argument("--out", type=Path, metavar="RUN", help="folder of the run (needed)")
-    parser.set_defaults(needs=("out",))
+    parser.set_defaults(
+        needs=("out",),
+        less_memory="--grad-checkpointing or a smaller --image-size needs less",
+        interrupted="; --resume goes on from the last written epoch",
+    )
     parser.add_argument(
         "--preset", default="paper", choices=tuple(PRESETS), help="where the settings start"
     )

@@ -10,7 +10,7 @@ import torch
 from rlr_fast.backbone import BackboneWeightsError
 from rlr_fast.config import RLRConfig
 from rlr_fast.environment import environment
-from rlr_fast.functional import unsupported_reason
+from rlr_fast.functional import resolve_backend, unsupported_reason
 from rlr_fast.model import RLRModel
 
 
@@ -29,6 +29,8 @@ def describe(config: RLRConfig, device: torch.device) -> tuple[dict[str, Any], s
         name: unsupported_reason(name, device) or "available"
         for name in ("triton", "tiled", "dense")
     }
+    values["auto"] = resolve_backend("auto", device)
+    values["compile"] = "off; train --compile turns it on"
     values["model"] = _model(config)
     return values, _text(values)
 
@@ -77,6 +79,9 @@ def _text(values: dict[str, Any]) -> str:
         "",
         "attention backends",
         *(f"  {name:8s}{state}" for name, state in values["backends"].items()),
+        f"  auto    takes {values['auto']}",
+        "",
+        f"torch.compile: {values['compile']}",
         "",
         f"backbone {config['backbone']} at {config['image_size'][0]}x{config['image_size'][1]} px, "
         f"{model['backbone_parameters']:,} parameters, frozen",

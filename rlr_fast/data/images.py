@@ -338,7 +338,7 @@ def _as_tensor(image: Image.Image, size: tuple[int, int]) -> torch.Tensor:
     if (image.height, image.width) != size:
         image = image.resize((size[1], size[0]), Image.Resampling.LANCZOS)
     # Transposed by NumPy: PyTorch would start its own threads within each of ours.
-    return torch.from_numpy(np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)))
+    return torch.from_numpy(np.array(np.asarray(image).transpose(2, 0, 1), order="C"))
 
 
 def _load_mask(
