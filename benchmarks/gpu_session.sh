@@ -3,7 +3,7 @@
 # $OUT, else benchmarks/results: each part has its own time limit and leaves a record and a log.
 #   benchmarks/gpu_session.sh                     all parts
 #   benchmarks/gpu_session.sh check headline      these parts: check headline unknowns tests training
-#                                                 tiles operators model scaling
+#                                                 large suite tiles operators model jobs scaling
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
@@ -35,8 +35,18 @@ run() {
     unknowns) part unknowns 70 "$python" -m benchmarks.unknowns --record "$out/gpu-unknowns.json" ;;
     tests) part tests 110 "$python" -m pytest -q -x tests/test_kernels.py -p no:cacheprovider ;;
     training)
-      part training 70 "$python" -m benchmarks.throughput --record "$out/gpu-training.json"
+      part training 60 "$python" -m benchmarks.throughput --batch 64 --batch 256 --batch 4 \
+        --record "$out/gpu-training.json"
+      part compiled 120 "$python" -m benchmarks.throughput --batch 64 --batch 256 --compile \
+        --record "$out/gpu-training-compiled.json"
       ;;
+    large) # 1024 x 1024 pixels: time and peak memory
+      part large 120 "$python" -m benchmarks.throughput --image-size 1024 --batch 1 --batch 4 \
+        --steps 3 --record "$out/gpu-training-1024.json"
+      part lean 120 "$python" -m benchmarks.throughput --image-size 1024 --batch 4 --steps 3 \
+        --grad-checkpointing --record "$out/gpu-training-1024-lean.json"
+      ;;
+    suite) part suite 590 "$python" -m pytest -q -o testpaths=tests -p no:cacheprovider ;;
     tiles)
       part tiles 560 "$python" -m benchmarks.tiles --seconds 520 --record "$out/gpu-tiles.json"
       ;;
@@ -47,6 +57,10 @@ run() {
     model)
       part model 300 "${benchmark[@]}" benchmarks/bench_model.py \
         --benchmark-record "$out/gpu-model.json"
+      ;;
+    jobs)
+      part jobs 300 "${benchmark[@]}" benchmarks/bench_jobs.py \
+        --benchmark-record "$out/gpu-jobs.json"
       ;;
     scaling)
       part scaling 280 "${benchmark[@]}" benchmarks/bench_scaling.py \

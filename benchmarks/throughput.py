@@ -100,12 +100,16 @@ class Clock:
 
 
 def on_features(
-    backend: str, recipe: TrainConfig, images: int, compiled: bool, device: torch.device
+    config: RLRConfig,
+    recipe: TrainConfig,
+    images: int,
+    options: argparse.Namespace,
+    device: torch.device,
 ) -> Clock:
-    """Train the paper's preset on random features on the device."""
+    """Train on random features on the device."""
     torch.manual_seed(0)
-    model = RLRModel(RLRConfig(backbone_weights="random"), backend=backend)  # type: ignore[arg-type]
-    model.to(device)
+    model = RLRModel(config, backend=options.backend).to(device)
+    model.set_grad_checkpointing(options.grad_checkpointing)
     levels = [
         torch.randn(images, h * w, c, device=device, dtype=torch.bfloat16)
         for (h, w), c in zip(model.backbone.grids, model.backbone.channels, strict=True)
@@ -114,7 +118,7 @@ def on_features(
         cache = FeatureCache(levels, [], "gpu" if device.type == "cuda" else "ram", Path(folder))
         out = Path(folder, "run")
         out.mkdir()
-        Loop(model, recipe, cache, out, Processes(), compiled).go(quiet=True)
+        Loop(model, recipe, cache, out, Processes(), options.compile).go(quiet=True)
     return clock
 
 
@@ -140,7 +144,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--precision", help="default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--batch", type=int, action="append", help="default: 64, then 4")
     parser.add_argument("--steps", type=int, default=20, help="steps an epoch, without --data")
+    parser.add_argument("--image-size", type=int, default=256, metavar="PX", help="without --data")
     parser.add_argument("--compile", action="store_true", help="without --data")
+    parser.add_argument("--grad-checkpointing", action="store_true", help="without --data")
     parser.add_argument("--record", metavar="NAME", help="as of pytest --benchmark-record")
     options = parser.parse_args(arguments)
     device = record.bench_device()
@@ -178,14 +184,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 ),
             )
     else:
-        what = "paper, random features" + (", compiled" if options.compile else "")
+        side = options.image_size
+        config = RLRConfig(backbone_weights="random", image_size=(side, side))
+        what = f"paper at {side} px, random features" + (", compiled" if options.compile else "")
+        what += ", blocks computed again" if options.grad_checkpointing else ""
         for batch in options.batch or (64, 4):
             images = batch * options.steps
             add(
                 what,
                 batch,
                 lambda recipe, images=images: on_features(  # type: ignore[misc]
-                    backend, recipe, images, options.compile, device
+                    config, recipe, images, options, device
                 ),
             )
     recorder.close()
