@@ -8,14 +8,16 @@ All work is done by ``scaled_dot_product_attention`` with an additive mask:
   images of a batch stand side by side in a tile's rows, so that the tile, and with it the halo,
   can be small.
 
-One call is enough at small grids; its mask is kept for the next step. Where several are needed, a
-mask lives only as long as its call and is built again in the backward pass: memory is linear in N
-in both passes. A mask is the sum or product of two tables, one an axis, which is quick to build.
+Small masks are kept for the next step. MLKA's chunks see the same mask, moved by some rows of keys:
+they share one, a little larger. A larger mask lives only as long as its call and is built again in
+the backward pass: memory is linear in N in both passes. A mask is the sum or product of two tables,
+one an axis, which is quick to build.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -27,8 +29,10 @@ from torch import Tensor
 # Fewer queries a call cost time (the fused kernel takes smaller blocks, and each call of the
 # backward pass adds to all N key gradients); more cost memory: a mask has this many rows of N.
 QUERIES_PER_CALL = 1024
-# Largest mask of an LCA call, and largest mask kept for the next step (8 MiB in float32).
+# Largest mask of an LCA call, and largest of its masks kept for the next step (8 MiB in float32).
 MASK_ENTRIES = 1 << 21
+# Largest mask that MLKA's chunks share (64 MiB in float32; a grid of 64 x 64 needs 32).
+SHARED_ENTRIES = 1 << 24
 # What gathering one key of a halo costs, in scores: decides how small a tile pays.
 KEY_COST = 96
 TILE_SIDES = (1, 2, 4, 8, 16, 32)
@@ -159,16 +163,12 @@ def _attend(
     dim: int,
 ) -> Tensor:
     """Attend piece by piece and join the outputs along ``dim``."""
-    if len(masks) == 1:
-        mask = _kept_mask(masks[0], queries[0])
-        return F.scaled_dot_product_attention(
-            queries[0], keys[0], values[0], attn_mask=mask, scale=scale
-        )
     outputs = []
     for query, key, value, geometry in zip(queries, keys, values, masks, strict=True):
-        mask = geometry.build(query.dtype, query.device)
+        kept = _kept_mask(geometry, query)
+        mask = geometry.build(query.dtype, query.device) if kept is None else kept
         # The compiler cannot trace the hooks, and decides itself what it computes again.
-        if torch.compiler.is_compiling():
+        if kept is not None or len(masks) == 1 or torch.compiler.is_compiling():
             output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
         else:
             with _forgotten(mask, geometry):
@@ -205,16 +205,48 @@ class _OutsideWindow:
     start: int
     stop: int
 
-    def entries(self) -> int:
-        return (self.stop - self.start) * self.grid[0] * self.grid[1]
-
     def build(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        height, width = self.grid
         token = torch.arange(self.start, self.stop, device=device)
-        key_y, key_x = torch.arange(height, device=device), torch.arange(width, device=device)
-        near_y = _near(token // width, key_y, self.window[0]).to(dtype) * _hidden(dtype)
-        near_x = _near(token % width, key_x, self.window[1]).to(dtype)
-        return (near_y[:, :, None] * near_x[:, None, :]).flatten(1)
+        key_y = torch.arange(self.grid[0], device=device)
+        return _outside_window(token, key_y, self.grid[1], self.window, dtype).flatten(1)
+
+    def kept(self, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+        """Return the mask as a part of the one that all chunks share, where that is small."""
+        height, width = self.grid
+        queries = min(QUERIES_PER_CALL, height * width)
+        chunks = -(-height * width // queries)
+        # Of the keys' rows, the lowest chunk sees those from 0 on, the highest those up to 0.
+        rows = height if chunks == 1 else 2 * height - 1
+        if (queries % width and chunks > 1) or queries * rows * width > SHARED_ENTRIES:
+            return None
+        shared = _shared_mask(self.grid, self.window, queries, rows, dtype, device)
+        first = rows - height - self.start // width
+        return shared[: self.stop - self.start, first : first + height].flatten(1)
+
+
+def _outside_window(
+    token: Tensor, key_y: Tensor, width: int, window: tuple[int, int], dtype: torch.dtype
+) -> Tensor:
+    """(queries, rows of keys, W): hidden where a key in a row ``key_y`` is in a token's window."""
+    key_x = torch.arange(width, device=token.device)
+    near_y = _near(token // width, key_y, window[0]).to(dtype) * _hidden(dtype)
+    near_x = _near(token % width, key_x, window[1]).to(dtype)
+    return near_y[:, :, None] * near_x[:, None, :]
+
+
+@lru_cache(maxsize=8)
+def _shared_mask(
+    grid: tuple[int, int],
+    window: tuple[int, int],
+    queries: int,
+    rows: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    with _outside_inference():
+        token = torch.arange(queries, device=device)
+        key_y = torch.arange(grid[0] - rows, grid[0], device=device)
+        return _outside_window(token, key_y, grid[1], window, dtype)
 
 
 # Of an axis: number of tiles, their length, the halo's margin, the grid's length.
@@ -232,11 +264,6 @@ class _InsideWindow:
     start: int
     stop: int
 
-    def entries(self) -> int:
-        (_, tile_y, pad_y, _), (_, tile_x, pad_x, _) = self.tiling
-        queries, keys = tile_y * tile_x, (tile_y + 2 * pad_y) * (tile_x + 2 * pad_x)
-        return (self.stop - self.start) * self.batch * queries * keys
-
     def build(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         tile = torch.arange(self.start, self.stop, device=device)
         across = self.tiling[1][0]
@@ -245,6 +272,15 @@ class _InsideWindow:
         far_x = far_x[:, None, None, :, None, :].expand(-1, self.batch, -1, -1, -1, -1)
         # (tiles, B, tile_y, tile_x, halo_y, halo_x)
         return (far_y[:, None, :, None, :, None] + far_x).flatten(4).flatten(1, 3)[:, None]
+
+    def kept(self, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+        """Return the mask, kept from an earlier call, where it is small and the only one."""
+        (tiles_y, tile_y, pad_y, _), (tiles_x, tile_x, pad_x, _) = self.tiling
+        queries, keys = tile_y * tile_x, (tile_y + 2 * pad_y) * (tile_x + 2 * pad_x)
+        tiles = tiles_y * tiles_x
+        if self.stop - self.start < tiles or tiles * self.batch * queries * keys > MASK_ENTRIES:
+            return None
+        return _remembered_mask(self, dtype, device)
 
     def _far(self, tile: Tensor, axis: int, dtype: torch.dtype) -> Tensor:
         _, side, pad, length = self.tiling[axis]
@@ -265,22 +301,25 @@ def _hidden(dtype: torch.dtype) -> float:
     return -3e4 if dtype == torch.float16 else -1e30
 
 
-def _kept_mask(geometry: _OutsideWindow | _InsideWindow, like: Tensor) -> Tensor:
-    """Return the mask, kept from an earlier call where it is small."""
+def _kept_mask(geometry: _OutsideWindow | _InsideWindow, like: Tensor) -> Tensor | None:
+    """Return a mask that is kept for later calls, or None."""
     # A tensor made while a graph is traced belongs to the trace.
-    traced = torch.compiler.is_compiling() or type(like.detach()) is not Tensor
-    if traced or geometry.entries() > MASK_ENTRIES:
-        return geometry.build(like.dtype, like.device)
-    return _remembered_mask(geometry, like.dtype, like.device)
+    if torch.compiler.is_compiling() or type(like.detach()) is not Tensor:
+        return None
+    return geometry.kept(like.dtype, like.device)
 
 
 @lru_cache(maxsize=16)
-def _remembered_mask(
-    geometry: _OutsideWindow | _InsideWindow, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    # A mask made in inference mode could not be used in training later.
-    with torch.inference_mode(False), torch.no_grad():
+def _remembered_mask(geometry: _InsideWindow, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with _outside_inference():
         return geometry.build(dtype, device)
+
+
+@contextlib.contextmanager
+def _outside_inference() -> Iterator[None]:
+    """A mask made in inference mode could not be used in training later."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def _window_covers_grid(
