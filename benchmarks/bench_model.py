@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from benchmarks import timing
 from benchmarks.check import WrongResultError
 from benchmarks.record import bench_device
-from benchmarks.rival_models import AUTHORS, LABELS, SDPA, with_rival_blocks
+from benchmarks.rival_models import AUTHORS, LABELS, SDPA, require_room, with_rival_blocks
 from benchmarks.rivals import UnavailableError
 from rlr_fast import RLRConfig, RLRModel
 from rlr_fast.functional import unsupported_reason
@@ -169,6 +169,8 @@ def _calls(case: Case, batch: int, backend: str, exact: bool = False) -> Calls:
     """Return the part's calls; ``exact``: those of the definition, in float32 throughout."""
     model = _definition() if exact else _model(backend)
     step = case.part.endswith("step")
+    if backend == AUTHORS and not exact:
+        require_room(model, batch, step, DEVICE)
     model.train(step)
     levels: Any = model.levels
     if case.part == "inference-from-images":

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import rivals
 from rlr_fast import RLRModel
 from rlr_fast.dense import inside_window
 from rlr_fast.functional import window_pair
@@ -34,6 +35,21 @@ def with_rival_blocks(model: RLRModel, name: str) -> RLRModel:
             block.prepare = _unprepared
             block.forward = partial(_forward, block, masks)
     return model
+
+
+def require_room(model: RLRModel, batch: int, step: bool, device: torch.device) -> None:
+    """Refuse what would bring a CPU to swap: N×N weights of an attention, or of all for a step.
+
+    Raises:
+        torch.OutOfMemoryError: The N×N weights alone need more than is free.
+    """
+    levels: Any = model.levels
+    sizes = [4 * batch * level.heads * len(level.reference) ** 2 for level in levels]
+    # Scores, weights and one more of the largest; for a step also the weights of every attention.
+    needed = 3 * max(sizes)
+    if step:
+        needed += sum(2 * len(level.blocks) * n for level, n in zip(levels, sizes, strict=True))
+    rivals.require_room(needed, device)
 
 
 def _unprepared(reference: Tensor) -> Tensor:

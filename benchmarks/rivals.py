@@ -70,20 +70,20 @@ def _of_backend(backend: Any) -> Callable[[Problem, torch.device], Attend]:
 def _seen(problem: Problem, device: torch.device) -> Tensor:
     """(N, N) bool, true where a query sees a key."""
     tokens = problem.shape.tokens
-    _require_room(tokens * tokens, device)
+    require_room(tokens * tokens, device)
     inside = dense.inside_window(problem.grid, problem.window, device)
     return inside if problem.operator == "lca" else ~inside
 
 
-def _require_room(needed: int, device: torch.device) -> None:
+def require_room(needed: int, device: torch.device) -> None:
     """Refuse what would bring a CPU to swap; a GPU says by itself that it is out of memory."""
-    if device.type != "cuda" and needed > 0.5 * check._free_bytes(device):
+    if device.type != "cuda" and needed > 0.8 * check._free_bytes(device):
         raise torch.OutOfMemoryError(f"needs about {needed / 2**30:.0f} GiB")
 
 
 def _authors(hoisted: bool) -> Callable[[Problem, torch.device], Attend]:
     def build(problem: Problem, device: torch.device) -> Attend:
-        _require_room(6 * 4 * problem.scores, device)
+        require_room(6 * 4 * problem.scores, device)
 
         def additive_mask() -> Tensor:
             hidden = ~_seen(problem, device)
@@ -107,7 +107,7 @@ def _authors(hoisted: bool) -> Callable[[Problem, torch.device], Attend]:
 
 
 def _dense(problem: Problem, device: torch.device) -> Attend:
-    _require_room(6 * 4 * problem.scores, device)
+    require_room(6 * 4 * problem.scores, device)
     return _of_backend("dense")(problem, device)
 
 
@@ -115,7 +115,7 @@ def _sdpa(
     problem: Problem, device: torch.device, masked: bool, math: bool = False, copied: bool = False
 ) -> Attend:
     if math:
-        _require_room(6 * 4 * problem.scores, device)
+        require_room(6 * 4 * problem.scores, device)
     mask = _seen(problem, device) if masked else None
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -145,7 +145,7 @@ def _flex(block: int) -> Callable[[Problem, torch.device], Attend]:
             return near if local else ~near
 
         tokens = height * width
-        _require_room(tokens * tokens, device)
+        require_room(tokens * tokens, device)
         block_mask = create_block_mask(
             sees, None, None, tokens, tokens, device=device, BLOCK_SIZE=block
         )
