@@ -1,0 +1,143 @@
+"""What several verbs of the command line share."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlr_fast.calibration import color_scale
+from rlr_fast.config import PRECISIONS
+from rlr_fast.data import LAYOUTS, DataSet, read_dataset
+from rlr_fast.environment import choose_device
+from rlr_fast.functional import unsupported_reason
+from rlr_fast.inference import DEFAULT_BATCH, check_precision
+from rlr_fast.model import RLRModel
+from rlr_fast.options import Parser, UsageError, positive
+
+_BACKENDS = ("auto", "triton", "tiled", "dense")
+
+
+def add_verb(
+    verbs: Any, name: str, run: Any, help: str, *, shared: bool = False, **options: Any
+) -> Parser:
+    """Add a verb; ``shared`` says that several processes under torchrun can share its work."""
+    parser: Parser = verbs.add_parser(name, help=help, description=help, **options)
+    parser.set_defaults(
+        run=run,
+        parser=parser,
+        shared=shared,
+        less_memory="a smaller --batch-size or --image-size needs less",
+        interrupted="",
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file of flags; flags given here win")
+    return parser
+
+
+def add_dataset(parser: argparse.ArgumentParser) -> None:
+    """Add the data set and which of it is read."""
+    parser.add_argument("data", type=Path, help="root folder of the data set")
+    parser.add_argument(
+        "--layout", default="auto", metavar="NAME", help=f"auto, {', '.join(LAYOUTS)}"
+    )
+    parser.add_argument("--classes", nargs="+", metavar="CLASS", help="only these classes")
+
+
+def add_machine(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of device, backend and threads."""
+    group = parser.add_argument_group("machine")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    group.add_argument(
+        "--backend", default="auto", choices=_BACKENDS, help="attention: " + ", ".join(_BACKENDS)
+    )
+    group.add_argument("--workers", type=positive, metavar="N", help="threads that decode images")
+    group.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def chosen_device(args: argparse.Namespace) -> torch.device:
+    """Return the device of ``--device``, on which ``--backend`` can run."""
+    device = choose_device(args.device)
+    reason = unsupported_reason(args.backend, device)
+    if reason is not None:
+        raise UsageError(f"--backend {args.backend} cannot run on {device}: {reason}")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # nothing of this process shall lie on another's GPU
+    return device
+
+
+def read_data(args: argparse.Namespace) -> DataSet:
+    """Read the data set that the command names."""
+    return read_dataset(args.data, args.layout, args.classes)
+
+
+def report_failures(failures: Sequence[str]) -> int:
+    """Tell on standard error which files were left out; return the exit code."""
+    for failure in failures:
+        print(f"rlr-fast: left out: {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Add the checkpoint, the results' folder and the colour scale."""
+    parser.add_argument(
+        "--checkpoint", metavar="RUN", help="folder of a run, or a name on the hub (needed)"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of results (needed)")
+    parser.set_defaults(needs=("checkpoint", "out"))
+    parser.add_argument(
+        "--backbone-weights", metavar="FROM", help="where to take the backbone's weights from now"
+    )
+    parser.add_argument(
+        "--scale",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="scores of the first and last colour (default: from the run's normal images)",
+    )
+
+
+def add_inference(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of scoring."""
+    group = parser.add_argument_group("inference")
+    group.add_argument(
+        "--batch-size",
+        type=positive,
+        default=DEFAULT_BATCH,
+        metavar="N",
+        help="images, or tiles, scored at once",
+    )
+    group.add_argument(
+        "--precision",
+        default="fp32",
+        choices=PRECISIONS,
+        help="of backbone and reconstructors: fp32, bf16, or fp16 (GPU only); score maps are fp32",
+    )
+    parser.set_defaults(
+        less_memory="a smaller --batch-size needs less, and so does --precision bf16"
+    )
+
+
+def load_model(args: argparse.Namespace) -> RLRModel:
+    """Load the model of ``--checkpoint`` onto its device."""
+    device = chosen_device(args)
+    check_precision(args.precision, device)
+    if args.out.exists() and not args.out.is_dir():
+        raise UsageError(f"--out must be a folder, {str(args.out)!r} is a file")
+    model: RLRModel = RLRModel.from_pretrained(
+        args.checkpoint, backend=args.backend, backbone_weights=args.backbone_weights
+    )
+    return model.to(device)
+
+
+def given_scale(args: argparse.Namespace) -> tuple[float, float]:
+    """Return the colour scale: ``--scale``, or the checkpoint's own."""
+    if args.scale is None:
+        return color_scale(Path(args.checkpoint))
+    low, high = args.scale
+    if not low < high:
+        raise UsageError(f"--scale: LOW must be below HIGH, got {low} {high}")
+    return low, high
