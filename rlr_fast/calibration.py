@@ -45,7 +45,9 @@ def calibrate(
             out = model.predict_tokens(tokens)
             pixels += [torch.quantile(m.flatten().float(), wanted) for m in _thinned(out.score_map)]
             scores.append(out.score.float())
-        share = torch.stack(pixels).cpu(), torch.cat(scores).cpu(), list(categories)
+        # A share may be empty: all its images unreadable.
+        quantiles = torch.stack(pixels) if pixels else torch.empty(0, len(wanted))
+        share = quantiles.cpu(), torch.cat(scores).cpu(), list(categories)
     shares = processes.exchange(share)
     means = torch.cat([pixel for pixel, _, _ in shares]).mean(0)
     score = torch.cat([score for _, score, _ in shares])

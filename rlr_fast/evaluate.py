@@ -218,7 +218,7 @@ def _decisive(model: RLRModel, data: DataSet) -> dict[str, Any]:
         weights.update(name.encode() + tensor.cpu().numpy().tobytes())
     for name in data.classes:
         for sample in data.test[name]:
-            images.update(f"{name}\0{os.path.relpath(sample.path, data.root)}\n".encode())
+            images.update(os.fsencode(f"{name}\0{os.path.relpath(sample.path, data.root)}\n"))
     config = {f"model {k}": v for k, v in dataclasses.asdict(model.config).items()}
     del config["model backbone_weights"]  # where they were taken from; the fingerprint decides
     return config | {

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -19,7 +20,12 @@ import psutil
 import torch
 from torch import Tensor
 
-from rlr_fast.data.images import ImageFailure, UnreadableImageError, iterate_images
+from rlr_fast.data.images import (
+    ImageFailure,
+    UnreadableImageError,
+    iterate_images,
+    load_image,
+)
 from rlr_fast.data.layouts import Sample
 from rlr_fast.files import write_atomically
 from rlr_fast.model import RLRModel
@@ -106,13 +112,20 @@ def cached_features(
         sharers: Processes that divide this machine's memory among them.
 
     Raises:
-        CacheError: The disk is full, the folder cannot be written, the GPU's memory is too small,
-            or no image can be read.
+        ValueError: The placement does not fit the model's device.
+        CacheError: The disk is full, the folder cannot be written, or the GPU's memory is too
+            small.
     """
+    device = next(model.levels.parameters()).device
+    if placement == "gpu" and device.type != "cuda":
+        raise ValueError(f"cache placement 'gpu' needs the model on a GPU, it is on {device}")
     root = default_cache_root() if root is None else root
     identity = _identity(model, samples)
     folder = root / identity["key"][:20]
     meta = _read_meta(folder, identity)
+    if meta is not None and any(_readable(samples[f["index"]]) for f in meta["failures"]):
+        shutil.rmtree(folder, ignore_errors=True)  # what was wrong with a file is put right
+        meta = None
     if meta is None:
         try:
             root.mkdir(parents=True, exist_ok=True)
@@ -132,21 +145,30 @@ def cached_features(
         for f in meta["failures"]
     ]
     count = len(samples) - len(failures)
-    if count == 0:
-        raise CacheError(f"none of the {len(samples)} images can be read: {failures[0].error}")
     levels = [
-        torch.from_file(
-            str(folder / f"level_{j}.bf16"), size=count * tokens * channels, dtype=torch.bfloat16
-        ).view(count, tokens, channels)
+        _map(folder / f"level_{j}.bf16", (count, tokens, channels))
         for j, (tokens, channels) in enumerate(meta["levels"])
     ]
-    device = next(model.levels.parameters()).device
     where = _choose(placement, sum(level.nbytes for level in levels), device, sharers)
     if where == "gpu":
         levels = [level.to(device) for level in levels]
     elif where == "ram":
         levels = [level.clone() for level in levels]
     return FeatureCache(levels, failures, where, folder)
+
+
+def _map(file: Path, shape: tuple[int, int, int]) -> Tensor:
+    if shape[0] == 0:  # no file of no bytes can be mapped
+        return torch.empty(shape, dtype=torch.bfloat16)
+    return torch.from_file(str(file), size=math.prod(shape), dtype=torch.bfloat16).view(shape)
+
+
+def _readable(sample: Sample) -> bool:
+    try:
+        load_image(sample.path, (1, 1))
+    except UnreadableImageError:
+        return False
+    return True
 
 
 def _identity(model: RLRModel, samples: Sequence[Sample]) -> dict[str, Any]:
@@ -158,7 +180,7 @@ def _identity(model: RLRModel, samples: Sequence[Sample]) -> dict[str, Any]:
             state = f"{stat.st_size} {stat.st_mtime_ns}"
         except OSError:
             state = "missing"  # reported as unreadable when its turn comes
-        digest.update(f"{sample.path.resolve()}\0{state}\n".encode())
+        digest.update(os.fsencode(f"{sample.path.resolve()}\0{state}\n"))
     identity: dict[str, Any] = {
         "format": _FORMAT,
         "backbone": config.backbone,
@@ -259,13 +281,14 @@ def _append(files: Sequence[BinaryIO], stored: Sequence[Tensor]) -> None:
 def _remove_stale(root: Path, name: str) -> None:
     """Remove what a killed process left of this cache."""
     for partial in root.glob(f".{name}-*"):
-        if time.time() - partial.stat().st_mtime > _STALE_SECONDS:
-            shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # another process was quicker
+            # A folder's own time stands still while its files grow.
+            written = max(p.stat().st_mtime for p in (partial, *partial.iterdir()))
+            if time.time() - written > _STALE_SECONDS:
+                shutil.rmtree(partial, ignore_errors=True)
 
 
 def _choose(placement: Placement, size: int, device: torch.device, sharers: int) -> str:
-    if placement == "gpu" and device.type != "cuda":
-        raise ValueError(f"cache placement 'gpu' needs the model on a GPU, it is on {device}")
     if placement != "auto":
         return placement
     if device.type == "cuda" and size < _SHARE * torch.cuda.mem_get_info(device)[0]:

@@ -45,9 +45,6 @@ class FreshFeatures:
         samples: The images.
         workers: Threads that decode images.
         progress: Called with the number of images looked at since the last call.
-
-    Raises:
-        ValueError: No image can be read.
     """
 
     def __init__(
@@ -64,9 +61,6 @@ class FreshFeatures:
             progress(len(batch.indices) + len(batch.failures))
         failed = {failure.index for failure in self.failures}
         self._samples = [sample for i, sample in enumerate(samples) if i not in failed]
-        if not self._samples:
-            reason = self.failures[0].error if self.failures else "there is none"
-            raise ValueError(f"none of the {len(samples)} images can be read: {reason}")
 
     def __len__(self) -> int:
         return len(self._samples)

@@ -89,9 +89,9 @@ def window(text: str) -> Window:
 
 def positive(text: str) -> int:
     """Read a whole number of at least 1."""
-    value = int(text)
+    value = int(text) if text.isdecimal() else 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
     return value
 
 
@@ -117,8 +117,9 @@ def read_yaml(path: str) -> dict[str, Any]:
         raise UsageError(f"--config: cannot read {path!r}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"--config: {path!r} is not UTF-8 text") from error
-    except yaml.YAMLError as error:
-        raise UsageError(f"--config: {path!r} is not YAML: {error}") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: what looks like a date and is none
+        reason = " ".join(str(error).split())
+        raise UsageError(f"--config: {path!r} is not YAML: {reason}") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -166,6 +167,10 @@ def _checked(action: argparse.Action, value: Any) -> Any:
     values = value if isinstance(value, (list, tuple)) else [value]
     if not many and len(values) != 1:
         raise UsageError(f"--config: {name} takes one value, got {value!r}")
+    wanted = action.nargs if isinstance(action.nargs, int) and action.nargs > 0 else None
+    if many and (not values or (wanted is not None and len(values) != wanted)):
+        count = "one value or more" if wanted is None else f"{wanted} values"
+        raise UsageError(f"--config: {name} takes {count}, got {value!r}")
     if action.nargs == 0:
         if not isinstance(value, bool):
             raise UsageError(f"--config: {name} is true or false, got {value!r}")

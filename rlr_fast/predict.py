@@ -147,7 +147,10 @@ def predict(
     scores: dict[Path, float] = {}
     failures: list[str] = []
     with (
-        open(out / RESULTS_FILE, "w", newline="", encoding="utf-8") as file,
+        # A file's name need not be text; its bytes are kept.
+        open(
+            out / RESULTS_FILE, "w", newline="", encoding="utf-8", errors="surrogateescape"
+        ) as file,
         Writer(workers, 2 * workers, _PIXELS_WAITING) as pictures,
     ):
         table = csv.writer(file)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ STATE_FILE = "training_state.safetensors"
 HISTORY_FILE = "history.jsonl"
 
 _log = logging.getLogger(__name__)
+
+_PARTS = ("model", "recipe", "data")
 
 Row = dict[str, float]
 
@@ -55,38 +58,45 @@ class Checkpoint:
 
 
 def read_run(out: Path) -> dict[str, Any] | None:
-    """Return the settings of the run in ``out``, or None where no epoch was finished.
+    """Return the settings of the run in ``out``, or None where there is none.
 
     Raises:
         TrainingError: The record is missing beside a training state, or damaged.
     """
-    if not (out / STATE_FILE).exists():
+    path = out / RUN_FILE
+    if not path.exists() and not (out / STATE_FILE).exists():
         return None
     try:
-        return dict(json.loads((out / RUN_FILE).read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise TrainingError(f"{out / RUN_FILE} cannot be read: {error}") from error
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if not all(isinstance(record[part], dict) for part in _PARTS):
+            raise ValueError(f"{', '.join(_PARTS)} must be there")
+        return dict(record)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise TrainingError(f"{path} cannot be read: {reason}") from error
 
 
 def check_folder(out: Path, record: Mapping[str, Any], resume: bool) -> None:
     """Refuse a folder that holds another run, before any work.
 
     Raises:
-        TrainingError: ``out`` is a file, holds a run that is not to be resumed, or one of other
-            settings.
+        TrainingError: ``out`` cannot be written, holds a run that is not to be resumed, or one of
+            other settings.
     """
     if out.exists() and not out.is_dir():
         raise TrainingError(f"{out} is a file; a run needs a folder")
-    previous = read_run(out)
-    if previous is None:
+    _check_writable(out)
+    if not (out / STATE_FILE).exists():  # what finished no epoch leaves the folder free
         return
+    previous = read_run(out)
+    assert previous is not None
     if not resume:
         raise TrainingError(
             f"{out} already holds a run; go on with it by --resume, or choose another --out"
         )
     changed = [
         f"{name} was {old!r}, now {new!r}"
-        for part in ("model", "recipe", "data")
+        for part in _PARTS
         for name, old in previous[part].items()
         if (new := json.loads(json.dumps(record[part].get(name)))) != old and name != "root"
     ]
@@ -103,8 +113,23 @@ def check_folder(out: Path, record: Mapping[str, Any], resume: bool) -> None:
         )
 
 
+def _check_writable(out: Path) -> None:
+    """Make the folder and a file in it, and leave nothing."""
+    missing = [folder for folder in (out, *out.parents) if not folder.exists()]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise TrainingError(f"cannot write the run in {str(out)!r}: {error}") from error
+    finally:
+        for folder in missing:
+            with contextlib.suppress(OSError):  # of another process that came meanwhile
+                folder.rmdir()
+
+
 def write_settings(out: Path, config: str, record: Mapping[str, Any]) -> None:
-    """Write what the run is, before its first step; not over those of an unfinished run.
+    """Write what the run is, before its first step; not over what is to be resumed.
 
     Raises:
         TrainingError: The files cannot be written.
@@ -135,6 +160,8 @@ def read_checkpoint(out: Path) -> Checkpoint | None:
             f"cannot resume: {error}. Delete it to start the run anew; "
             f"{WEIGHTS_FILE} beside it can still be used"
         ) from error
+    if "progress" not in metadata:
+        raise TrainingError(f"cannot resume: {path} holds no training state")
     model: dict[str, Tensor] = {}
     optimizer: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
@@ -146,9 +173,16 @@ def read_checkpoint(out: Path) -> Checkpoint | None:
             optimizer.setdefault(int(index), {})[name] = value
     progress = json.loads(metadata["progress"])
     history: list[Row] = []
-    with contextlib.suppress(FileNotFoundError):
+    try:
         rows = (out / HISTORY_FILE).read_text(encoding="utf-8").splitlines()
         history = [row for row in map(json.loads, rows) if row["step"] <= progress["steps"]]
+    except FileNotFoundError:
+        _log.warning("%s is missing: the curve begins anew", out / HISTORY_FILE)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TrainingError(
+            f"{out / HISTORY_FILE} cannot be read: {error}. Delete it to resume: nothing but the "
+            "curve of the loss is lost"
+        ) from error
     return Checkpoint(progress["epoch"], model, optimizer, progress, progress, history)
 
 
@@ -234,3 +268,8 @@ class CheckpointWriter:
         traceback: TracebackType | None,
     ) -> None:
         self._writer.__exit__(kind, error, traceback)
+        if error is not None:
+            try:
+                self.wait()
+            except TrainingError as unwritten:
+                _log.warning("%s", unwritten)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import statistics
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ class TrainResult:
         out: The run's folder, a checkpoint for `RLRModel.from_pretrained`.
         history: Rows of the log: step, epoch, loss, level_0 …, grad_norm, lr, images_per_s.
         failures: Training images that could not be read and were left out.
-        images_per_s: Median over the run.
+        images_per_s: Median over the run; NaN where the history is lost.
     """
 
     out: Path
@@ -133,14 +134,22 @@ def train(
         with group.together():
             if group.leads:
                 record["environment"] = environment(device)
+                record["way"] = {
+                    "backend": backend,
+                    "compiled": compiled,
+                    "grad_checkpointing": grad_checkpointing,
+                    "piece": piece,
+                }
                 write_settings(out, config.to_json(), record)
         loop.go(quiet)
         calibration = calibrate(model, features, [s.category for s in samples], group)
         with group.together():
             if group.leads:
                 write_atomically(out / CALIBRATION_FILE, json.dumps(calibration, indent=2))
-                loss_curve(loop.history, out / CURVE_FILE)
-        speed = statistics.median(row["images_per_s"] for row in loop.history)
+                if loop.history:
+                    loss_curve(loop.history, out / CURVE_FILE)
+        speeds = [row["images_per_s"] for row in loop.history]
+        speed = statistics.median(speeds) if speeds else math.nan
         return TrainResult(out, loop.history, failures, speed)
 
 
@@ -151,7 +160,7 @@ def _describe(data: DataSet) -> dict[str, Any]:
         for sample in samples:
             name = os.path.relpath(sample.path, data.root)
             size = sample.path.stat().st_size if sample.path.exists() else None
-            digest.update(f"{name}\0{size}\n".encode())
+            digest.update(os.fsencode(f"{name}\0{size}\n"))
             count += 1
     return {
         "root": str(data.root),

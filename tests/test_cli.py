@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import pytest
@@ -115,6 +116,55 @@ def test_resume_needs_no_settings(trained, capsys):
     assert "trained 2 epochs" in capsys.readouterr().out
 
 
+def test_resume_with_another_preset_is_refused(trained, capsys):
+    arguments = ["train", trained / "data", "--out", trained / "run", "--resume", "--quiet"]
+    message = refused(capsys, *arguments, "--preset", "paper")
+    assert "cannot be resumed with other settings: backbone was" in message
+
+
+def test_resume_of_a_run_that_finished_no_epoch_takes_its_settings(trained, tmp_path, capsys):
+    shutil.copytree(trained / "run", tmp_path / "run")
+    (tmp_path / "run/training_state.safetensors").unlink()
+    places = ["--out", str(tmp_path / "run"), "--cache-dir", str(trained / "cache")]
+    assert main(["train", str(trained / "data"), *places, "--resume", "--quiet"]) == 0
+    assert "trained 2 epochs" in capsys.readouterr().out
+
+
+def test_resume_of_nothing_says_that_a_new_run_begins(trained, tmp_path, caplog):
+    places = ["--out", str(tmp_path / "run"), "--cache-dir", str(trained / "cache")]
+    assert main(["train", str(trained / "data"), *places, "--resume", *FLAGS]) == 0
+    assert f"there is no run in {tmp_path / 'run'} to resume; a new one begins" in caplog.text
+
+
+def test_predict_takes_a_name_that_is_no_text(trained, tmp_path):
+    images = tmp_path / "images"
+    shutil.copytree(trained / "data/bolt/test/good", images)
+    try:
+        (images / "000.png").rename(os.fsdecode(os.fsencode(images) + b"/\xff.png"))
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    argv = ["predict", str(images), "--checkpoint", str(trained / "run"), "--quiet"]
+    assert main([*argv, "--out", str(tmp_path / "out")]) == 0
+    assert b"/\xff.png," in (tmp_path / "out/results.csv").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("image-size: []", "--image-size takes one value or more, got []"),
+        ("scale: [0, 1, 2]", "--scale takes 2 values, got [0, 1, 2]"),
+        ("batch-size: 2020-13-45", "is not YAML: month must be in 1..12"),
+    ],
+)
+def test_a_files_mistake_is_one_line(text, message, trained, tmp_path, capsys):
+    (tmp_path / "flags.yaml").write_text(text)
+    verb = ["train", trained / "data", "--out", tmp_path / "run"]
+    if text.startswith("scale"):
+        verb = ["predict", trained / "data", "--checkpoint", trained / "run", "--out", tmp_path]
+    told = refused(capsys, *verb, "--config", tmp_path / "flags.yaml")
+    assert message in told and len(told.splitlines()) == 1
+
+
 def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path, capsys):
     (tmp_path / "flags.yaml").write_text("alpha: 5\nimage-size: 64\nwindows: [3, 3x5]\nblocks: 1\n")
     arguments = ["--config", str(tmp_path / "flags.yaml"), "--preset", "tiny", "--blocks", "3"]
@@ -181,7 +231,7 @@ def test_mistakes_in_the_file_are_told(content, message, trained, tmp_path, caps
         ([*PREDICT, "--tile", "1x2x3"], "must be a side, or height x width"),
         ([*PREDICT, "--tile", "big"], "invalid sides value: 'big'"),
         ([*PREDICT, "--overlap", "8"], "--overlap needs --tile"),
-        ([*PREDICT, "--batch-size", "0"], "must be at least 1, got 0"),
+        ([*PREDICT, "--batch-size", "0"], "must be a whole number of at least 1, got '0'"),
         ([*PREDICT, "--precision", "fp8"], "fp8"),
         ([*PREDICT, "--precision", "fp16", "--device", "cpu"], "fp16 needs a CUDA device"),
         (["eval", *PREDICT[1:], "--precision", "fp16", "--device", "cpu"], "fp16 needs a CUDA"),

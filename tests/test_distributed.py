@@ -253,7 +253,7 @@ def test_the_same_run_twice_gives_the_same_bits(folder):
 
 def test_a_full_disk_in_one_process_ends_both_and_resume_gives_the_same_bits(folder, found):
     message = stopped(found, "full disk")
-    assert "No space left on device; the checkpoint of epoch 2 is intact" in message
+    assert "No space left on device; the checkpoint of epoch 1 is intact" in message
     assert [process["resumed"][0] for process in found] == [1, 0]
     assert same_bits(folder / "resumed", folder / "steps")
 

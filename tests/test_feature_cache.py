@@ -169,11 +169,37 @@ def test_unreadable_images_are_left_out_and_told_again_from_the_cache(model, sam
         assert str(samples[3].path) in str(cache.failures[0].error)
 
 
-def test_without_one_readable_image_there_is_an_error(model, samples, tmp_path):
+def test_without_one_readable_image_it_is_empty_and_says_why(model, samples, tmp_path):
     for sample in samples:
         sample.path.write_bytes(b"no image")
-    with pytest.raises(CacheError, match="none of the 10 images"):
-        cached_features(model, samples, tmp_path)
+    cache = cached_features(model, samples, tmp_path)
+    assert len(cache) == 0 and [f.index for f in cache.failures] == list(range(10))
+    (tokens, _) = cache.batch(torch.arange(0), torch.device("cpu"))
+    assert tokens.shape == (0, *cache.levels[0].shape[1:])
+
+
+def test_a_file_that_can_be_read_again_is_taken_in(model, samples, tmp_path):
+    path, stat = samples[3].path, samples[3].path.stat()
+    whole = path.read_bytes()
+    path.write_bytes(b"\0" * len(whole))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert len(cached_features(model, samples, tmp_path)) == 9
+    assert len(cached_features(model, samples, tmp_path)) == 9
+    path.write_bytes(whole)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as after a change of permissions
+    assert len(cached_features(model, samples, tmp_path)) == 10
+
+
+def test_what_another_process_is_writing_is_not_stale(tmp_path):
+    partial = tmp_path / ".abc-1"
+    partial.mkdir()
+    (partial / "level_0.bf16").write_bytes(b"1")
+    os.utime(partial, (0, 0))
+    feature_cache._remove_stale(tmp_path, "abc")
+    assert partial.exists()
+    os.utime(partial / "level_0.bf16", (0, 0))
+    feature_cache._remove_stale(tmp_path, "abc")
+    assert not partial.exists()
 
 
 def test_a_folder_that_cannot_be_written_is_named(model, samples, tmp_path):

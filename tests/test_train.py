@@ -407,3 +407,54 @@ def test_a_slow_disk_does_not_hold_training_up(dataset, tmp_path, monkeypatch):
     run(dataset, tmp_path / "run", tmp_path, recipe=recipe)
     assert began[0] == 1 and began[-1] == 6 and not {2, 3, 4} & set(began)
     assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_features(dataset, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TrainingError, match="cannot write the run"):
+        run(dataset, tmp_path / "file/run", tmp_path)
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("record", ["{}", '{"model": {}, "recipe": 3, "data": {}}', "[]", "{"])
+def test_damaged_settings_are_named(dataset, tmp_path, record):
+    run(dataset, tmp_path / "run", tmp_path)
+    (tmp_path / "run/run.json").write_text(record)
+    with pytest.raises(TrainingError, match=r"run\.json cannot be read"):
+        run(dataset, tmp_path / "run", tmp_path, resume=True)
+
+
+def test_a_lost_or_damaged_history_is_told_and_costs_the_curve_alone(dataset, tmp_path, caplog):
+    run(dataset, tmp_path / "run", tmp_path)
+    before, history = weights(tmp_path / "run"), tmp_path / "run/history.jsonl"
+    history.write_text("no json")
+    with pytest.raises(TrainingError, match=r"history\.jsonl cannot be read.*Delete it"):
+        run(dataset, tmp_path / "run", tmp_path, resume=True)
+    history.unlink()
+    result = run(dataset, tmp_path / "run", tmp_path, resume=True)
+    assert result.history == [] and "history.jsonl is missing" in caplog.text
+    assert same(weights(tmp_path / "run"), before)
+
+
+def test_weights_in_place_of_the_training_state_are_told(dataset, tmp_path):
+    run(dataset, tmp_path / "run", tmp_path)
+    (tmp_path / "run/training_state.safetensors").write_bytes(
+        (tmp_path / "run/model.safetensors").read_bytes()
+    )
+    with pytest.raises(TrainingError, match="holds no training state"):
+        run(dataset, tmp_path / "run", tmp_path, resume=True)
+
+
+def test_an_unwritten_checkpoint_is_told_after_an_interruption(tmp_path, monkeypatch, caplog):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(run_folder, "write_checkpoint", full)
+    checkpoint = run_folder.Checkpoint(3, {}, {}, {}, {}, [])
+    with (
+        pytest.raises(KeyboardInterrupt),
+        run_folder.CheckpointWriter(tmp_path, 2) as checkpoints,
+    ):
+        checkpoints.write(checkpoint)
+        raise KeyboardInterrupt
+    assert "No space left on device; the checkpoint of epoch 2 is intact" in caplog.text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from rlr_fast.distributed import processes
 from rlr_fast.options import add_fields, config_from, positive
 from rlr_fast.run_folder import read_run
 from rlr_fast.train import CACHES, train
+
+_log = logging.getLogger(__name__)
 
 
 def add_train(verbs: Any) -> None:
@@ -38,9 +41,7 @@ def add_train(verbs: Any) -> None:
         less_memory="--grad-checkpointing or a smaller --image-size needs less",
         interrupted="; --resume goes on from the last written epoch",
     )
-    parser.add_argument(
-        "--preset", default="paper", choices=tuple(PRESETS), help="where the settings start"
-    )
+    parser.add_argument("--preset", choices=tuple(PRESETS), help="where the settings start (paper)")
     parser.add_argument("--resume", action="store_true", help="go on from the run's last epoch")
     parser.add_argument(
         "--cache-dir", type=Path, metavar="DIR", help="folder of feature caches (~/.cache/rlr_fast)"
@@ -76,11 +77,13 @@ def _train(args: argparse.Namespace) -> int:
     with processes() as group:
         previous = group.from_leader(lambda: read_run(args.out) if args.resume else None)
         with group.together():
-            preset = PRESETS[args.preset]
-            model = config_from(args, RLRConfig, previous["model"] if previous else preset.model)
-            recipe = config_from(
-                args, TrainConfig, previous["recipe"] if previous else preset.train
-            )
+            # A preset that is given counts, so that one that is not the run's is refused.
+            preset = PRESETS[args.preset or "paper"]
+            kept = None if args.preset else previous
+            model = config_from(args, RLRConfig, kept["model"] if kept else preset.model)
+            recipe = config_from(args, TrainConfig, kept["recipe"] if kept else preset.train)
+            if args.resume and previous is None and group.leads:
+                _log.warning("there is no run in %s to resume; a new one begins", args.out)
             data = read_data(args)
             device = chosen_device(args)
         result = train(
@@ -101,9 +104,9 @@ def _train(args: argparse.Namespace) -> int:
         )
         if not group.leads:
             return 0
-    last = result.history[-1]
-    print(
-        f"trained {recipe.epochs} epochs, loss {last['loss']:.4f}, "
-        f"{result.images_per_s:.0f} images/s: {result.out}"
-    )
+    figures = ""
+    if result.history:
+        loss = result.history[-1]["loss"]
+        figures = f", loss {loss:.4f}, {result.images_per_s:.0f} images/s"
+    print(f"trained {recipe.epochs} epochs{figures}: {result.out}")
     return report_failures([str(f.error) for f in result.failures])
