@@ -37,8 +37,10 @@ from rlr_fast.kernels.reference import prepare_key
 from rlr_fast.kernels.tiles import HaloTiles, Problem, choose
 
 _LN2 = tl.constexpr(0.6931471805599453)
-# The bias of a hidden key is -2**30, as a product whose factors float16 and TF32 hold.
-_HIDDEN = tl.constexpr(32768.0)
+# The bias of a hidden key is minus the square of this, a product whose factors the dtype holds: far
+# below any score, but in float16, where it is -2**30.
+_HIDDEN = tl.constexpr(2.0**60)
+_HIDDEN_FLOAT16 = tl.constexpr(2.0**15)
 # Keys of a halo, and bytes of its keys alone.
 _LARGEST_HALO = 256
 _LARGEST_BYTES = 32768
@@ -61,7 +63,8 @@ def _position_rows(
 def _choice(PH: tl.constexpr, PW: tl.constexpr, P: tl.constexpr, BLOCK_M: tl.constexpr, DTYPE):
     """One-hot(position of a row), (BLOCK_M, P)."""
     position = tl.arange(0, BLOCK_M) % (PH * PW)
-    return tl.where(position[:, None] == tl.arange(0, P)[None, :], _HIDDEN, 0.0).to(DTYPE)
+    hidden: tl.constexpr = _HIDDEN_FLOAT16 if tl.float16 == DTYPE else _HIDDEN
+    return tl.where(position[:, None] == tl.arange(0, P)[None, :], hidden, 0.0).to(DTYPE)
 
 
 @triton.jit
@@ -96,7 +99,8 @@ def _load_halo(
     near_y = within(row[None, :] - RY - (position // PW)[:, None], RY)
     near_x = within(column[None, :] - RX - (position % PW)[:, None], RX)
     seen = near_y & near_x & exists[None, :]
-    bias = tl.where(seen, 0.0, -_HIDDEN).to(k_tile.dtype)
+    hidden: tl.constexpr = _HIDDEN_FLOAT16 if k_tile.dtype == tl.float16 else _HIDDEN
+    bias = tl.where(seen, 0.0, -hidden).to(k_tile.dtype)
     return k_tile, v_tile, bias
 
 

@@ -47,24 +47,33 @@ _SAFE_SCORE = tl.constexpr(50.0)
 
 
 @triton.jit
-def _rows(base, start, SIZE: tl.constexpr, stride, N: tl.constexpr, D: tl.constexpr):
-    """Rows ``start … start + SIZE - 1`` of an (N, D) matrix with unit column stride, 0 beyond N."""
+def _rows(
+    base, start, SIZE: tl.constexpr, stride, N: tl.constexpr, D: tl.constexpr,
+    BLOCKS: tl.constexpr = 1,
+):  # fmt: skip
+    """Rows ``start … start + SIZE - 1`` of an (N, D) matrix with unit column stride, 0 beyond N.
+
+    A program takes BLOCKS such blocks, so that the last of them may lie beyond N altogether.
+    """
     offs = tl.arange(0, SIZE)
     columns = tl.arange(0, D)[None, :]
     pointers = base + tl.cast(start, tl.int64) * stride + (offs[:, None] * stride + columns)
-    if N % SIZE == 0:
+    if N % (SIZE * BLOCKS) == 0:
         return tl.load(pointers)
     return tl.load(pointers, mask=(start + offs < N)[:, None], other=0.0)
 
 
 @triton.jit
-def _store_rows(base, tile, start, SIZE: tl.constexpr, stride, N: tl.constexpr, D: tl.constexpr):
+def _store_rows(
+    base, tile, start, SIZE: tl.constexpr, stride, N: tl.constexpr, D: tl.constexpr,
+    BLOCKS: tl.constexpr = 1,
+):  # fmt: skip
     """The inverse of `_rows`."""
     offs = tl.arange(0, SIZE)
     columns = tl.arange(0, D)[None, :]
     pointers = base + tl.cast(start, tl.int64) * stride + (offs[:, None] * stride + columns)
     tile = tile.to(base.dtype.element_ty)
-    if N % SIZE == 0:
+    if N % (SIZE * BLOCKS) == 0:
         tl.store(pointers, tile)
     else:
         tl.store(pointers, tile, mask=(start + offs < N)[:, None])
@@ -276,7 +285,7 @@ def _key_gradients(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Accumulate the queries of one or two neighbouring blocks of keys, as `_attend` does."""
-    TESTED: tl.constexpr = WINDOWED or N % BLOCK_M != 0 or N % BLOCK_N != 0
+    TESTED: tl.constexpr = WINDOWED or N % BLOCK_M != 0 or N % (BLOCKS * BLOCK_N) != 0
     offs_a = start_n + tl.arange(0, BLOCK_N)
     offs_b = offs_a + BLOCK_N
     first = lo if WINDOWED else 0
@@ -295,7 +304,7 @@ def _key_gradients(
         if DQ != "apart":
             dq_tile = dot(tl.trans(ds), k_a, PRECISION)
         if BLOCKS == 2:
-            seen = _seen(offs_b, offs_m, BLOCK_N, BLOCK_M, N, W, RY, RX, INSIDE, WINDOWED)
+            seen = _seen(offs_b, offs_m, BLOCKS * BLOCK_N, BLOCK_M, N, W, RY, RX, INSIDE, WINDOWED)
             dk_b, dv_b, ds = _key_step(
                 dk_b, dv_b, k_b, v_b, q_tile, do_tile, row_lse, row_delta, seen,
                 TESTED, PRECISION,
@@ -343,7 +352,9 @@ def backward_key_kernel(
     i_h = (pid // blocks // chunks).to(tl.int64)
     k += i_h * stride_kh
     k_a = _rows(k, start_n, BLOCK_N, stride_kn, N, D)
-    k_b = _rows(k, start_n + BLOCK_N, BLOCK_N, stride_kn, N, D) if BLOCKS == 2 else k_a
+    k_b = k_a
+    if BLOCKS == 2:
+        k_b = _rows(k, start_n + BLOCK_N, BLOCK_N, stride_kn, N, D, BLOCKS)
     dk_a = tl.zeros((BLOCK_N, D), ACC)
     dv_a = tl.zeros((BLOCK_N, D), ACC)
     dk_b, dv_b = dk_a, dv_a
@@ -358,7 +369,9 @@ def backward_key_kernel(
         lse_image = lse + (i_b * heads + i_h) * N
         delta_image = delta + (i_b * heads + i_h) * N
         v_a = _rows(v_image, start_n, BLOCK_N, stride_vn, N, D)
-        v_b = _rows(v_image, start_n + BLOCK_N, BLOCK_N, stride_vn, N, D) if BLOCKS == 2 else v_a
+        v_b = v_a
+        if BLOCKS == 2:
+            v_b = _rows(v_image, start_n + BLOCK_N, BLOCK_N, stride_vn, N, D, BLOCKS)
         if not SHARED_VALUE:
             dv_a = tl.zeros((BLOCK_N, D), ACC)
             dv_b = dv_a
@@ -379,16 +392,16 @@ def backward_key_kernel(
             dv_image = dv + i_b * stride_dvb + i_h * stride_dvh
             _store_rows(dv_image, dv_a, start_n, BLOCK_N, stride_dvn, N, D)
             if BLOCKS == 2:
-                _store_rows(dv_image, dv_b, start_n + BLOCK_N, BLOCK_N, stride_dvn, N, D)
+                _store_rows(dv_image, dv_b, start_n + BLOCK_N, BLOCK_N, stride_dvn, N, D, BLOCKS)
 
     part = (i_c * heads + i_h) * N * D
     _store_rows(dk + part, dk_a * _LN2, start_n, BLOCK_N, D, N, D)
     if BLOCKS == 2:
-        _store_rows(dk + part, dk_b * _LN2, start_n + BLOCK_N, BLOCK_N, D, N, D)
+        _store_rows(dk + part, dk_b * _LN2, start_n + BLOCK_N, BLOCK_N, D, N, D, BLOCKS)
     if SHARED_VALUE:
         _store_rows(dv + part, dv_a, start_n, BLOCK_N, D, N, D)
         if BLOCKS == 2:
-            _store_rows(dv + part, dv_b, start_n + BLOCK_N, BLOCK_N, D, N, D)
+            _store_rows(dv + part, dv_b, start_n + BLOCK_N, BLOCK_N, D, N, D, BLOCKS)
 
 
 @triton.jit

@@ -79,7 +79,8 @@ class RLRBlock(nn.Module):
 
     The branches are configurable for the paper's Table 3: α weighs those whose values come from the
     reference (``lca``, ``cross``), and ``residual`` adds ``Y`` inside the first LayerNorm. The
-    paper's pair of branches runs as one: one matrix product in, one out.
+    paper's pair of branches runs as one: one matrix product in, one out (unless a module of theirs
+    was replaced or has hooks).
 
     Args:
         dim: Width C_h.
@@ -123,7 +124,7 @@ class RLRBlock(nn.Module):
 
     def prepare(self, reference: Tensor) -> Tensor | PreparedBlock:
         """Do all that depends on no image, for the projected reference (N, C_h)."""
-        if set(self.attention) != {"mlka", "lca"}:
+        if set(self.attention) != {"mlka", "lca"} or not _are_plain(self.attention):
             return reference
         mlka: Any = self.attention["mlka"]
         lca: Any = self.attention["lca"]
@@ -172,6 +173,22 @@ class RLRBlock(nn.Module):
         return functools.reduce(torch.add, outputs)
 
 
+def _are_plain(attention: nn.ModuleDict) -> bool:
+    """Whether parameters say all: no hook and no module of another's, such as an adapter."""
+    branches: list[Any] = list(attention.values())
+    linear = [module.out_proj for module in branches]
+    return all(type(module) is nn.Linear for module in linear) and not any(
+        hooks
+        for module in (*branches, *linear)
+        for hooks in (
+            module._forward_pre_hooks,
+            module._forward_hooks,
+            module._backward_pre_hooks,
+            module._backward_hooks,
+        )
+    )
+
+
 class _Kept(NamedTuple):
     """Prepared blocks, with the parameters that they were made of."""
 
@@ -198,6 +215,10 @@ class Reconstructor(nn.Module):
         ffn_ratio: Hidden width of the FFN over ``hidden``.
         residual: See `RLRBlock`.
         backend: Backend of the windowed operators.
+
+    In inference, what depends on no image is kept from call to call, until a parameter is replaced
+    or changed in place. A change behind autograd's back, ``parameter.data.copy_(…)``, is not seen:
+    call `eval` after it.
 
     Attributes:
         grad_checkpointing: Compute each block again in backward instead of keeping what it made:
@@ -280,9 +301,11 @@ class Reconstructor(nn.Module):
         kept = self._kept
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self._prepare_blocks()
+        parameters = list(self.parameters())
+        if any(p.is_inference() or p.device.type == "meta" for p in parameters):
+            return self._prepare_blocks()  # nothing tells when they change
         device = self.reference.device.type
         lowered = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-        parameters = list(self.parameters())
         versions = (lowered, *(p._version for p in parameters))
         # The kept aliases hold their memory, so no other parameter can come to lie at its address.
         if (

@@ -6,12 +6,13 @@ other; they meet here.
 
 from __future__ import annotations
 
-import math
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from rlr_fast import dense, tiled
 
@@ -24,6 +25,7 @@ except ModuleNotFoundError as error:  # Triton is not to be had on every platfor
 
 Backend = Literal["auto", "triton", "tiled", "dense"]
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_DTYPE_NAMES = "float32, float64, bfloat16 or float16"
 
 _Operator = Callable[[Tensor, Tensor, Tensor, tuple[int, int], tuple[int, int], float], Tensor]
 _LCA: dict[str, _Operator] = {
@@ -196,15 +198,20 @@ def prepare_reference(
         ValueError: Another shape, or there is no such backend.
         BackendError: The requested backend cannot run here.
     """
+    if not isinstance(heads, int) or heads < 1:
+        raise ValueError(f"heads must be a positive integer, got {heads=}")
     if projected.dim() != 2 or projected.shape[1] % (3 * heads) or 0 in projected.shape:
         raise ValueError(
             f"projected must be (N, 3·h·d) with {heads=} h, got shape {tuple(projected.shape)}"
         )
+    if projected.dtype not in DTYPES:
+        raise ValueError(f"projected must be {_DTYPE_NAMES}, got dtype {projected.dtype}")
     parts = projected.unflatten(-1, (3 * heads, -1)).transpose(0, 1)  # (3h, N, d)
     keys, value = parts[: 2 * heads], parts[2 * heads :]
     path = _path(backend, keys[None], (keys, value))
     if path != "triton":
         return PreparedReference(keys, value, None, path)
+    _refuse_forward_mode(projected)
     prepared, bound = kernels.prepare_key(keys, keys.shape[2] ** -0.5)
     return PreparedReference(prepared, value, bound, path)
 
@@ -242,18 +249,24 @@ def block_attention(
             f"projected must be {kind[0]} on {kind[1]} as the reference, "
             f"got {projected.dtype} on {projected.device}"
         )
-    grid, window = _check_grid(grid, tokens), window_pair(window)
+    grid = _check_grid(grid, tokens)
+    window = _clipped(window_pair(window), grid)
     if reference.bound is not None:
+        _refuse_forward_mode(projected, reference.keys, reference.value)
         return kernels.block_attention(
             projected, reference.keys, reference.bound, reference.value, grid, window
         )
     query, value, local = projected.unflatten(2, (3, heads, width)).permute(2, 0, 3, 1, 4).unbind(0)
     keys, local_keys = reference.keys.chunk(2)
     path: Backend = reference.path  # type: ignore[assignment]
-    outputs = (
-        masked_learnable_key_attention(query, keys, value, grid, window, backend=path),
-        local_cross_attention(local, local_keys, reference.value, grid, window, backend=path),
-    )
+    device = projected.device.type
+    # As the kernels: in the dtype that both have.
+    lowered = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    with torch.autocast(device, enabled=False) if lowered else contextlib.nullcontext():
+        outputs = (
+            masked_learnable_key_attention(query, keys, value, grid, window, backend=path),
+            local_cross_attention(local, local_keys, reference.value, grid, window, backend=path),
+        )
     return torch.cat([output.transpose(1, 2) for output in outputs], 2).flatten(2)
 
 
@@ -286,6 +299,9 @@ def _apply(
     scale: float | None,
     backend: str,
 ) -> Tensor:
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+            raise ValueError(f"{name} must be a dense tensor, got {_kind(tensor)}")
     device = query.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -297,11 +313,35 @@ def _apply(
     height, width = _check_grid(grid, query.shape[2])
     if scale is None:
         scale = query.shape[3] ** -0.5
-    elif not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale=}")
+    elif not isinstance(scale, (int, float)):
+        raise ValueError(f"scale must be a number, got {scale=}")
+    elif not abs(scale) <= torch.finfo(query.dtype).max:  # NaN is not either
+        raise ValueError(f"scale must be finite in {query.dtype}, got {scale=}")
     shared = (key, value) if paths is _LCA else (key,)
-    path = paths[_path(backend, query, shared)]
-    return path(query, key, value, (height, width), window_pair(window), scale)
+    path = _path(backend, query, shared)
+    if path == "triton":
+        _refuse_forward_mode(query, key, value)
+    window = _clipped(window_pair(window), (height, width))
+    return paths[path](query, key, value, (height, width), window, float(scale))
+
+
+def _kind(value: object) -> str:
+    return str(value.layout) if isinstance(value, Tensor) else type(value).__name__
+
+
+def _clipped(window: tuple[int, int], grid: tuple[int, int]) -> tuple[int, int]:
+    """Return the smallest window that sees as much of the grid."""
+    return min(window[0], 2 * grid[0] - 1), min(window[1], 2 * grid[1] - 1)
+
+
+def _refuse_forward_mode(*tensors: Tensor) -> None:
+    """Refuse tangents, which the kernels' ops would drop without a word."""
+    if torch.compiler.is_compiling():
+        return
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise RuntimeError(
+            "the Triton kernels have no forward-mode derivative; use backend='dense' for that"
+        )
 
 
 def _lowered(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -317,9 +357,7 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
             f"got shape {tuple(query.shape)}"
         )
     if query.dtype not in DTYPES:
-        raise ValueError(
-            f"query must be float32, float64, bfloat16 or float16, got dtype {query.dtype}"
-        )
+        raise ValueError(f"query must be {_DTYPE_NAMES}, got dtype {query.dtype}")
     for name, tensor in (("key", key), ("value", value)):
         if tensor.dim() not in (3, 4) or tensor.shape != query.shape[4 - tensor.dim() :]:
             raise ValueError(

@@ -31,8 +31,8 @@ from torch import Tensor
 QUERIES_PER_CALL = 1024
 # Largest mask of an LCA call, and largest of its masks kept for the next step (8 MiB in float32).
 MASK_ENTRIES = 1 << 21
-# Largest mask that MLKA's chunks share (64 MiB in float32; a grid of 64 x 64 needs 32).
-SHARED_ENTRIES = 1 << 24
+# Largest mask that MLKA's chunks share (128 MiB in float32; a grid of 64 x 64 needs 32).
+SHARED_ENTRIES = 1 << 25
 # What gathering one key of a halo costs, in scores: decides how small a tile pays.
 KEY_COST = 96
 TILE_SIDES = (1, 2, 4, 8, 16, 32)
@@ -167,8 +167,9 @@ def _attend(
     for query, key, value, geometry in zip(queries, keys, values, masks, strict=True):
         kept = _kept_mask(geometry, query)
         mask = geometry.build(query.dtype, query.device) if kept is None else kept
-        # The compiler cannot trace the hooks, and decides itself what it computes again.
-        if kept is not None or len(masks) == 1 or torch.compiler.is_compiling():
+        # The compiler cannot trace the hooks, and decides itself what it computes again; tensors
+        # without storage cannot be told apart by it.
+        if kept is not None or len(masks) == 1 or not _has_storage(query):
             output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
         else:
             with _forgotten(mask, geometry):
@@ -304,9 +305,13 @@ def _hidden(dtype: torch.dtype) -> float:
 def _kept_mask(geometry: _OutsideWindow | _InsideWindow, like: Tensor) -> Tensor | None:
     """Return a mask that is kept for later calls, or None."""
     # A tensor made while a graph is traced belongs to the trace.
-    if torch.compiler.is_compiling() or type(like.detach()) is not Tensor:
-        return None
-    return geometry.kept(like.dtype, like.device)
+    return geometry.kept(like.dtype, like.device) if _has_storage(like) else None
+
+
+def _has_storage(tensor: Tensor) -> bool:
+    """Whether a tensor has memory of its own, and is not traced."""
+    traced = torch.compiler.is_compiling() or type(tensor.detach()) is not Tensor
+    return not traced and tensor.device.type != "meta"
 
 
 @lru_cache(maxsize=16)
@@ -348,7 +353,12 @@ def _best_tiling(grid: tuple[int, int], window: tuple[int, int], batch: int) -> 
         return tiles_y * tiles_x * halo * (batch * tile_y * tile_x + KEY_COST)
 
     rows, columns = axes(grid[0], window[0]), axes(grid[1], window[1])
-    return min(((y, x) for y in rows for x in columns), key=cost)
+    best, least = (rows[0], columns[0]), cost((rows[0], columns[0]))
+    for tiling in ((y, x) for y in rows for x in columns):
+        found = cost(tiling)  # not min(): the compiler traces it with no key
+        if found < least:
+            best, least = tiling, found
+    return best
 
 
 _remembered_tiling = lru_cache(maxsize=64)(_best_tiling)

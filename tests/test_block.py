@@ -153,6 +153,33 @@ def test_copies_do_not_carry_what_inference_keeps():
         assert torch.equal(level(tokens), expected)
 
 
+def test_a_replaced_or_watched_module_is_not_passed_by():
+    level = Reconstructor(6, 16, 2, GRID, WINDOW, blocks=1).eval()
+    tokens = torch.randn(2, 20, 6)
+    expected = level(tokens)
+    block = level.blocks[0]
+    seen = []
+    handle = block.attention["mlka"].out_proj.register_forward_hook(lambda *_: seen.append(1))
+    torch.testing.assert_close(level(tokens), expected)
+    handle.remove()
+    assert seen == [1]
+    plain = block.attention["lca"].out_proj
+    block.attention["lca"].out_proj = torch.nn.Sequential(plain, torch.nn.Tanh())
+    changed = level(tokens)
+    assert not torch.allclose(changed, expected)
+    block.attention["lca"].out_proj = plain
+    assert torch.equal(level(tokens), expected)
+
+
+def test_parameters_made_in_inference_mode_are_used_without_keeping():
+    with torch.inference_mode():
+        level = Reconstructor(6, 16, 2, GRID, WINDOW, blocks=1).eval()
+        tokens = torch.randn(2, 20, 6)
+        before = level(tokens)
+        level.reference.zero_()
+        assert not torch.equal(level(tokens), before)
+
+
 def test_checkpointing_keeps_less_and_changes_no_gradient():
     level = Reconstructor(6, 16, 2, GRID, WINDOW, blocks=4)
     tokens, weights = torch.randn(3, 20, 6), torch.randn(3, 20, 6)

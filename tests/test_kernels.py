@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from tolerances import assert_within_budget
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from rlr_fast import RLRModel
 from rlr_fast.functional import (
@@ -176,7 +177,9 @@ def test_kernels_equal_definition_for_every_size_of_window(operator, window):
 def test_strided_inputs(operator, dtype, mode):
     inputs = make_inputs(operator, (6, 7), dtype=dtype, strided=True)
     assert not inputs[0].is_contiguous()
-    check(operator, inputs, (6, 7), 3)
+    inputs[3] = inputs[3].contiguous()  # other strides than the query's
+    with forced(**small_raster_tiles()):
+        check(operator, inputs, (6, 7), 3)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -218,6 +221,18 @@ def test_tiles_of_every_form(tiles, mode):
         check(MLKA, make_inputs(MLKA, (7, 11), 2, 1), (7, 11), 5)
 
 
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("grid", [(4, 4), (6, 8)], ids=["one-block", "three-blocks"])
+def test_two_blocks_a_program_where_the_last_lies_beyond_the_grid(operator, grid, mode):
+    """N is a multiple of a block and no multiple of two: nothing may be touched behind N."""
+    with forced(**small_raster_tiles(blocks=2)):
+        check(operator, make_inputs(operator, grid, 2, 2), grid, 31 if operator is LCA else 3)
+
+
+def test_shipped_tiles_of_a_grid_of_one_block(mode):
+    check(MLKA, make_inputs(MLKA, (8, 8), 2, 2, dtype=torch.float16), (8, 8), 3)
+
+
 @pytest.mark.parametrize(
     "tiles",
     [HaloTiles(1, 1, 16), HaloTiles(4, 2, 4), HaloTiles(8, 8, 1), HaloTiles(1, 4, 8)],
@@ -231,26 +246,47 @@ def test_halos_of_every_form(tiles, mode):
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_common_offset_of_keys_costs_no_accuracy(operator):
     inputs = make_inputs(operator, (6, 6), dtype=torch.float32)
-    inputs[1] += 100  # an offset of all scores of a row, which no softmax sees
-    plain = [x.clone() for x in inputs]
-    plain[1] -= 100
+    inputs[1] += 1e4  # an offset of all scores of a row, which no softmax sees
+    plain = [x.double() for x in inputs]
+    plain[1] -= 1e4
     actual = results(operator, inputs, (6, 6), 3, backend="triton")
-    exact = results(operator, [x.double() for x in plain], (6, 6), 3, backend="dense")
+    exact = results(operator, plain, (6, 6), 3, backend="dense")
     for name in actual:
         torch.testing.assert_close(actual[name].double(), exact[name], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("factor", [1, 12], ids=["certified", "online"])
-def test_softmax_with_and_without_a_maximum(factor, dtype, mode):
+@pytest.mark.parametrize(
+    ("scaled", "factor", "low", "high"),
+    [
+        pytest.param(0, 1, 0, 16, id="certified"),
+        pytest.param(0, 3, 16, 50, id="beyond-what-float16-holds"),
+        pytest.param(0, 12, 50, 130, id="online"),
+        pytest.param(1, 60, 300, 2000, id="online-by-the-keys-of-a-head"),
+    ],
+)
+def test_softmax_with_and_without_a_maximum(scaled, factor, low, high, dtype, mode):
     inputs = make_inputs(MLKA, (6, 8), dtype=dtype)
-    inputs[0][:, 1] *= factor  # one head of two
+    inputs[0].clamp_(-1, 1)
+    # One head of two; a weight of 2**score without its maximum overflows where there must be one.
+    inputs[scaled][..., 1, :, :] *= factor
     _, bound = reference.prepare_key(inputs[1], 16**-0.5)
     largest = inputs[0].float().norm(dim=-1).amax((0, 2)) * bound
-    assert (largest[1] > 50) == (factor > 1)
-    assert largest[0] < 50
+    assert low < largest[1] < high
+    assert largest[0] < 16
     with forced(**small_raster_tiles()):
         check(MLKA, inputs, (6, 8), 3)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("dtype", DTYPES[:1], ids=str)
+def test_hidden_keys_stay_hidden_whatever_their_score(operator, dtype):
+    inputs = make_inputs(operator, (6, 6), dtype=dtype)
+    for x in inputs[:2]:
+        x *= 3e4
+    actual = results(operator, inputs, (6, 6), 3, backend="triton")["output"]
+    exact = results(operator, [x.double() for x in inputs], (6, 6), 3, backend="dense")["output"]
+    torch.testing.assert_close(actual.double(), exact, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -386,6 +422,31 @@ def test_second_derivative_is_refused(operator):
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
+def test_forward_mode_is_refused(operator):
+    query, key, value, tangent = make_inputs(operator, (4, 4))
+
+    def attend(x: Tensor) -> Tensor:
+        return operator(x, key, value, (4, 4), 3, backend="triton")
+
+    with pytest.raises(RuntimeError, match=r"no forward-mode derivative.*dense"):
+        torch.func.jvp(attend, (query,), (tangent,))
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode"):
+        attend(forward_ad.make_dual(query, tangent))
+
+
+def test_forward_mode_through_a_block_is_refused():
+    projected = torch.randn(42, 96, device=DEVICE)
+    tokens = torch.randn(2, 42, 96, device=DEVICE)
+    prepared = prepare_reference(projected, 2, "triton")
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(tokens, tokens)
+        with pytest.raises(RuntimeError, match="forward-mode"):
+            block_attention(dual, prepared, (6, 7), 3)
+        with pytest.raises(RuntimeError, match="forward-mode"):
+            prepare_reference(forward_ad.make_dual(projected, projected), 2, "triton")
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
 def test_checkpointed_gradients_are_the_same(operator):
     inputs = make_inputs(operator, (5, 6))
 
@@ -474,9 +535,10 @@ def test_block_attention_equals_definition(window, mode):
     found = {}
     for backend in ("triton", "dense"):
         leaves = (projected.clone().requires_grad_(), keys.clone().requires_grad_())
-        prepared = prepare_reference(leaves[1], heads, backend)
-        output = block_attention(leaves[0], prepared, grid, window)
-        found[backend] = (output, *torch.autograd.grad(output, leaves, grad))
+        with forced(**small_raster_tiles()):
+            prepared = prepare_reference(leaves[1], heads, backend)
+            output = block_attention(leaves[0], prepared, grid, window)
+            found[backend] = (output, *torch.autograd.grad(output, leaves, grad))
     tolerance = 1e-4 if ON_GPU else 1e-12
     for actual, exact in zip(found["triton"], found["dense"], strict=True):
         torch.testing.assert_close(actual, exact, rtol=tolerance, atol=tolerance)
@@ -507,6 +569,10 @@ def test_block_attention_refuses_what_does_not_fit_the_reference(change, message
 def test_reference_of_another_shape_is_refused():
     with pytest.raises(ValueError, match=r"projected must be \(N, 3·h·d\) with heads=2 h, got"):
         prepare_reference(torch.randn(42, 94), 2)
+    with pytest.raises(ValueError, match="heads must be a positive integer, got heads=0"):
+        prepare_reference(torch.randn(42, 96), 0)
+    with pytest.raises(ValueError, match=r"projected must be float32.*got dtype torch.int64"):
+        prepare_reference(torch.zeros(42, 96, dtype=torch.int64), 2)
 
 
 @pytest.mark.skipif(not ON_GPU, reason="CUDA graphs need a GPU")

@@ -337,8 +337,13 @@ def test_autocast_lowers_once_and_keeps_the_gradients_dtype(operator, many_calls
 def test_compiles_without_a_graph_break(operator, queries, monkeypatch):
     monkeypatch.setattr(tiled, "QUERIES_PER_CALL", queries)
     torch.compiler.reset()
+    compiled = torch.compile(
+        lambda *args, **options: operator(*args, **options),
+        backend="aot_eager",
+        fullgraph=True,
+        dynamic=True,
+    )
     inputs = make_inputs((6, 6), dtype=torch.float32)
-    compiled = torch.compile(operator, backend="aot_eager", fullgraph=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         actual = results(compiled, inputs, (6, 6), 3)
@@ -435,8 +440,16 @@ def test_memory_test_sees_a_quadratic_path():
         ({"window": 3.0}, "window must be an odd integer or a pair"),
         ({"window": "33"}, "window must be an odd integer or a pair"),
         ({"window": True}, "window must be an odd integer or a pair"),
-        ({"scale": math.nan}, "scale must be finite, got scale=nan"),
+        ({"scale": math.nan}, r"scale must be finite in torch.float32, got scale=nan"),
         ({"scale": math.inf}, "scale must be finite"),
+        ({"scale": 1e300}, "scale must be finite in torch.float32"),
+        ({"scale": torch.tensor(0.5)}, "scale must be a number"),
+        ({"scale": "0.5"}, "scale must be a number"),
+        ({"query": None}, "query must be a dense tensor, got NoneType"),
+        (
+            {"value": torch.zeros(2, 12, 4).to_sparse()},
+            "value must be a dense tensor, got torch.sparse",
+        ),
         ({"backend": "cuda"}, "backend must be one of auto, triton, tiled, dense"),
     ],
 )
@@ -464,6 +477,15 @@ def test_auto_takes_the_fastest_path_that_runs(device):
     expected = "triton" if runs else "tiled"
     assert resolve_backend("auto", device) == expected
     assert resolve_backend("dense", device) == "dense"
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("backend", ["dense", "tiled"])
+def test_a_window_beyond_every_number_is_one_that_covers_the_grid(operator, backend):
+    inputs = make_inputs((4, 5))
+    expected = operator(*inputs[:3], (4, 5), (7, 9), backend=backend)
+    for window in (2**64 + 1, 10**30 + 1):
+        assert torch.equal(operator(*inputs[:3], (4, 5), window, backend=backend), expected)
 
 
 def test_default_scale_is_inverse_root_of_width():
