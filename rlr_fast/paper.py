@@ -50,12 +50,14 @@ class TableResult:
 
     Attributes:
         text: The table as Markdown.
-        failures: Runs that failed and files that were left out, a line each.
+        failed: Runs that failed, by name; the reasons were told.
+        left_out: Files that could not be read, a line each.
         seconds: Where the time of this call went: ``features``, ``train``, ``rest``.
     """
 
     text: Path
-    failures: list[str]
+    failed: list[str]
+    left_out: list[str]
     seconds: dict[str, float]
 
 
@@ -85,8 +87,8 @@ def _of_levels(
     by_level = dict(zip(known, values, strict=True))
     if not by_level.keys() >= set(levels):
         raise ValueError(
-            f"{name} must have a value for each of out_indices={tuple(levels)}, it has them for "
-            f"{tuple(known)}"
+            f"{name} must have a value for each of out_indices={tuple(levels)}, the base has them "
+            f"for {tuple(known)}"
         )
     return tuple(by_level[level] for level in levels)
 
@@ -156,7 +158,7 @@ def run_table(
     folder.claim(base)
     wanted = range(recipe.seed, recipe.seed + seeds)
     runs = [(row.name, seed) for seed in wanted for row in rows]
-    failures: list[str] = []
+    failed: list[str] = []
     todo = [each for each in runs if folder.metrics(*each) is None]
     if len(todo) < len(runs):
         tell(f"finished before: {len(runs) - len(todo)} of {len(runs)} runs")
@@ -202,9 +204,9 @@ def run_table(
             try:
                 figures = run(row, seed, bar)
             except _RUN_ERRORS as error:
-                failures.append(f"{name}: {error}")
+                failed.append(name)
                 bar.end(finished=False)
-                bar.tell(tell, f"{name}: failed")
+                bar.tell(tell, f"{name}: failed: {error}")
                 continue
             finally:
                 if compiled:
@@ -214,7 +216,7 @@ def run_table(
             report()
     kept = [values for each in runs if (values := folder.metrics(*each)) is not None]
     left_out = sorted({line for values in kept for line in values["failures"]})
-    return TableResult(out / REPORT_FILE, failures + left_out, bar.clock.seconds())
+    return TableResult(out / REPORT_FILE, failed, left_out, bar.clock.seconds())
 
 
 def _chosen(table: Table, only: Sequence[str] | None) -> list[Row]:

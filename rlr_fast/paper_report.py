@@ -21,6 +21,7 @@ REPORT_FILE = "table.md"
 
 _PAPERS = ("image_auroc", "pixel_auroc")  # what the paper measures
 _NOTHING = "–"
+_WORDS = ("row", "method", "class", "source")
 
 Finished = Mapping[str, Mapping[int, Mapping[str, Any]]]
 """Contents of ``metrics.json`` by row and seed."""
@@ -222,7 +223,7 @@ def _what_it_is(content: Mapping[str, Any]) -> str:
 def _variations(content: Mapping[str, Any]) -> str:
     with_paper = bool(content["source"])
     keys = [*_PAPERS, *(key for key in HEADINGS if key not in _PAPERS)]
-    header = [""]
+    header = ["row"]
     for key in keys:
         header += [HEADINGS[key], "paper"] if with_paper and key in _PAPERS else [HEADINGS[key]]
     body = []
@@ -246,13 +247,13 @@ def _methods(content: Mapping[str, Any]) -> str:
             figures = [_number(row["paper"].get(key)) or _NOTHING for key in HEADINGS]
             body.append([row["label"], *figures, content["source"]])
         ours = [f"**{_ours(row['mean'], key)}**" for key in HEADINGS]
-        body.append([f"**{row['label']}**", *ours, f"this table, {_seeds(row)} seeds"])
-    return _grid(["", *HEADINGS.values(), "source"], body)
+        body.append([f"**{row['label']}, rlr_fast**", *ours, f"this table, {_seeds(row)} seeds"])
+    return _grid(["method", *HEADINGS.values(), "source"], body)
 
 
 def _classes(content: Mapping[str, Any]) -> str:
     paper = content["paper_classes"]
-    header = ["", *HEADINGS.values()]
+    header = ["class", *HEADINGS.values()]
     if paper:
         header += [f"paper {HEADINGS[key]}" for key in _PAPERS]
     body = []
@@ -298,5 +299,5 @@ def _listed(value: Any) -> str:
 
 
 def _grid(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    rule = ["---", *("--:" for _ in header[1:])]
+    rule = ["---" if name in _WORDS else "--:" for name in header]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *body))

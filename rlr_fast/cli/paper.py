@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -78,4 +79,11 @@ def _paper(args: argparse.Namespace) -> int:
             f"evaluation and the rest {shares['rest']}"
         )
     print(result.text)
-    return report_failures(result.failures)
+    code = report_failures(result.left_out)
+    if result.failed:
+        print(
+            f"rlr-fast: failed: {'; '.join(result.failed)}. The same command tries again",
+            file=sys.stderr,
+        )
+        code = 1
+    return code
