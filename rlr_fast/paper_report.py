@@ -15,7 +15,7 @@ from rlr_fast.config import RLRConfig, TrainConfig
 from rlr_fast.data import DataSet
 from rlr_fast.files import write_atomically
 from rlr_fast.metrics import HEADINGS
-from rlr_fast.paper_tables import CLASSES, Figures, Table
+from rlr_fast.paper_tables import CLASSES, Figures, Table, is_paper_data
 
 REPORT_FILE = "table.md"
 
@@ -69,7 +69,7 @@ def summary(
     What is published stands in it only where ``data`` has the classes on which it was measured.
     """
     name = next((name for name, known in CLASSES.items() if known == set(data.classes)), None)
-    comparable = name == table.data
+    comparable = is_paper_data(table, data.classes)
     first = next((run for runs in finished.values() for run in runs.values()), None)
     rows = [
         {
@@ -106,7 +106,7 @@ def summary(
         "protocol": None if first is None else first["protocol"],
         "environment": None if first is None else first["environment"],
         "rows": rows,
-        "measured_on": table.data,
+        "measured_on": table.data if table.source else "",
         "source": table.source if comparable else "",
         "peers": [dataclasses.asdict(peer) for peer in table.peers] if comparable else [],
         "paper_classes": {c: dict(f) for c, f in table.classes.items()} if comparable else {},
@@ -210,7 +210,7 @@ def _what_it_is(content: Mapping[str, Any]) -> str:
     ]
     if content["source"]:
         lines.append(f"Paper: {content['source']}.")
-    elif not content["rows"][0]["paper"] and data["name"] != content["measured_on"]:
+    elif content["measured_on"]:
         lines.append(
             f"The paper measured this table on {content['measured_on']}, so its figures do not "
             "stand here."

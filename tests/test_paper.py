@@ -279,6 +279,12 @@ def test_the_papers_figures_stand_only_beside_its_data():
         assert "measured this table on MVTec-AD" in text
 
 
+def test_a_table_without_published_figures_claims_none():
+    for classes in (["bolt"], sorted(CLASSES["MVTec-AD"])):
+        text = to_markdown(told(TABLES["windows"], classes))
+        assert "no figures" in text and "measured this table" not in text and "paper |" not in text
+
+
 def test_tables_1_and_2_show_classes_and_peers():
     for name, peer in (("1", "| OmniAL | 97.2 |"), ("2", "| JNLD | 87.1 |")):
         table = TABLES[name]
