@@ -124,7 +124,7 @@ def evaluate(
             check_precision(precision, next(model.levels.parameters()).device)
             data.require_test()
             if group.leads:
-                _check_masks(data)
+                check_masks(data)
         if group.count > 1:
             group.agree(_decisive(model, data) | {"precision": precision, "batch": batch_size})
         model.eval()
@@ -227,8 +227,12 @@ def _decisive(model: RLRModel, data: DataSet) -> dict[str, Any]:
     }
 
 
-def _check_masks(data: DataSet) -> None:
-    """Look for missing masks, and compare sizes with the images', from the headers alone."""
+def check_masks(data: DataSet) -> None:
+    """Look for missing masks, and compare sizes with the images', from the headers alone.
+
+    Raises:
+        ValueError: A mask is missing or of another size than its image.
+    """
     wrong = []
     for samples in data.test.values():
         for sample in samples:

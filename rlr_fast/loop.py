@@ -64,6 +64,7 @@ class Loop:
         processes: Those that train together.
         compiled: Compile the reconstructors (`torch.compile`; CUDA graphs on a GPU).
         piece: Images of a step whose activations lie in memory at once; None is all of them.
+        progress: Called with the images of the epochs that are done already, then of each step.
         history: Rows of the log.
         epoch: Finished epochs.
     """
@@ -75,6 +76,7 @@ class Loop:
     processes: Processes
     compiled: bool = False
     piece: int | None = None
+    progress: Callable[[int], object] = lambda _: None
     history: list[Row] = field(default_factory=list)
     epoch: int = 0
 
@@ -106,6 +108,7 @@ class Loop:
             PeerError: Another process met one of these.
         """
         self._load()
+        self.progress(self.epoch * self.images)
         if self.epoch >= self.recipe.epochs:
             with self.processes.together():
                 if self.processes.leads:  # it may have been killed before its last file
@@ -145,6 +148,7 @@ class Loop:
             step = self.epoch * self.steps + i
             self._step(step, tokens)
             bar.update(self._count(step))
+            self.progress(self._count(step))
             self.since = (self.since[0] + self._count(step), self.since[1])
             if len(self.pending) == _LOG_EVERY or i + 1 == self.steps:
                 self._look(step, bar, log, checkpoints)

@@ -94,12 +94,7 @@ def check_folder(out: Path, record: Mapping[str, Any], resume: bool) -> None:
         raise TrainingError(
             f"{out} already holds a run; go on with it by --resume, or choose another --out"
         )
-    changed = [
-        f"{name} was {old!r}, now {new!r}"
-        for part in _PARTS
-        for name, old in previous[part].items()
-        if (new := json.loads(json.dumps(record[part].get(name)))) != old and name != "root"
-    ]
+    changed = changed_settings(previous, record)
     if changed:
         raise TrainingError(f"{out} cannot be resumed with other settings: {'; '.join(changed)}")
     begun, now = previous.get("processes", 1), record["processes"]
@@ -126,6 +121,16 @@ def _check_writable(out: Path) -> None:
         for folder in missing:
             with contextlib.suppress(OSError):  # of another process that came meanwhile
                 folder.rmdir()
+
+
+def changed_settings(previous: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:
+    """Say which settings of a run's record are others now, wherever the data lie."""
+    return [
+        f"{name} was {old!r}, now {new!r}"
+        for part in _PARTS
+        for name, old in previous[part].items()
+        if (new := json.loads(json.dumps(record[part].get(name)))) != old and name != "root"
+    ]
 
 
 def write_settings(out: Path, config: str, record: Mapping[str, Any]) -> None:

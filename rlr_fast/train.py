@@ -8,7 +8,9 @@ import json
 import math
 import os
 import statistics
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -68,6 +70,7 @@ def train(
     piece: int | None = None,
     workers: int | None = None,
     quiet: bool = False,
+    progress: Callable[[str, int], object] = lambda what, images: None,
 ) -> TrainResult:
     """Train one model on the normal images of all classes and leave a checkpoint in ``out``.
 
@@ -101,6 +104,8 @@ def train(
             those of the whole step, to rounding. Halved where a GPU's memory is too small.
         workers: Threads that decode images.
         quiet: No progress bar.
+        progress: Called with ``"features"`` or ``"train"`` and the number of images done since the
+            last call; a resumed run first tells those of its finished epochs.
 
     Raises:
         ValueError: A class has no training images, an option does not fit the device, or the
@@ -116,7 +121,7 @@ def train(
             record = {
                 "model": dataclasses.asdict(config),
                 "recipe": dataclasses.asdict(recipe),
-                "data": _describe(data),
+                "data": describe_images(data, data.train),
                 "processes": group.count,
             }
             if group.leads:
@@ -126,11 +131,13 @@ def train(
             model.set_grad_checkpointing(grad_checkpointing)
         group.agree(_decisive(record, model))
         features, samples, failures = _features(
-            model, data, cache_root, cache, workers, quiet, group
+            model, data, cache_root, cache, workers, quiet, progress, group
         )
         if config.standardize:
             _fit_standardization(model, features, group)
-        loop = Loop(model, recipe, features, out, group, compiled, piece)
+        loop = Loop(
+            model, recipe, features, out, group, compiled, piece, partial(progress, "train")
+        )
         with group.together():
             if group.leads:
                 record["environment"] = environment(device)
@@ -153,10 +160,10 @@ def train(
         return TrainResult(out, loop.history, failures, speed)
 
 
-def _describe(data: DataSet) -> dict[str, Any]:
-    """Say which images a run learns from, by names and sizes, wherever the folder lies."""
+def describe_images(data: DataSet, images: Mapping[str, Sequence[Sample]]) -> dict[str, Any]:
+    """Say which of a set's images a run takes, by names and sizes, wherever the folder lies."""
     digest, count = hashlib.sha256(), 0
-    for samples in data.train.values():
+    for samples in images.values():
         for sample in samples:
             name = os.path.relpath(sample.path, data.root)
             size = sample.path.stat().st_size if sample.path.exists() else None
@@ -208,6 +215,7 @@ def _features(
     cache: Placement | Literal["none"],
     workers: int | None,
     quiet: bool,
+    progress: Callable[[str, int], object],
     processes: Processes,
 ) -> tuple[Features, list[Sample], list[ImageFailure]]:
     """Return the features of this process's share, their samples, and all processes' failures."""
@@ -218,9 +226,14 @@ def _features(
         progress_bar("features", len(mine), quiet or not processes.leads) as bar,
     ):
         threads = processes.workers(workers)
+
+        def done(images: int) -> None:
+            bar.update(images)
+            progress("features", images)
+
         features: Features
         if cache == "none":
-            features = FreshFeatures(model, mine, threads, bar.update)
+            features = FreshFeatures(model, mine, threads, done)
         else:
             features = cached_features(
                 model,
@@ -228,7 +241,7 @@ def _features(
                 root,
                 cache,
                 workers=threads,
-                progress=bar.update,
+                progress=done,
                 sharers=processes.here,
             )
     shares = processes.exchange(features.failures)

@@ -17,6 +17,7 @@ from rlr_fast.cli.data import add_data
 from rlr_fast.cli.demo import add_demo
 from rlr_fast.cli.evaluate import add_eval
 from rlr_fast.cli.info import add_info
+from rlr_fast.cli.paper import add_paper
 from rlr_fast.cli.predict import add_predict
 from rlr_fast.cli.train import add_train
 from rlr_fast.cli.tune import add_tune
@@ -113,6 +114,7 @@ def build_parser() -> Parser:
     add_train(verbs)
     add_eval(verbs)
     add_predict(verbs)
+    add_paper(verbs)
     add_tune(verbs)
     add_info(verbs)
     return parser

@@ -11,13 +11,16 @@ from typing import Any
 import torch
 
 from rlr_fast.calibration import color_scale
-from rlr_fast.config import PRECISIONS
+from rlr_fast.config import PRECISIONS, PRESETS, RLRConfig, TrainConfig
 from rlr_fast.data import LAYOUTS, DataSet, read_dataset
 from rlr_fast.environment import choose_device
 from rlr_fast.functional import unsupported_reason
 from rlr_fast.inference import DEFAULT_BATCH, check_precision
 from rlr_fast.model import RLRModel
-from rlr_fast.options import Parser, UsageError, positive
+from rlr_fast.options import Parser, UsageError, add_fields, positive
+from rlr_fast.train import CACHES
+
+ABOUT_PRESETS = "presets: " + "; ".join(f"{name}: {p.about}" for name, p in PRESETS.items())
 
 _BACKENDS = ("auto", "triton", "tiled", "dense")
 
@@ -56,6 +59,38 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--workers", type=positive, metavar="N", help="threads that decode images")
     group.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def add_training(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of training: where they start, how it is done, model and recipe."""
+    parser.add_argument("--preset", choices=tuple(PRESETS), help="where the settings start (paper)")
+    parser.add_argument(
+        "--cache-dir", type=Path, metavar="DIR", help="folder of feature caches (~/.cache/rlr_fast)"
+    )
+    parser.add_argument(
+        "--cache",
+        default="auto",
+        choices=CACHES,
+        help="where cached features lie while training; none makes them again in every epoch",
+    )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the reconstructors (CUDA graphs on a GPU): a minute at first, faster then",
+    )
+    parser.add_argument(
+        "--grad-checkpointing",
+        action="store_true",
+        help="compute blocks again in backward: less memory, a third more time, the same result",
+    )
+    parser.add_argument(
+        "--piece",
+        type=positive,
+        metavar="N",
+        help="images of a step in memory at once: less memory, the same result to rounding",
+    )
+    add_fields(parser, RLRConfig)
+    add_fields(parser, TrainConfig)
 
 
 def chosen_device(args: argparse.Namespace) -> torch.device:

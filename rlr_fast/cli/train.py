@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from rlr_fast.cli.common import (
+    ABOUT_PRESETS,
     add_dataset,
     add_machine,
+    add_training,
     add_verb,
     chosen_device,
     read_data,
@@ -17,9 +19,9 @@ from rlr_fast.cli.common import (
 )
 from rlr_fast.config import PRESETS, RLRConfig, TrainConfig
 from rlr_fast.distributed import processes
-from rlr_fast.options import add_fields, config_from, positive
+from rlr_fast.options import config_from
 from rlr_fast.run_folder import read_run
-from rlr_fast.train import CACHES, train
+from rlr_fast.train import train
 
 _log = logging.getLogger(__name__)
 
@@ -32,7 +34,7 @@ def add_train(verbs: Any) -> None:
         _train,
         "train one model on the normal images of all classes",
         shared=True,
-        epilog="presets: " + "; ".join(f"{name}: {p.about}" for name, p in PRESETS.items()),
+        epilog=ABOUT_PRESETS,
     )
     add_dataset(parser)
     parser.add_argument("--out", type=Path, metavar="RUN", help="folder of the run (needed)")
@@ -41,35 +43,8 @@ def add_train(verbs: Any) -> None:
         less_memory="--grad-checkpointing or a smaller --image-size needs less",
         interrupted="; --resume goes on from the last written epoch",
     )
-    parser.add_argument("--preset", choices=tuple(PRESETS), help="where the settings start (paper)")
     parser.add_argument("--resume", action="store_true", help="go on from the run's last epoch")
-    parser.add_argument(
-        "--cache-dir", type=Path, metavar="DIR", help="folder of feature caches (~/.cache/rlr_fast)"
-    )
-    parser.add_argument(
-        "--cache",
-        default="auto",
-        choices=CACHES,
-        help="where cached features lie while training; none makes them again in every epoch",
-    )
-    parser.add_argument(
-        "--compile",
-        action="store_true",
-        help="compile the reconstructors (CUDA graphs on a GPU): a minute at first, faster then",
-    )
-    parser.add_argument(
-        "--grad-checkpointing",
-        action="store_true",
-        help="compute blocks again in backward: less memory, a third more time, the same result",
-    )
-    parser.add_argument(
-        "--piece",
-        type=positive,
-        metavar="N",
-        help="images of a step in memory at once: less memory, the same result to rounding",
-    )
-    add_fields(parser, RLRConfig)
-    add_fields(parser, TrainConfig)
+    add_training(parser)
     add_machine(parser)
 
 
