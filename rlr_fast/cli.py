@@ -20,6 +20,7 @@ from rlr_fast.calibration import color_scale
 from rlr_fast.config import PRECISIONS, PRESETS, RLRConfig, TrainConfig
 from rlr_fast.data import LAYOUTS, DataSet, check_dataset, format_report, read_dataset
 from rlr_fast.data.synthetic import make_dataset
+from rlr_fast.decoder import load_decoder, save_decoder, train_decoder
 from rlr_fast.demo import run_demo
 from rlr_fast.distributed import PeerError, processes, processes_wanted
 from rlr_fast.environment import choose_device
@@ -33,6 +34,7 @@ from rlr_fast.model import CONFIG_FILE, CheckpointError, RLRModel, read_config
 from rlr_fast.options import Parser, UsageError, add_fields, config_from, parse, positive, sides
 from rlr_fast.predict import find_images, predict
 from rlr_fast.progress import follow, progress_bar
+from rlr_fast.reconstructions import Run, check_runs, reconstruction_sheets
 from rlr_fast.run_folder import TrainingError, read_run
 from rlr_fast.tiling import checked_tiles
 from rlr_fast.train import CACHES, train
@@ -125,6 +127,8 @@ def build_parser() -> Parser:
     _add_train(verbs)
     _add_eval(verbs)
     _add_predict(verbs)
+    _add_decoder(verbs)
+    _add_figures(verbs)
     _add_tune(verbs)
     _add_info(verbs)
     return parser
@@ -375,15 +379,19 @@ def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of results (needed)")
     parser.set_defaults(needs=("checkpoint", "out"))
-    parser.add_argument(
-        "--backbone-weights", metavar="FROM", help="where to take the backbone's weights from now"
-    )
+    _add_backbone_weights(parser)
     parser.add_argument(
         "--scale",
         type=float,
         nargs=2,
         metavar=("LOW", "HIGH"),
         help="scores of the first and last colour (default: from the run's normal images)",
+    )
+
+
+def _add_backbone_weights(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--backbone-weights", metavar="FROM", help="where to take the backbone's weights from now"
     )
 
 
@@ -410,17 +418,28 @@ def _add_inference(parser: argparse.ArgumentParser) -> None:
 def _load(args: argparse.Namespace) -> RLRModel:
     device = _device(args)
     check_precision(args.precision, device)
-    if args.out.exists() and not args.out.is_dir():
-        raise UsageError(f"--out must be a folder, {str(args.out)!r} is a file")
+    _check_folder(args.out)
+    return _read_model(args, args.checkpoint, device)
+
+
+def _check_folder(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out must be a folder, {str(out)!r} is a file")
+
+
+def _read_model(args: argparse.Namespace, checkpoint: str, device: torch.device) -> RLRModel:
     model: RLRModel = RLRModel.from_pretrained(
-        args.checkpoint, backend=args.backend, backbone_weights=args.backbone_weights
+        checkpoint, backend=args.backend, backbone_weights=args.backbone_weights
     )
     return model.to(device)
 
 
 def _scale(args: argparse.Namespace) -> tuple[float, float]:
     if args.scale is None:
-        return color_scale(Path(args.checkpoint))
+        try:
+            return color_scale(Path(args.checkpoint))
+        except CheckpointError as error:
+            raise UsageError(f"{error}; give one by --scale LOW HIGH") from error
     low, high = args.scale
     if not low < high:
         raise UsageError(f"--scale: LOW must be below HIGH, got {low} {high}")
@@ -529,6 +548,136 @@ def _predict(args: argparse.Namespace) -> int:
         )
     print(f"{len(result.scores)} of {len(files)} images scored: {result.results}")
     return _report(result.failures)
+
+
+# decoder
+
+
+def _add_decoder(verbs: Any) -> None:
+    parser: Parser = verbs.add_parser(
+        "decoder", help="train a decoder that paints features as pictures, for `figures`"
+    )
+    jobs = parser.add_subparsers(title="jobs", metavar="JOB", required=True)
+    train = _verb(
+        jobs,
+        "train",
+        _decoder_train,
+        "learn to paint an image from its features, on the normal images of all classes; a decoder "
+        "serves every run of the same backbone, levels and image size",
+    )
+    _add_dataset(train)
+    train.add_argument(
+        "--checkpoint", metavar="RUN", help="a run with the features to decode (needed)"
+    )
+    train.add_argument(
+        "--out", type=Path, metavar="FILE", help="the decoder, .safetensors (needed)"
+    )
+    train.set_defaults(needs=("checkpoint", "out"))
+    _add_backbone_weights(train)
+    train.add_argument("--epochs", type=positive, default=40, metavar="N", help="passes over them")
+    train.add_argument("--batch-size", type=positive, default=8, metavar="N", help="images a step")
+    train.add_argument("--lr", type=float, default=2e-3, help="Adam's learning rate at the start")
+    train.add_argument("--seed", type=int, default=0, help="seed of weights and order of images")
+    _add_machine(train)
+
+
+def _decoder_train(args: argparse.Namespace) -> int:
+    data = _read_data(args)
+    data.require_train()
+    if args.out.suffix != ".safetensors" or args.out.is_dir():
+        raise UsageError(f"--out must be a file named *.safetensors, got {str(args.out)!r}")
+    model = _read_model(args, args.checkpoint, _device(args))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    total = args.epochs * sum(len(samples) for samples in data.train.values())
+    with progress_bar("decoder", total, args.quiet) as bar:
+
+        def show(images: int, loss: float) -> None:
+            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+            bar.update(images)
+
+        result = train_decoder(
+            model,
+            data,
+            epochs=args.epochs,
+            batch_size=args.batch_size,
+            lr=args.lr,
+            seed=args.seed,
+            workers=args.workers,
+            progress=show,
+        )
+    history = args.out.with_suffix(".jsonl")
+    write_atomically(history, "".join(json.dumps(row) + "\n" for row in result.history))
+    save_decoder(result.decoder, model, args.out)
+    print(f"trained {args.epochs} epochs, loss {result.history[-1]['loss']:.4f}: {args.out}")
+    return _report([str(failure.error) for failure in result.failures])
+
+
+# figures
+
+
+def _add_figures(verbs: Any) -> None:
+    parser = _verb(
+        verbs,
+        "figures",
+        _figures,
+        "make reconstructed features visible: a sheet a class, of one run or of two side by side",
+    )
+    _add_dataset(parser)
+    parser.add_argument(
+        "--checkpoint",
+        nargs="+",
+        metavar="RUN",
+        help="folder of a run; two stand side by side (needed)",
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the sheets (needed)")
+    parser.set_defaults(
+        needs=("checkpoint", "out"), less_memory="a smaller --per-defect needs less"
+    )
+    _add_backbone_weights(parser)
+    parser.add_argument(
+        "--decoder", type=Path, metavar="FILE", help="also paint the features, by `decoder train`"
+    )
+    parser.add_argument(
+        "--level",
+        type=int,
+        metavar="INDEX",
+        help="level of out_indices whose features are shown (default: the first)",
+    )
+    parser.add_argument(
+        "--per-defect", type=positive, default=1, metavar="N", help="samples of each defect"
+    )
+    _add_machine(parser)
+
+
+def _figures(args: argparse.Namespace) -> int:
+    if len(args.checkpoint) > 2:
+        raise UsageError(f"--checkpoint takes one or two runs, got {len(args.checkpoint)}")
+    data = _read_data(args)
+    data.require_test()
+    _check_folder(args.out)
+    device = _device(args)
+    names = [Path(checkpoint).name for checkpoint in args.checkpoint]
+    if len(set(names)) < len(names):
+        names = args.checkpoint
+    runs = [
+        Run(name, _read_model(args, checkpoint, device), color_scale(Path(checkpoint)))
+        for name, checkpoint in zip(names, args.checkpoint, strict=True)
+    ]
+    check_runs(runs, args.level)
+    decoder = None if args.decoder is None else load_decoder(args.decoder, runs[0].model)
+    with progress_bar("figures", None, args.quiet) as bar:
+        sheets, failures = reconstruction_sheets(
+            runs,
+            data,
+            args.out,
+            decoder=decoder,
+            level=args.level,
+            per_defect=args.per_defect,
+            workers=args.workers,
+            progress=bar.update,
+        )
+    print(f"{len(sheets)} sheets: {args.out}")
+    return _report(failures)
 
 
 # tune

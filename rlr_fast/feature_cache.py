@@ -150,7 +150,6 @@ def cached_features(
 
 
 def _identity(model: RLRModel, samples: Sequence[Sample]) -> dict[str, Any]:
-    backbone, config = model.backbone, model.config
     digest = hashlib.sha256()
     for sample in samples:
         try:
@@ -161,11 +160,7 @@ def _identity(model: RLRModel, samples: Sequence[Sample]) -> dict[str, Any]:
         digest.update(f"{sample.path.resolve()}\0{state}\n".encode())
     identity: dict[str, Any] = {
         "format": _FORMAT,
-        "backbone": config.backbone,
-        "fingerprint": backbone.fingerprint,
-        "out_indices": list(config.out_indices),
-        "image_size": list(config.image_size),
-        "neighborhood": config.neighborhood,
+        **model.feature_identity(),
         "files": len(samples),
         "files_digest": digest.hexdigest(),
     }

@@ -150,27 +150,16 @@ def sample_sheet(
 def _panels(row: SheetRow, scale: Scale, alpha: float, size: int) -> list[Image.Image]:
     """The four panels of one row, each size x size."""
     picture = read_image(row.image)
-    height, width = picture.shape[:2]
-    factor = size / max(height, width)
-    fitted = (max(1, round(width * factor)), max(1, round(height * factor)))
+    fitted = fitted_size(picture, size)
     picture = np.asarray(Image.fromarray(picture).resize(fitted, Image.Resampling.LANCZOS))
     scores = map_of(picture, row.score_map)
     over = blend(picture, scores, scale, alpha)
-    if row.mask is None:
-        truth = Image.new("RGB", fitted, EMPTY)
-        where = (fitted[0] / 2, fitted[1] / 2)
-        ImageDraw.Draw(truth).text(
-            where, "no mask", FAINT, typeface(max(11, size // 13)), anchor="mm"
-        )
-    else:
-        mask = _read_mask(row.mask)
-        grey = Image.fromarray(mask.astype(np.uint8) * 255)
-        grey = grey.resize(fitted, Image.Resampling.BOX)
-        truth = grey.convert("RGB")
+    truth = truth_panel(row.mask, fitted)
+    if row.mask is not None:
         # Any part of a defect marks its pixel, or a small one would vanish from the outline.
-        _outline(over, np.asarray(grey) > 0, max(1, size // 128))
+        _outline(over, np.asarray(truth)[..., 0] > 0, max(1, size // 128))
     return [
-        _centred(panel, size)
+        centred(panel, size)
         for panel in (
             Image.fromarray(picture),
             truth,
@@ -178,6 +167,25 @@ def _panels(row: SheetRow, scale: Scale, alpha: float, size: int) -> list[Image.
             Image.fromarray(over),
         )
     ]
+
+
+def fitted_size(picture: NDArray[np.uint8], size: int) -> tuple[int, int]:
+    """(width, height) of a picture (H, W, 3) whose longer side is made ``size``."""
+    height, width = picture.shape[:2]
+    factor = size / max(height, width)
+    return max(1, round(width * factor)), max(1, round(height * factor))
+
+
+def truth_panel(mask: ArrayLike | torch.Tensor | None, fitted: tuple[int, int]) -> Image.Image:
+    """The ground truth (h, w) as a picture of (width, height); without one, words that say so."""
+    if mask is None:
+        truth = Image.new("RGB", fitted, EMPTY)
+        where = (fitted[0] / 2, fitted[1] / 2)
+        font = typeface(max(11, max(fitted) // 13))
+        ImageDraw.Draw(truth).text(where, "no mask", FAINT, font, anchor="mm")
+        return truth
+    grey = Image.fromarray(_read_mask(mask).astype(np.uint8) * 255)
+    return grey.resize(fitted, Image.Resampling.BOX).convert("RGB")
 
 
 def _outline(picture: NDArray[np.uint8], mask: NDArray[np.bool_], width: int) -> None:
@@ -191,7 +199,8 @@ def _outline(picture: NDArray[np.uint8], mask: NDArray[np.bool_], width: int) ->
     picture[border[margin:-margin, margin:-margin]] = _OUTLINE
 
 
-def _centred(panel: Image.Image, size: int) -> Image.Image:
+def centred(panel: Image.Image, size: int) -> Image.Image:
+    """The panel in the middle of a square of paper."""
     square = Image.new("RGB", (size, size), PAPER)
     square.paste(panel, ((size - panel.width) // 2, (size - panel.height) // 2))
     return square
