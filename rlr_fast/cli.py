@@ -575,7 +575,7 @@ def _add_decoder(verbs: Any) -> None:
     train.set_defaults(needs=("checkpoint", "out"))
     _add_backbone_weights(train)
     train.add_argument("--epochs", type=positive, default=40, metavar="N", help="passes over them")
-    train.add_argument("--batch-size", type=positive, default=8, metavar="N", help="images a step")
+    train.add_argument("--batch-size", type=positive, default=4, metavar="N", help="images a step")
     train.add_argument("--lr", type=float, default=2e-3, help="Adam's learning rate at the start")
     train.add_argument("--seed", type=int, default=0, help="seed of weights and order of images")
     _add_machine(train)

@@ -48,7 +48,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.grids = list(grids)
         self.normalize = nn.ModuleList(
-            # The features do not change while the decoder learns: a plain mean of all batches.
+            # Set by a pass over the training set: a plain mean of all batches.
             nn.BatchNorm2d(count, affine=False, momentum=None)
             for count in channels
         )
@@ -62,12 +62,19 @@ class Decoder(nn.Module):
         self.steps = nn.ModuleList(
             nn.Sequential(
                 nn.Conv2d(before, after, 3, padding=1),
-                nn.GroupNorm(8, after),
                 nn.GELU(),
             )
             for before, after in pairwise([_WIDTH, *widths])
         )
         self.paint = nn.Conv2d(widths[-1], 3, 3, padding=1)
+        for step in self.steps:
+            nn.init.kaiming_normal_(step[0].weight, nonlinearity="relu")  # type: ignore[index]
+        nn.init.constant_(self.paint.bias, 0.5)  # type: ignore[arg-type]
+
+    def fit_normalization(self, tokens: Sequence[Tensor]) -> None:
+        """Count a batch of the training set's tokens [(B, N_j, C_j)] in; in training mode."""
+        for t, grid, normalize in zip(tokens, self.grids, self.normalize, strict=True):
+            normalize(t.mT.unflatten(2, grid))
 
     def forward(self, tokens: Sequence[Tensor]) -> Tensor:
         """Return images (B, 3, H, W) of ``tokens`` [(B, N_j, C_j)]; black is 0, white 1."""
@@ -158,6 +165,11 @@ def train_decoder(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         decoder = _decoder_for(model).to(device)
+    for batch in iterate_images(samples, model.config.image_size, batch_size, workers):
+        if batch.indices:
+            with torch.no_grad():
+                decoder.fit_normalization(model.tokens(batch.images.to(device)))
+    decoder.normalize.eval()
     order = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(decoder.parameters(), lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
