@@ -112,6 +112,8 @@ def reconstruction_sheets(
         "principal components of the originals\n"
         "as red, green, blue; one basis and one range for originals and reconstructions"
     )
+    if decoder is not None:
+        note += "\ndecoded: all levels, painted by a decoder that knows normal images alone"
     out.mkdir(parents=True, exist_ok=True)
     sheets, failures = [], []
     for name in data.classes:
