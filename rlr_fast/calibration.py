@@ -84,7 +84,7 @@ def color_scale(checkpoint: Path) -> tuple[float, float]:
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{checkpoint} has no {CALIBRATION_FILE} (written when training ends), so heat maps "
-            "have no colour scale; give one by --scale LOW HIGH"
+            "have no colour scale"
         ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error

@@ -22,6 +22,7 @@ from rlr_fast.data import (
     iterate_images,
     load_image,
     load_sample_mask,
+    pick_samples,
     read_image_size,
 )
 from rlr_fast.distributed import Processes, processes
@@ -331,23 +332,17 @@ def _mask(sample: Sample, size: tuple[int, int]) -> np.ndarray:
 
 
 def _write_sheet(name: str, scored: _Scored, options: FigureOptions, size: tuple[int, int]) -> None:
-    shown: dict[str, int] = {}
     rows = []
-    for sample, score, score_map, mask in zip(
-        scored.samples, scored.scores, scored.maps, scored.masks, strict=True
-    ):
-        if shown.get(sample.defect, 0) >= options.per_defect:
-            continue
-        shown[sample.defect] = shown.get(sample.defect, 0) + 1
-        image = load_image(sample.path, size).permute(1, 2, 0).numpy()
+    for i in pick_samples(scored.samples, options.per_defect):
+        sample = scored.samples[i]
         rows.append(
             SheetRow(
-                image=image,
-                mask=mask,
-                score_map=score_map,
+                image=load_image(sample.path, size).permute(1, 2, 0).numpy(),
+                mask=scored.masks[i],
+                score_map=scored.maps[i],
                 category=name,
                 defect=sample.defect,
-                score=float(score),
+                score=float(scored.scores[i]),
             )
         )
     options.folder.mkdir(parents=True, exist_ok=True)

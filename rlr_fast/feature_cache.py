@@ -172,7 +172,6 @@ def _readable(sample: Sample) -> bool:
 
 
 def _identity(model: RLRModel, samples: Sequence[Sample]) -> dict[str, Any]:
-    backbone, config = model.backbone, model.config
     digest = hashlib.sha256()
     for sample in samples:
         try:
@@ -183,11 +182,7 @@ def _identity(model: RLRModel, samples: Sequence[Sample]) -> dict[str, Any]:
         digest.update(os.fsencode(f"{sample.path.resolve()}\0{state}\n"))
     identity: dict[str, Any] = {
         "format": _FORMAT,
-        "backbone": config.backbone,
-        "fingerprint": backbone.fingerprint,
-        "out_indices": list(config.out_indices),
-        "image_size": list(config.image_size),
-        "neighborhood": config.neighborhood,
+        **model.feature_identity(),
         "files": len(samples),
         "files_digest": digest.hexdigest(),
     }

@@ -66,6 +66,10 @@ class Standardize(nn.Module):
         """Standardise tokens (..., C)."""
         return (tokens - self.mean) / self.std
 
+    def undo(self, tokens: Tensor) -> Tensor:
+        """Return standardised tokens (..., C) in the features' own scale."""
+        return tokens * self.std + self.mean
+
 
 class RLRModel(
     nn.Module,
@@ -144,10 +148,36 @@ class RLRModel(
         maps = self.backbone(images)
         return [neighborhood_mean(m, self.config.neighborhood).flatten(2).mT for m in maps]
 
+    def feature_identity(self) -> dict[str, Any]:
+        """Return by name what decides `tokens`, as plain values; where equal, so are features."""
+        return {
+            "backbone": self.config.backbone,
+            "fingerprint": self.backbone.fingerprint,
+            "out_indices": list(self.config.out_indices),
+            "image_size": list(self.config.image_size),
+            "neighborhood": self.config.neighborhood,
+        }
+
+    def reconstruct(self, tokens: Sequence[Tensor]) -> list[Tensor]:
+        """Return the reconstructed tokens [(B, N_j, C_j)], in the features' own scale.
+
+        Args:
+            tokens: [(B, N_j, C_j)] as from `tokens`.
+        """
+        found = []
+        for j, standardize in enumerate(self.standardize):
+            _, rebuilt = self._reconstruct_level(j, tokens[j])
+            found.append(
+                standardize.undo(rebuilt) if isinstance(standardize, Standardize) else rebuilt
+            )
+        return found
+
     def distances(
         self, tokens: Sequence[Tensor], noise: Sequence[Tensor] | None = None
     ) -> list[Tensor]:
         """Return the token distances [(B, N_j)] between the features and their reconstructions.
+
+        Where the model standardises, both are compared standardised.
 
         Args:
             tokens: [(B, N_j, C_j)] as from `tokens`.
@@ -155,13 +185,22 @@ class RLRModel(
                 perturbation.
         """
         found = []
-        for j, (level, standardize) in enumerate(zip(self.levels, self.standardize, strict=True)):
-            original = standardize(tokens[j])
-            seen = original
-            if noise is not None:
-                seen = perturb(original, self.config.perturbation, noise[j])
-            found.append(distance(level(seen), original))
+        for j in range(len(self.levels)):
+            original, rebuilt = self._reconstruct_level(
+                j, tokens[j], None if noise is None else noise[j]
+            )
+            found.append(distance(rebuilt, original))
         return found
+
+    def _reconstruct_level(
+        self, j: int, tokens: Tensor, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the level's tokens as they are compared, and their reconstruction."""
+        original = self.standardize[j](tokens)
+        seen = original
+        if noise is not None:
+            seen = perturb(original, self.config.perturbation, noise)
+        return original, self.levels[j](seen)
 
     def predict_tokens(self, tokens: Sequence[Tensor]) -> RLROutput:
         """Return the output for images whose feature tokens [(B, N_j, C_j)] are known."""

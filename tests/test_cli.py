@@ -9,6 +9,7 @@ import shutil
 import pytest
 import torch
 from conftest import make_tree
+from PIL import Image
 
 from rlr_fast.cli import main
 from rlr_fast.files import write_atomically
@@ -294,3 +295,62 @@ def test_atomic_write_keeps_the_old_file_when_the_new_cannot_be_written(tmp_path
         write_atomically(tmp_path / "a", "new")
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
     assert (tmp_path / "a").read_text() == "old"
+
+
+@pytest.fixture(scope="module")
+def decoder(trained):
+    """A decoder trained by the command."""
+    argv = ["decoder", "train", str(trained / "data"), "--checkpoint", str(trained / "run")]
+    file = trained / "decoder.safetensors"
+    assert main([*argv, "--out", str(file), "--epochs", "2", "--quiet"]) == 0
+    rows = [json.loads(row) for row in file.with_suffix(".jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2] and rows[1]["loss"] < rows[0]["loss"]
+    return file
+
+
+def test_figures_of_one_run_and_of_two(trained, decoder, tmp_path, capsys):
+    shutil.copytree(trained / "run", tmp_path / "again")
+    argv = ["figures", str(trained / "data"), "--out", str(tmp_path / "out"), "--quiet"]
+    argv += ["--checkpoint", str(trained / "run")]
+    assert main([*argv, "--level", "3"]) == 0
+    assert "2 sheets" in capsys.readouterr().out
+    with Image.open(tmp_path / "out/bolt.png") as sheet:
+        size = sheet.size
+    assert main([*argv, str(tmp_path / "again"), "--decoder", str(decoder)]) == 0
+    with Image.open(tmp_path / "out/bolt.png") as sheet:
+        assert sheet.width > 1.8 * size[0] and sheet.height >= size[1]
+    assert main([*argv, "--classes", "cloth", "--per-defect", "2"]) == 0
+    with Image.open(tmp_path / "out/cloth.png") as sheet:
+        assert sheet.height > 1.5 * size[1]
+
+
+def test_figures_leave_out_an_unreadable_image(trained, tmp_path, capsys):
+    shutil.copytree(trained / "data", tmp_path / "data")
+    (tmp_path / "data/bolt/test/hole/000.png").write_bytes(b"no image")
+    argv = ["figures", str(tmp_path / "data"), "--checkpoint", str(trained / "run"), "--quiet"]
+    assert main([*argv, "--out", str(tmp_path / "out")]) == 1
+    assert "hole/000.png" in capsys.readouterr().err
+    assert (tmp_path / "out/bolt.png").exists()
+
+
+def test_figures_refuse_runs_of_other_features_and_unknown_levels(trained, tmp_path, capsys):
+    shutil.copytree(trained / "run", tmp_path / "pooled")
+    values = json.loads((tmp_path / "pooled/config.json").read_text())
+    write_atomically(tmp_path / "pooled/config.json", json.dumps(values | {"neighborhood": 1}))
+    argv = ("figures", trained / "data", "--out", tmp_path / "out", "--checkpoint", trained / "run")
+    message = refused(capsys, *argv, tmp_path / "pooled")
+    assert "features of run and pooled differ: neighborhood 3 and 1" in message
+    assert "one or two runs, got 3" in refused(capsys, *argv, trained / "run", trained / "run")
+    assert "level must be one of the runs' out_indices (2, 3)" in refused(
+        capsys, *argv, "--level", "7"
+    )
+    assert "is no decoder" in refused(capsys, *argv, "--decoder", trained / "run/model.safetensors")
+    assert not (tmp_path / "out").exists()
+
+
+def test_decoder_train_refuses_a_wrong_file_before_any_work(trained, tmp_path, capsys):
+    argv = ("decoder", "train", trained / "data", "--checkpoint", trained / "run", "--out")
+    assert "named *.safetensors" in refused(capsys, *argv, tmp_path / "decoder.pt")
+    assert "lr must be positive" in refused(
+        capsys, *argv, tmp_path / "d.safetensors", "--lr", "0", "--quiet"
+    )

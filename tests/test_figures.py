@@ -16,7 +16,11 @@ import torch
 from PIL import Image
 
 from rlr_fast.figures import (
+    ComparisonRow,
+    PrincipalColours,
+    RunView,
     SheetRow,
+    comparison_sheet,
     heat_map,
     loss_curve,
     overlay,
@@ -306,6 +310,115 @@ def test_long_captions_leave_the_panels_their_place(tmp_path):
 def test_sheet_refuses_wrong_arguments(rows, options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         sample_sheet(rows, SCALE, tmp_path / "sheet.png", **options)
+
+
+def test_colours_are_the_components_of_the_originals():
+    tokens = torch.randn(400, 6) * torch.tensor([9.0, 0.1, 4.0, 0.1, 2.0, 0.1])
+    colours = PrincipalColours(tokens).paint(tokens, (20, 20)).reshape(400, 3).astype(float)
+    for channel, column in enumerate((0, 2, 4)):  # by falling variance
+        correlation = np.corrcoef(colours[:, channel], tokens[:, column])[0, 1]
+        assert correlation > 0.98, channel  # the sign is fixed too
+    assert colours.min() == 0 and colours.max() == 255
+
+
+def test_reconstructions_are_painted_in_the_range_of_the_originals():
+    originals = torch.randn(400, 6) * torch.tensor([9.0, 0.1, 4.0, 0.1, 2.0, 0.1])
+    colours = PrincipalColours(originals)
+    alone = colours.paint(originals[:100], (10, 10))
+    assert (
+        alone == colours.paint(originals, (20, 20)).reshape(400, 3)[:100].reshape(10, 10, 3)
+    ).all()
+    # A tenth of the contrast stays a tenth: nothing is stretched to its own range.
+    flat = colours.paint(originals / 10, (20, 20)).astype(float)
+    assert np.ptp(flat[..., 0]) < 60
+    far = colours.paint(originals + torch.tensor([99.0, 0, 0, 0, 0, 0]), (20, 20))
+    assert (far[..., 0] == 255).all()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        pytest.param(torch.randn(4, 2), "tokens must be .n, C.", id="two-channels"),
+        pytest.param(torch.full((4, 5), math.nan), "tokens must be finite", id="nan"),
+    ],
+)
+def test_principal_colours_refuse_what_they_cannot_paint(tokens, message):
+    with pytest.raises(ValueError, match=message):
+        PrincipalColours(tokens)
+
+
+def test_constant_tokens_have_one_colour():
+    colours = PrincipalColours(torch.ones(16, 5)).paint(torch.ones(16, 5), (4, 4))
+    assert (colours == colours[0, 0]).all()
+
+
+def comparison(runs=2, decoded=True, defect="crack", mask=None):
+    def flat(*colour, size=8):
+        return np.full((size, size, 3), colour, np.uint8)
+
+    return ComparisonRow(
+        image=flat(10, 20, 200),
+        mask=mask,
+        defect=defect,
+        features=flat(10, 200, 20),
+        decoded=flat(200, 10, 20) if decoded else None,
+        runs=[
+            RunView(
+                score_map=np.full((8, 8), 1.0 + r, np.float32),
+                score=0.5,
+                features=flat(50, 150, 60 + r),
+                decoded=flat(150, 50, 60 + r) if decoded else None,
+            )
+            for r in range(runs)
+        ],
+    )
+
+
+def write_comparison(tmp_path, rows, runs, note="a note"):
+    scales = [(f"run {r}", (0.0, 4.0)) for r in range(runs)]
+    comparison_sheet(rows, scales, "bolt", note, tmp_path / "sheet.png", panel_size=96)
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        return np.asarray(sheet.convert("RGB"))
+
+
+@pytest.mark.parametrize("decoded", [False, True])
+@pytest.mark.parametrize("runs", [1, 2])
+def test_comparison_shows_every_panel_of_every_run(runs, decoded, tmp_path):
+    pixels = write_comparison(tmp_path, [comparison(runs, decoded)] * 3, runs)
+    heat = np.asarray(heat_map(np.array([[1.0, 2.0]]), (0.0, 4.0)))[0]
+    panels = [(10, 20, 200), (10, 200, 20), *([(200, 10, 20)] if decoded else [])]
+    for r in range(runs):
+        panels += [tuple(heat[r]), (50, 150, 60 + r), *([(150, 50, 60 + r)] if decoded else [])]
+    columns = []
+    for colour in panels:
+        found = (pixels == colour).all(axis=2)
+        # Of the colour bars, no more than a few columns have the colour of a score map.
+        assert 3 * 96 * 96 <= found.sum() < 3 * 96 * 96 + 100, colour
+        columns.append(np.flatnonzero(found.sum(axis=0) >= 3 * 96)[0])
+    order = [0, 1, 2] if decoded else [0, 1]
+    order += list(range(len(order), len(panels)))
+    assert [columns[k] for k in order] == sorted(columns)
+
+
+def test_comparison_writes_its_words_beside_the_panels(tmp_path):
+    rows = [comparison(defect="x" * 80), comparison()]
+    plain = write_comparison(tmp_path, rows, 2)
+    assert plain.shape[1] < 96 * 11 + 250
+    longer = write_comparison(tmp_path, rows, 2, note="one\ntwo\nthree")
+    assert longer.shape[0] > plain.shape[0] and longer.shape[1] == plain.shape[1]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        pytest.param([], "^rows must hold", id="no-row"),
+        pytest.param([comparison(1)], "a view a run", id="a-run-too-few"),
+        pytest.param([comparison(), comparison(decoded=False)], "all decoded", id="some-decoded"),
+    ],
+)
+def test_comparison_refuses_uneven_rows(rows, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        write_comparison(tmp_path, rows, 2)
 
 
 def record(i, count=10, **more):

@@ -86,6 +86,20 @@ def test_standardisation_is_kept_in_the_checkpoint(small, images, tmp_path):
     assert torch.equal(model(images).score_map, again(images).score_map)
 
 
+@pytest.mark.parametrize("standardize", [False, True])
+def test_reconstructions_are_what_the_distance_compares(standardize, small, images):
+    model = RLRModel(dataclasses.replace(small, standardize=standardize)).eval()
+    if standardize:
+        for level in model.standardize:
+            level.fit(torch.randn_like(level.mean), torch.rand_like(level.std) + 0.5)
+    tokens = model.tokens(images)
+    found = model.reconstruct(tokens)
+    assert [t.shape for t in found] == [t.shape for t in tokens]
+    for j, d in enumerate(model.distances(tokens)):
+        compared = model.standardize[j](found[j]), model.standardize[j](tokens[j])
+        torch.testing.assert_close(distance(*compared), d)
+
+
 def test_standardisation_leaves_a_constant_channel_unscaled(small):
     level = RLRModel(dataclasses.replace(small, standardize=True)).standardize[0]
     level.fit(torch.full_like(level.mean, 2.0), torch.zeros_like(level.std))

@@ -14,8 +14,10 @@ import torch
 from rlr_fast import __version__
 from rlr_fast.backbone import BackboneWeightsError
 from rlr_fast.cli.data import add_data
+from rlr_fast.cli.decoder import add_decoder
 from rlr_fast.cli.demo import add_demo
 from rlr_fast.cli.evaluate import add_eval
+from rlr_fast.cli.figures import add_figures
 from rlr_fast.cli.info import add_info
 from rlr_fast.cli.paper import add_paper
 from rlr_fast.cli.predict import add_predict
@@ -114,6 +116,8 @@ def build_parser() -> Parser:
     add_train(verbs)
     add_eval(verbs)
     add_predict(verbs)
+    add_decoder(verbs)
+    add_figures(verbs)
     add_paper(verbs)
     add_tune(verbs)
     add_info(verbs)

@@ -16,7 +16,7 @@ from rlr_fast.data import LAYOUTS, DataSet, read_dataset
 from rlr_fast.environment import choose_device
 from rlr_fast.functional import unsupported_reason
 from rlr_fast.inference import DEFAULT_BATCH, check_precision
-from rlr_fast.model import RLRModel
+from rlr_fast.model import CheckpointError, RLRModel
 from rlr_fast.options import Parser, UsageError, add_fields, positive
 from rlr_fast.train import CACHES
 
@@ -123,15 +123,20 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of results (needed)")
     parser.set_defaults(needs=("checkpoint", "out"))
-    parser.add_argument(
-        "--backbone-weights", metavar="FROM", help="where to take the backbone's weights from now"
-    )
+    add_backbone_weights(parser)
     parser.add_argument(
         "--scale",
         type=float,
         nargs=2,
         metavar=("LOW", "HIGH"),
         help="scores of the first and last colour (default: from the run's normal images)",
+    )
+
+
+def add_backbone_weights(parser: argparse.ArgumentParser) -> None:
+    """Add where a checkpoint's backbone gets its weights."""
+    parser.add_argument(
+        "--backbone-weights", metavar="FROM", help="where to take the backbone's weights from now"
     )
 
 
@@ -160,10 +165,20 @@ def load_model(args: argparse.Namespace) -> RLRModel:
     """Load the model of ``--checkpoint`` onto its device."""
     device = chosen_device(args)
     check_precision(args.precision, device)
-    if args.out.exists() and not args.out.is_dir():
-        raise UsageError(f"--out must be a folder, {str(args.out)!r} is a file")
+    check_out(args.out)
+    return read_model(args, args.checkpoint, device)
+
+
+def check_out(out: Path) -> None:
+    """Refuse a file where results need a folder."""
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out must be a folder, {str(out)!r} is a file")
+
+
+def read_model(args: argparse.Namespace, checkpoint: str, device: torch.device) -> RLRModel:
+    """Load a checkpoint's model, as the flags say, onto a device."""
     model: RLRModel = RLRModel.from_pretrained(
-        args.checkpoint, backend=args.backend, backbone_weights=args.backbone_weights
+        checkpoint, backend=args.backend, backbone_weights=args.backbone_weights
     )
     return model.to(device)
 
@@ -171,7 +186,10 @@ def load_model(args: argparse.Namespace) -> RLRModel:
 def given_scale(args: argparse.Namespace) -> tuple[float, float]:
     """Return the colour scale: ``--scale``, or the checkpoint's own."""
     if args.scale is None:
-        return color_scale(Path(args.checkpoint))
+        try:
+            return color_scale(Path(args.checkpoint))
+        except CheckpointError as error:
+            raise UsageError(f"{error}; give one by --scale LOW HIGH") from error
     low, high = args.scale
     if not low < high:
         raise UsageError(f"--scale: LOW must be below HIGH, got {low} {high}")

@@ -22,6 +22,7 @@ from rlr_fast.data.layouts import (
     Sample,
     detect_layout,
     list_images,
+    pick_samples,
     read_dataset,
 )
 
@@ -45,6 +46,7 @@ __all__ = [
     "load_mask",
     "load_sample_mask",
     "open_image",
+    "pick_samples",
     "read_dataset",
     "read_image_size",
     "resize_image",

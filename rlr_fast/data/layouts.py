@@ -26,7 +26,7 @@ import contextlib
 import csv
 import difflib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -151,6 +151,17 @@ class DataSet:
             f"{self.layout}) has none for: {', '.join(missing)}. Expected: {place}. Add them, or "
             "name only the other classes in `classes`"
         )
+
+
+def pick_samples(samples: Sequence[Sample], per_defect: int) -> list[int]:
+    """Return the places of the first ``per_defect`` samples of each defect, and of ``good``."""
+    shown: dict[str, int] = {}
+    places = []
+    for place, sample in enumerate(samples):
+        if shown.get(sample.defect, 0) < per_defect:
+            shown[sample.defect] = shown.get(sample.defect, 0) + 1
+            places.append(place)
+    return places
 
 
 def list_images(folder: str | os.PathLike[str]) -> list[Path]:
