@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -18,11 +19,12 @@ from rlr_fast.attention import (
     MaskedLearnableKeyAttention,
     SelfAttention,
 )
-from rlr_fast.config import ATTENTIONS, Window, suggest
+from rlr_fast.config import REFERENCE_VALUES, Window, check_branches
 from rlr_fast.functional import (
     Backend,
     PreparedReference,
     block_attention,
+    local_cross_attention,
     prepare_reference,
 )
 
@@ -63,8 +65,9 @@ class PreparedBlock(NamedTuple):
         weight_in: (3C, C), tokens to [q_mlka | v_mlka | q_lca].
         bias_in: (3C,).
         reference: Keys and values of both attentions.
-        weight_out: (C, 2C), the output maps side by side, LCA's times α.
+        weight_out: (C, 2C), the output maps side by side, each times its weight.
         bias_out: (C,).
+        more: Keys and values (h, N, d) of LCA for each reference after the first.
     """
 
     weight_in: Tensor
@@ -72,6 +75,7 @@ class PreparedBlock(NamedTuple):
     reference: PreparedReference
     weight_out: Tensor
     bias_out: Tensor
+    more: tuple[tuple[Tensor, Tensor], ...] = ()
 
 
 class RLRBlock(nn.Module):
@@ -82,16 +86,27 @@ class RLRBlock(nn.Module):
     paper's pair of branches runs as one: one matrix product in, one out (unless a module of theirs
     was replaced or has hooks).
 
+    The supplement's variants: learned fusion (eq. 17) has ``θ₁·MLKA + θ₂·LCA`` instead, with a pair
+    of parameters ``theta`` a block; θ₁ weighs the branches that α does not. The paper gives them no
+    initial values; here they start from 1 and α, as the fixed model. With K references LCA becomes
+    the sum of ``LCA(Y, R_h^i)`` over them. The supplement changes LCA alone, so every other branch
+    keeps a single reference, the first.
+
     Args:
         dim: Width C_h.
         heads: Attention heads.
         grid: Token grid (H, W).
         window: Odd side, or (height, width), of the attention window.
         attention: Names of the summed branches.
-        alpha: α of eq. 4.
+        alpha: α of eq. 4; the first value of θ₂.
+        fusion: ``fixed`` weights 1 and α, or ``learned`` θ₁ and θ₂.
         ffn_ratio: Hidden width of the FFN over ``dim``.
         residual: Add the block's input to its attention.
         backend: Backend of the windowed operators.
+
+    Raises:
+        ValueError: There is no such branch or fusion, or learned fusion has not both a branch that
+            θ₁ weighs and one that θ₂ weighs.
     """
 
     def __init__(
@@ -103,18 +118,18 @@ class RLRBlock(nn.Module):
         *,
         attention: Sequence[str] = ("mlka", "lca"),
         alpha: float = 2.0,
+        fusion: str = "fixed",
         ffn_ratio: int = 4,
         residual: bool = False,
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
-        for name in attention:
-            if name not in _BRANCHES:
-                raise ValueError(f"attention has no branch {name!r}; {suggest(name, ATTENTIONS)}")
+        check_branches(attention, fusion)
         self.attention = nn.ModuleDict(
             {name: _BRANCHES[name](dim, heads, grid, window, backend=backend) for name in attention}
         )
-        self.weights = {name: alpha if name in ("lca", "cross") else 1.0 for name in attention}
+        self.weights = {name: alpha if name in REFERENCE_VALUES else 1.0 for name in attention}
+        self.theta = nn.Parameter(torch.tensor([1.0, alpha])) if fusion == "learned" else None
         self.grid, self.window, self.heads, self.backend = grid, window, heads, backend
         self.residual = residual
         self.norm1 = nn.LayerNorm(dim)
@@ -123,30 +138,37 @@ class RLRBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
 
     def prepare(self, reference: Tensor) -> Tensor | PreparedBlock:
-        """Do all that depends on no image, for the projected reference (N, C_h)."""
+        """Do all that depends on no image, for the projected reference (N, C_h), or (K, N, C_h)."""
         if set(self.attention) != {"mlka", "lca"} or not _are_plain(self.attention):
             return reference
         mlka: Any = self.attention["mlka"]
         lca: Any = self.attention["lca"]
-        alpha = self.weights["lca"]
         (q_mlka, k_mlka, v_mlka), (q_lca, k_lca, v_lca) = (
             module.in_proj_weight.chunk(3) for module in (mlka, lca)
         )
         (qb_mlka, _, vb_mlka), (qb_lca, _, vb_lca) = (
             module.in_proj_bias.chunk(3) for module in (mlka, lca)
         )
+        dim = vb_lca.shape[0]
+        first, *others = _each(reference)
         # Keys have no bias, see `rlr_fast.attention`.
-        projected = F.linear(
-            reference,
-            torch.cat((k_mlka, k_lca, v_lca)),
-            F.pad(vb_lca, (2 * vb_lca.shape[0], 0)),
+        projected = F.linear(first, torch.cat((k_mlka, k_lca, v_lca)), F.pad(vb_lca, (2 * dim, 0)))
+        more = (
+            F.linear(other, lca.in_proj_weight[dim:], F.pad(vb_lca, (dim, 0)))
+            .unflatten(-1, (2, self.heads, -1))
+            .permute(1, 2, 0, 3)
+            for other in others
         )
+        weigh, bias = self._weigh, lca.out_proj.bias
+        if others:
+            bias = (1 + len(others)) * bias  # one of each LCA in the sum
         return PreparedBlock(
             torch.cat((q_mlka, v_mlka, q_lca)),
             torch.cat((qb_mlka, vb_mlka, qb_lca)),
             prepare_reference(projected, self.heads, self.backend),
-            torch.cat((mlka.out_proj.weight, alpha * lca.out_proj.weight), 1),
-            mlka.out_proj.bias + alpha * lca.out_proj.bias,
+            torch.cat((weigh("mlka", mlka.out_proj.weight), weigh("lca", lca.out_proj.weight)), 1),
+            weigh("mlka", mlka.out_proj.bias) + weigh("lca", bias),
+            tuple((key, value) for key, value in more),
         )
 
     def forward(self, tokens: Tensor, prepared: Tensor | PreparedBlock) -> Tensor:
@@ -161,16 +183,37 @@ class RLRBlock(nn.Module):
     def _attend(self, tokens: Tensor, prepared: PreparedBlock) -> Tensor:
         projected = F.linear(tokens, prepared.weight_in, prepared.bias_in)
         attended = block_attention(projected, prepared.reference, self.grid, self.window)
+        if prepared.more:
+            masked, local = attended.chunk(2, -1)
+            query = projected.chunk(3, -1)[2].unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for key, value in prepared.more:
+                output = local_cross_attention(
+                    query, key, value, self.grid, self.window, backend=self.backend
+                )
+                local = local + output.transpose(1, 2).flatten(2)
+            attended = torch.cat((masked, local), -1)
         return F.linear(attended, prepared.weight_out, prepared.bias_out)
 
     def _sum_branches(self, tokens: Tensor, reference: Tensor) -> Tensor:
+        references = _each(reference)
         outputs = (
-            self.weights[name] * attend(tokens, reference)
-            if self.weights[name] != 1
-            else attend(tokens, reference)
+            self._weigh(name, attend(tokens, seen))
             for name, attend in self.attention.items()
+            for seen in (references if name == "lca" else references[:1])
         )
         return functools.reduce(torch.add, outputs)
+
+    def _weigh(self, name: str, output: Tensor) -> Tensor:
+        """Multiply a branch's output, or its output map, by 1 or α (eq. 4), by θ (eq. 17)."""
+        if self.theta is not None:
+            return self.theta[int(name in REFERENCE_VALUES)] * output
+        weight = self.weights[name]
+        return weight * output if weight != 1 else output
+
+
+def _each(reference: Tensor) -> list[Tensor]:
+    """Return each reference (N, C_h) of one (N, C_h) or several (K, N, C_h)."""
+    return [reference] if reference.dim() == 2 else list(reference.unbind())
 
 
 def _are_plain(attention: nn.ModuleDict) -> bool:
@@ -201,7 +244,8 @@ class Reconstructor(nn.Module):
     """The network of one level: tokens (B, N, C) → reconstructed tokens (B, N, C).
 
     ``Y_0 = W_in F + P``, ``R_h = W_ref R + P``, K blocks, ``F_rec = W_out LN(Y_K)`` (eq. 4-6),
-    where R is the learnable reference (N, C) and P fixed sine-cosine positions.
+    where R is the learnable reference (N, C) and P fixed sine-cosine positions. Several references
+    (K, N, C) share ``W_ref`` and P; see `RLRBlock` for what sees them.
 
     Args:
         channels: Feature channels C of the level.
@@ -212,6 +256,8 @@ class Reconstructor(nn.Module):
         blocks: Number of blocks K.
         attention: Branches of a block, see `RLRBlock`.
         alpha: α of eq. 4.
+        fusion: See `RLRBlock`.
+        references: Number of learnable references.
         ffn_ratio: Hidden width of the FFN over ``hidden``.
         residual: See `RLRBlock`.
         backend: Backend of the windowed operators.
@@ -220,7 +266,11 @@ class Reconstructor(nn.Module):
     or changed in place. A change behind autograd's back, ``parameter.data.copy_(…)``, is not seen:
     call `eval` after it.
 
+    Raises:
+        ValueError: ``attention``, ``fusion`` and ``references`` do not fit together.
+
     Attributes:
+        reference: The learnable reference (N, C); (K, N, C) where there are several.
         grad_checkpointing: Compute each block again in backward instead of keeping what it made:
             less memory, about a third more time, the same gradients.
     """
@@ -236,14 +286,20 @@ class Reconstructor(nn.Module):
         blocks: int = 4,
         attention: Sequence[str] = ("mlka", "lca"),
         alpha: float = 2.0,
+        fusion: str = "fixed",
+        references: int = 1,
         ffn_ratio: int = 4,
         residual: bool = False,
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
+        check_branches(attention, fusion, references)
         self.channels, self.hidden, self.heads = channels, hidden, heads
         self.grid, self.window = grid, window
-        self.reference = nn.Parameter(torch.randn(grid[0] * grid[1], channels))
+        shape = (grid[0] * grid[1], channels)
+        self.reference = nn.Parameter(
+            torch.randn(shape if references == 1 else (references, *shape))
+        )
         self.token_in = nn.Linear(channels, hidden)
         self.reference_in = nn.Linear(channels, hidden)
         self.register_buffer("positions", sincos_positions(grid, hidden), persistent=False)
@@ -256,6 +312,7 @@ class Reconstructor(nn.Module):
                 window,
                 attention=attention,
                 alpha=alpha,
+                fusion=fusion,
                 ffn_ratio=ffn_ratio,
                 residual=residual,
                 backend=backend,
@@ -286,6 +343,19 @@ class Reconstructor(nn.Module):
             else:
                 y = block(y, prepared)
         return self.token_out(self.norm(y))
+
+    def reference_similarity(self) -> Tensor:
+        """Return the mean cosine of the references' tokens, a scalar from -1 / (K - 1) to 1.
+
+        It is taken over the tokens and over the pairs of references. A single one has no pair.
+
+        Raises:
+            ValueError: There is a single reference.
+        """
+        if self.reference.dim() == 2:
+            raise ValueError("references must be at least 2 to be alike, got references=1")
+        pairs = itertools.combinations(self.reference, 2)
+        return torch.stack([F.cosine_similarity(*pair, dim=-1) for pair in pairs]).mean()
 
     def train(self, mode: bool = True) -> Reconstructor:
         """Set the mode as `torch.nn.Module.train` does; forget what inference has kept."""

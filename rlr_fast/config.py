@@ -17,6 +17,9 @@ from rlr_fast.functional import window_pair
 Window = typing.Union[int, tuple[int, int]]  # noqa: UP007 - evaluated at run time on Python 3.10
 
 ATTENTIONS = ("self", "cross", "mlka", "lca")
+# Branches whose values come from the reference: α and θ₂ weigh these, θ₁ the others.
+REFERENCE_VALUES = ("cross", "lca")
+FUSIONS = ("fixed", "learned")
 PRECISIONS = ("fp32", "bf16", "fp16")
 SCHEDULES = ("constant", "step", "cosine")
 
@@ -41,6 +44,40 @@ def _require_number(argument: str, value: float, least: float = -math.inf) -> No
 def _require(ok: bool, argument: str, rule: str, value: object) -> None:
     if not ok:
         raise ValueError(f"{argument} must be {rule}, got {argument}={value!r}")
+
+
+def check_branches(attention: typing.Sequence[str], fusion: str, references: int = 1) -> None:
+    """Check that a block can be made of these branches, this fusion and so many references.
+
+    Raises:
+        ValueError: A value breaks its rule, or they make no sense together; the message says which.
+    """
+    for name in attention:
+        if name not in ATTENTIONS:
+            raise ValueError(f"attention has no branch {name!r}; {suggest(name, ATTENTIONS)}")
+    _require(len(attention) > 0, "attention", "at least one branch", attention)
+    _require(len(set(attention)) == len(attention), "attention", "free of repeats", attention)
+    if fusion not in FUSIONS:
+        raise ValueError(f"fusion has no choice {fusion!r}; {suggest(fusion, FUSIONS)}")
+    # The LayerNorm behind the sum divides a common factor out: θ₁ without θ₂ would weigh nothing.
+    _require(
+        fusion == "fixed" or len({name in REFERENCE_VALUES for name in attention}) == 2,
+        "attention",
+        "a branch of theta_1 (self, mlka) and one of theta_2 (cross, lca) where fusion is learned",
+        attention,
+    )
+    _require(
+        isinstance(references, int) and references > 0,
+        "references",
+        "a positive integer",
+        references,
+    )
+    _require(
+        references == 1 or "lca" in attention,
+        "references",
+        f"1 without the branch lca, which alone sees more (attention={attention!r})",
+        references,
+    )
 
 
 def _level_values(argument: str, value: Any, levels: int) -> tuple[Any, ...]:
@@ -95,6 +132,15 @@ class RLRConfig:
     alpha: float = _option(
         2.0, "weight of the branches whose values come from the reference (eq. 4)"
     )
+    fusion: str = _option(
+        "fixed", "weights of the branches: fixed (1 and alpha), or learned from there (eq. 17)"
+    )
+    references: int = _option(
+        1, "learnable references a level (K of the supplement); LCA is summed over them"
+    )
+    diversity: float = _option(
+        0.0, "weight in the loss of the mean cosine between the references' tokens; 0 is off"
+    )
     perturbation: float = _option(
         4.0, "s of the training noise: randn * norm(token) / channels * s (eq. 3); 0 is off"
     )
@@ -135,16 +181,7 @@ class RLRConfig:
             )
             _require(hidden % 4 == 0, "hidden", "a multiple of 4 (sine, cosine x 2 axes)", hidden)
         put("attention", tuple(self.attention))
-        for name in self.attention:
-            if name not in ATTENTIONS:
-                raise ValueError(f"attention has no branch {name!r}; {suggest(name, ATTENTIONS)}")
-        _require(len(self.attention) > 0, "attention", "at least one branch", self.attention)
-        _require(
-            len(set(self.attention)) == len(self.attention),
-            "attention",
-            "free of repeats",
-            self.attention,
-        )
+        check_branches(self.attention, self.fusion, self.references)
         _require(
             self.neighborhood > 0 and self.neighborhood % 2 == 1,
             "neighborhood",
@@ -154,6 +191,13 @@ class RLRConfig:
         _require(self.blocks > 0, "blocks", "positive", self.blocks)
         _require(self.ffn_ratio > 0, "ffn_ratio", "positive", self.ffn_ratio)
         _require_number("alpha", self.alpha)
+        _require_number("diversity", self.diversity, 0)
+        _require(
+            self.diversity == 0 or self.references > 1,
+            "diversity",
+            "0 with a single reference, which has no other to differ from",
+            self.diversity,
+        )
         _require_number("perturbation", self.perturbation, 0)
         _require_number("smoothing", self.smoothing, 0)
 

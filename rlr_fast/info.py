@@ -99,6 +99,7 @@ def _text(values: dict[str, Any]) -> str:
         )
     lines.append(
         f"{config['blocks']} blocks a level, attention {' + '.join(config['attention'])}, "
-        f"alpha {config['alpha']}: {model['trained_parameters']:,} trained parameters"
+        f"alpha {config['alpha']}, fusion {config['fusion']}, references {config['references']}: "
+        f"{model['trained_parameters']:,} trained parameters"
     )
     return "\n".join(lines)

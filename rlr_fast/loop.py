@@ -94,6 +94,9 @@ class Loop:
         self.steps = len(self.shares)
         self.noise = torch.Generator(self.device)
         self.pending: list[tuple[Tensor, Tensor]] = []
+        self.terms = [f"level_{j}" for j in range(len(self.level_parameters))]
+        if self.model.config.diversity > 0:
+            self.terms.append("diversity")
         self.since = (0, 0.0)  # images seen and time of the last look at the loss
         self.distances: Callable[..., list[Tensor]] = self.model.distances
         if self.compiled:
@@ -168,7 +171,7 @@ class Loop:
         self.pending.append((losses, norms))
 
     def _gradients(self, step: int, tokens: list[Tensor]) -> Tensor:
-        """Leave this process's part of the gradients; return its part of each level's loss.
+        """Leave this process's part of the gradients; return its part of each term of the loss.
 
         The processes' parts, and those of the pieces of a share, add up to the whole.
         """
@@ -176,7 +179,7 @@ class Loop:
         while True:
             self.optimizer.zero_grad(set_to_none=True)
             try:
-                losses = torch.zeros(len(tokens), device=self.device)
+                losses = torch.zeros(len(self.terms), device=self.device)
                 for some, its_noise in self._pieces(tokens, noise):
                     part = self._losses(step, some, its_noise)
                     self.scaler.scale(part.sum()).backward()
@@ -219,7 +222,10 @@ class Loop:
             enabled=precision != "fp32",
         ):
             distances = self.distances(tokens, noise)
-        return torch.stack([d.mean(1).sum() / self._count(step) for d in distances])
+        losses = [d.mean(1).sum() / self._count(step) for d in distances]
+        if self.model.config.diversity > 0:  # by the images: the parts of a step add up to one
+            losses.append(self.model.diversity_loss() * (len(tokens[0]) / self._count(step)))
+        return torch.stack(losses)
 
     def _count(self, step: int) -> int:
         """Return the images of a step over all processes."""
@@ -256,12 +262,15 @@ class Loop:
         first = step + 1 - len(self.pending)
         self.pending.clear()
         skipped = self.scaler.is_enabled()  # fp16 skips steps whose gradients overflow
-        bad = ~losses.isfinite() if skipped else ~(losses.isfinite() & norms.isfinite())
+        bad = ~losses.isfinite()
+        if not skipped:
+            bad[:, : norms.shape[1]] |= ~norms.isfinite()
         if bad.any():
-            row, level = (int(i) for i in bad.nonzero()[0])
-            what = "loss" if not losses[row, level].isfinite() else "gradient"
+            row, term = (int(i) for i in bad.nonzero()[0])
+            what = "loss" if not losses[row, term].isfinite() else "gradient"
+            name = self.terms[term].replace("_", " ")
             message = (
-                f"the {what} of level {level} is not finite at step {first + row} "
+                f"the {what} of {name} is not finite at step {first + row} "
                 f"(epoch {self.epoch + 1}); {checkpoints.kept()}. In another --out, a smaller "
                 "--lr, --clip-grad 1 or --precision fp32 may help"
             )
@@ -272,7 +281,7 @@ class Loop:
             "step": step + 1,
             "epoch": (step + 1) / self.steps,
             "loss": float(losses.sum(1).mean()),
-            **{f"level_{j}": float(v) for j, v in enumerate(losses.mean(0))},
+            **{name: float(v) for name, v in zip(self.terms, losses.mean(0), strict=True)},
             "grad_norm": float(norms.square().sum(1).sqrt().mean()),
             "lr": self.recipe.lr * self._schedule(step),
             "images_per_s": speed,

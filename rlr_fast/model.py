@@ -110,6 +110,8 @@ class RLRModel(
                 blocks=config.blocks,
                 attention=config.attention,
                 alpha=config.alpha,
+                fusion=config.fusion,
+                references=config.references,
                 ffn_ratio=config.ffn_ratio,
                 residual=config.residual,
                 backend=backend,
@@ -216,10 +218,29 @@ class RLRModel(
         return self.predict_tokens(self.tokens(images))
 
     def loss(self, images: Tensor) -> Tensor:
-        """Return the training loss (eq. 13-14), a scalar; perturbed (eq. 3) in training mode."""
+        """Return the training loss (eq. 13-14), a scalar; perturbed (eq. 3) in training mode.
+
+        With ``diversity`` it has `diversity_loss` added, whatever the mode.
+        """
         tokens = self.tokens(images)
         noise = [torch.randn_like(t) for t in tokens] if self.training else None
-        return torch.stack([d.mean() for d in self.distances(tokens, noise)]).sum()
+        losses = [d.mean() for d in self.distances(tokens, noise)]
+        if self.config.diversity > 0:
+            losses.append(self.diversity_loss())
+        return torch.stack(losses).sum()
+
+    def diversity_loss(self) -> Tensor:
+        """Return ``diversity`` times the similarity of the references, summed over the levels.
+
+        The supplement says that the loss constrains the references' diversity, and not how; this
+        is the simplest term that does, see `Reconstructor.reference_similarity`.
+
+        Raises:
+            ValueError: There is a single reference.
+        """
+        levels = cast("list[Reconstructor]", list(self.levels))
+        similarity = torch.stack([level.reference_similarity() for level in levels]).sum()
+        return self.config.diversity * similarity
 
     # Checkpoint folder: config.json and model.safetensors (all but the frozen backbone).
 
@@ -342,7 +363,8 @@ class RLRModel(
         Args:
             path: The checkpoint, see `rlr_fast.authors.load_reconstructors`.
             config: Backbone, levels and image size; hidden widths, heads, windows and number of
-                blocks are taken from the checkpoint. Default: the ``authors`` preset.
+                blocks are taken from the checkpoint, and the block is the paper's. Default: the
+                ``authors`` preset.
             backend: See the class.
 
         Raises:
@@ -364,7 +386,12 @@ class RLRModel(
             heads=tuple(level.heads for level in levels),
             windows=tuple(level.window for level in levels),
             blocks=len(levels[0].blocks),
+            attention=("mlka", "lca"),
+            residual=False,
             alpha=2.0,
+            fusion="fixed",
+            references=1,
+            diversity=0.0,
         )
         return model.eval()
 

@@ -43,7 +43,8 @@ class TrainResult:
 
     Attributes:
         out: The run's folder, a checkpoint for `RLRModel.from_pretrained`.
-        history: Rows of the log: step, epoch, loss, level_0 …, grad_norm, lr, images_per_s.
+        history: Rows of the log: step, epoch, loss, level_0 …, grad_norm, lr, images_per_s; and
+            diversity, that term of the loss, where it has one.
         failures: Training images that could not be read and were left out.
         images_per_s: Median over the run; NaN where the history is lost.
     """

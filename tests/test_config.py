@@ -18,6 +18,7 @@ def test_defaults_are_the_papers_recipe():
     assert config.windows == (5, 7, 11)
     assert (config.alpha, config.blocks, config.neighborhood) == (2.0, 4, 3)
     assert config.attention == ("mlka", "lca") and not config.residual
+    assert (config.fusion, config.references, config.diversity) == ("fixed", 1, 0.0)
     assert (recipe.lr, recipe.epochs, recipe.schedule) == (1e-4, 200, "constant")
 
 
@@ -61,11 +62,31 @@ def test_single_values_are_repeated_for_every_level():
         ("perturbation", -1.0),
         ("alpha", float("nan")),
         ("smoothing", float("inf")),
+        ("fusion", "learnt"),
+        ("references", 0),
+        ("references", 1.5),
+        ("diversity", -0.1),
+        ("diversity", float("nan")),
     ],
 )
 def test_broken_rule_names_the_field_and_the_value(field, value):
     with pytest.raises(ValueError, match=field.rstrip("s")):
         RLRConfig(**{field: value})
+
+
+@pytest.mark.parametrize("attention", [("mlka",), ("lca",), ("self", "mlka"), ("cross", "lca")])
+def test_learned_fusion_needs_a_branch_for_each_theta(attention):
+    RLRConfig(attention=attention)
+    with pytest.raises(ValueError, match=r"where fusion is learned, got attention=\("):
+        RLRConfig(attention=attention, fusion="learned")
+
+
+def test_several_references_need_lca_and_diversity_needs_several():
+    RLRConfig(attention=("cross", "lca"), references=2, diversity=0.1)
+    with pytest.raises(ValueError, match=r"1 without the branch lca.*got references=2"):
+        RLRConfig(attention=("cross", "mlka"), references=2)
+    with pytest.raises(ValueError, match=r"0 with a single reference.*got diversity=0.1"):
+        RLRConfig(diversity=0.1)
 
 
 @pytest.mark.parametrize("value", ["slow", "constnat"])

@@ -57,6 +57,16 @@ def test_training_loss_reconstructs_the_clean_features_from_perturbed_ones(model
     assert not torch.equal(loss, model.eval().loss(images))
 
 
+@pytest.mark.parametrize("mode", [False, True], ids=["eval", "train"])
+def test_diversity_is_added_to_the_loss_once_a_level(small, images, mode):
+    config = dataclasses.replace(small, references=2, perturbation=0.0)
+    plain = RLRModel(config).train(mode)
+    diverse = RLRModel(dataclasses.replace(config, diversity=0.5)).train(mode)
+    diverse.load_checkpoint_state(plain.checkpoint_state())
+    alike = sum(torch.cosine_similarity(*lv.reference, dim=-1).mean() for lv in plain.levels)
+    torch.testing.assert_close(diverse.loss(images) - plain.loss(images), 0.5 * alike)
+
+
 def test_a_sample_does_not_depend_on_the_rest_of_its_batch(model, images):
     torch.testing.assert_close(model(images).score_map[:1], model(images[:1]).score_map)
 
@@ -74,6 +84,20 @@ def test_save_and_load_gives_the_same_output(model, images, tmp_path):
     again = RLRModel.from_pretrained(tmp_path / "run")
     assert again.config == model.config and not again.training
     assert torch.equal(model(images).score, again(images).score)
+
+
+def test_variants_are_kept_in_the_checkpoint(small, images, tmp_path):
+    config = dataclasses.replace(small, fusion="learned", references=3, diversity=0.1)
+    model = RLRModel(config).eval()
+    with torch.no_grad():
+        model.levels[0].blocks[0].theta.copy_(torch.tensor([0.5, -1.5]))
+    model.save_pretrained(tmp_path / "run")
+    again = RLRModel.from_pretrained(tmp_path / "run")
+    assert again.config == config
+    assert torch.equal(model(images).score_map, again(images).score_map)
+    (tmp_path / "run/config.json").write_text(dataclasses.replace(config, references=2).to_json())
+    with pytest.raises(CheckpointError, match="do not fit the configuration"):
+        RLRModel.from_pretrained(tmp_path / "run")
 
 
 def test_standardisation_is_kept_in_the_checkpoint(small, images, tmp_path):
@@ -186,12 +210,16 @@ def test_both_paths_give_the_same_loss_and_gradients(small, images, backend):
             torch.testing.assert_close(p.grad, q.grad, msg=name)
 
 
-@pytest.mark.parametrize("backend", ["tiled", "triton"])
-def test_training_compiles_without_a_graph_break(small, backend, device):
+@pytest.mark.parametrize(
+    ("backend", "variant"),
+    [("tiled", {}), ("triton", {}), ("tiled", {"fusion": "learned", "references": 2})],
+    ids=["tiled", "triton", "variant"],
+)
+def test_training_compiles_without_a_graph_break(small, backend, variant, device):
     if backend == "triton":
         pytest.importorskip("triton")
     config = dataclasses.replace(
-        small, out_indices=(3,), hidden=(32,), heads=(2,), windows=(3,), standardize=True
+        small, out_indices=(3,), hidden=(32,), heads=(2,), windows=(3,), standardize=True, **variant
     )
     model = RLRModel(config, backend=backend).to(device).train()
     tokens = [

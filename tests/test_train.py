@@ -334,6 +334,46 @@ def test_pieces_add_up_to_the_step(dataset, tmp_path):
         run(dataset, tmp_path / "none", tmp_path, piece=0)
 
 
+def test_diversity_counts_once_a_step_over_pieces_and_processes(tmp_path):
+    config = dataclasses.replace(SMALL, perturbation=0.0, references=3, diversity=0.5)
+    model = RLRModel(config)
+    tokens = model.tokens(torch.rand(5, 3, *SMALL.image_size))
+    names = [name for name, _ in model.levels.named_parameters()]
+
+    class Share(Processes):
+        def exchange(self, value):
+            return [4, 1]
+
+    def gradients(rank, some, piece):
+        recipe = dataclasses.replace(BRIEF, batch_size=5)
+        loop = Loop(model, recipe, range(len(some[0])), tmp_path, Share(rank), piece=piece)
+        losses = loop._gradients(0, some)
+        return losses, {n: p.grad.clone() for n, p in model.levels.named_parameters()}
+
+    # Pieces of 3 and 1 in the one process, of 1 in the other.
+    first, grads = gradients(0, [t[:4] for t in tokens], 3)
+    second, more = gradients(1, [t[4:] for t in tokens], None)
+    levels = torch.stack([d.mean() for d in model.distances(tokens)])
+    expected = torch.cat((levels, model.diversity_loss()[None]))
+    torch.testing.assert_close(first + second, expected.detach())
+    whole = torch.autograd.grad(expected.sum(), list(model.levels.parameters()))
+    for name, grad in zip(names, whole, strict=True):
+        torch.testing.assert_close(grads[name] + more[name], grad, msg=name)
+
+
+def test_diversity_is_a_term_of_its_own_in_the_log(dataset, tmp_path):
+    config = dataclasses.replace(SMALL, fusion="learned", references=2, diversity=0.25)
+    recipe = dataclasses.replace(BRIEF, epochs=15)
+    result = run(dataset, tmp_path / "run", tmp_path, config, recipe)
+    for row in result.history:
+        terms = row["level_0"] + row["level_1"] + row["diversity"]
+        assert row["loss"] == pytest.approx(terms, rel=1e-5)
+        assert min(row["level_0"], row["level_1"]) > 0
+    assert result.history[-1]["diversity"] < result.history[0]["diversity"] - 0.01
+    start, end = RLRModel(config), RLRModel.from_pretrained(tmp_path / "run")
+    assert not torch.equal(end.levels[0].blocks[0].theta, start.levels[0].blocks[0].theta)
+
+
 def test_too_little_memory_halves_the_pieces_and_says_so(dataset, tmp_path, monkeypatch, caplog):
     whole = run(dataset, tmp_path / "whole", tmp_path)
     distances = RLRModel.distances
