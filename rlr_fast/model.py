@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rlr_fast.authors import load_reconstructors
 from rlr_fast.backbone import Backbone, neighborhood_mean
-from rlr_fast.block import Reconstructor
+from rlr_fast.block import Reconstructor, RLRBlock
 from rlr_fast.config import RLRConfig
 from rlr_fast.functional import Backend
 from rlr_fast.scoring import ScoreMap, distance, perturb
@@ -386,6 +386,7 @@ class RLRModel(
             heads=tuple(level.heads for level in levels),
             windows=tuple(level.window for level in levels),
             blocks=len(levels[0].blocks),
+            ffn_ratio=cast(RLRBlock, levels[0].blocks[0]).fc1.out_features // levels[0].hidden,
             attention=("mlka", "lca"),
             residual=False,
             alpha=2.0,
