@@ -96,7 +96,7 @@ def cases(headline: bool, large: bool) -> list[Case]:
                 # What takes a CPU minutes with its check: N×N scores of a large grid or a network.
                 if GPU or large or backend == "tiled" or not (whole or level == 0):
                     found.append(Case(part, level, batch, backend))
-    whole_batches = batches if GPU else (1, 8)
+    whole_batches = (1, 8) if large and not GPU else batches
     rivals = () if headline else (AUTHORS, SDPA)
     for part in ("training-step", "inference-from-features", "inference-from-images"):
         for batch, backend in itertools.product(whole_batches, (*backends, *rivals)):

@@ -29,7 +29,6 @@ DEVICE = bench_device()
 GRAPH_BATCHES = 16
 # A gigabyte of masks an image would be timed, not an operator.
 LARGEST_DENSE_SIDE = 128
-CPU_LONG_SIDE = 64
 
 if DEVICE.type == "cuda":
     pytestmark = pytest.mark.benchmark(timer=timing.CLOCK)
@@ -58,10 +57,10 @@ class Case:
             return self.direction != "both"
         if problem.shape.side > LARGEST_DENSE_SIDE or problem.scores > MOST_SCORES:
             return name == "triton" or (name == "tiled" and problem.scores <= 4 * MOST_SCORES)
-        if DEVICE.type == "cpu" and not large and problem.shape.side >= CPU_LONG_SIDE:
-            # N×N rivals take seconds a call: both directions apart, and one window.
-            first = problem.shape == HEADLINE[0]
-            return name not in rivals.QUADRATIC or (first and self.direction != "both")
+        if DEVICE.type == "cpu" and not large and name in rivals.QUADRATIC:
+            # N×N rivals take seconds a call: both directions apart, an image, a window a grid.
+            first = problem.shape in HEADLINE and problem.batch == 1
+            return first and self.direction != "both"
         return True
 
     def info(self) -> dict[str, object]:
