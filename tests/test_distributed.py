@@ -186,9 +186,14 @@ def found(folder):
 
 @pytest.fixture(scope="module")
 def alone(folder):
-    """A run of one process with all images in a step."""
+    """A run of one process with all images in a step, on as many threads as torchrun gives."""
     options = {"device": CPU, "quiet": True, "cache_root": folder / "cache"}
-    return train(MODEL, WHOLE, read_dataset(folder / "data"), folder / "alone", **options)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the number of threads decides how features are rounded
+    try:
+        return train(MODEL, WHOLE, read_dataset(folder / "data"), folder / "alone", **options)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
