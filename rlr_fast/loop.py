@@ -27,7 +27,6 @@ from rlr_fast.run_folder import (
     Row,
     TrainingError,
     read_checkpoint,
-    write_checkpoint,
 )
 
 _log = logging.getLogger(__name__)
@@ -115,7 +114,8 @@ class Loop:
         if self.epoch >= self.recipe.epochs:
             with self.processes.together():
                 if self.processes.leads:  # it may have been killed before its last file
-                    write_checkpoint(self.out, self._checkpoint())
+                    with CheckpointWriter(self.out, self.epoch) as checkpoints:
+                        checkpoints.write(self._checkpoint())
             return
         bar = tqdm(
             total=self.recipe.epochs * self.images,

@@ -277,6 +277,8 @@ class _Folder:
             raise TrainingError(f"{self.out} is a file; a table needs a folder")
         try:
             previous = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(previous, dict) or not previous.keys() >= record.keys():
+                raise ValueError(f"it must have {', '.join(record)}")
         except FileNotFoundError:
             self.out.mkdir(parents=True, exist_ok=True)
             write_atomically(path, json.dumps(record, indent=2))
@@ -313,6 +315,7 @@ class _Folder:
         complete = (
             isinstance(values, dict)
             and values.keys() >= {"settings", "mean", "classes", "protocol", "failures"}
+            and values["settings"].keys() >= {"model", "recipe", "data"}
             and values["classes"].keys() == self.classes
             and all(m.keys() >= HEADINGS.keys() for m in values["classes"].values())
         )

@@ -338,3 +338,12 @@ def test_time_left_is_unknown_then_measured():
     left.did("train", 10)
     assert left.left() == (50 * 1 + 100 * 2 + 2 * 20, True)
     assert left.seconds() == {"features": 30, "train": 210, "rest": 20}
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "{"])
+def test_a_damaged_record_of_the_table_is_named(text, dataset, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "settings.json").write_text(text)
+    with pytest.raises(TrainingError, match=r"settings\.json cannot be read"):
+        run(dataset, out, tmp_path)
