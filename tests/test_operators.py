@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rlr_fast import dense, tiled
+from rlr_fast import dense
 from rlr_fast.functional import (
     local_cross_attention,
     masked_learnable_key_attention,
@@ -22,6 +22,7 @@ from rlr_fast.functional import (
     unsupported_reason,
     window_pair,
 )
+from rlr_fast.tiled import local, masked, pieces
 
 Operator = Callable[..., Tensor]
 OPERATORS = [
@@ -160,12 +161,12 @@ def small_tiles(monkeypatch):
     """Make LCA choose its tiles from the sides given, and small."""
 
     def choose(*sides: int) -> None:
-        monkeypatch.setattr(tiled, "TILE_SIDES", sides)
-        monkeypatch.setattr(tiled, "KEY_COST", 0)
-        tiled._remembered_tiling.cache_clear()
+        monkeypatch.setattr(local, "TILE_SIDES", sides)
+        monkeypatch.setattr(local, "KEY_COST", 0)
+        local._remembered_tiling.cache_clear()
 
     yield choose
-    tiled._remembered_tiling.cache_clear()
+    local._remembered_tiling.cache_clear()
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -222,35 +223,55 @@ def test_tiled_reads_strided_inputs(operator, per_image):
 @pytest.mark.parametrize("per_image", KEY_FORMS)
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_tiled_in_many_calls_equals_dense(operator, per_image, grid, monkeypatch, small_tiles):
-    monkeypatch.setattr(tiled, "QUERIES_PER_CALL", 7)
-    monkeypatch.setattr(tiled, "MASK_ENTRIES", 1)
+    monkeypatch.setattr(masked, "QUERIES_PER_CALL", 7)
+    monkeypatch.setattr(pieces, "MASK_ENTRIES", 1)
     small_tiles(2)
     calls = []
-    forgotten = tiled._forgotten
+    forgotten = pieces._forgotten
 
     def counted(*arguments):
         calls.append(arguments)
         return forgotten(*arguments)
 
-    monkeypatch.setattr(tiled, "_forgotten", counted)
+    monkeypatch.setattr(pieces, "_forgotten", counted)
     check_tiled(operator, make_inputs(grid, batch=3, per_image=per_image), grid, 5)
     assert len(calls) > 1
 
 
-@pytest.mark.parametrize("window", [3, (5, 1), 31], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("window", [3, (5, 1), (1, 31), (3, 31), (11, 3)], ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 4])
 @pytest.mark.parametrize("per_image", KEY_FORMS)
-def test_chunks_that_share_a_mask_equal_dense(per_image, window, monkeypatch):
-    monkeypatch.setattr(tiled, "QUERIES_PER_CALL", 10)  # two rows; the last chunk has one
-    monkeypatch.setattr(tiled, "_forgotten", None)
-    inputs = make_inputs((7, 5), batch=3, per_image=per_image)
-    check_tiled(masked_learnable_key_attention, inputs, (7, 5), window)
+def test_bands_of_rows_equal_dense(per_image, rows, window, dtype, monkeypatch):
+    monkeypatch.setattr(masked, "QUERIES_PER_BAND", 5 * rows + 1)
+    monkeypatch.setattr(masked, "_chunked", None)
+    inputs = make_inputs((21, 5), batch=3, per_image=per_image, dtype=dtype)
+    check_tiled(masked_learnable_key_attention, inputs, (21, 5), window)
+
+
+def test_bands_take_any_gradient_and_refuse_its_derivative(monkeypatch):
+    monkeypatch.setattr(masked, "QUERIES_PER_BAND", 1)
+    inputs = make_inputs((6, 5))
+    query, key, value = (x.requires_grad_() for x in inputs[:3])
+    found, expected = (
+        torch.autograd.grad(
+            masked_learnable_key_attention(query, key, value, (6, 5), 3, backend=backend).sum(),
+            (query, value),
+            create_graph=True,
+        )
+        for backend in ("tiled", "dense")
+    )
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y)
+    with pytest.raises(RuntimeError, match="flash_attention_for_cpu_backward is not implemented"):
+        found[0].sum().backward()
 
 
 @pytest.mark.parametrize("sides", [(1,), (2,), (4,), (8,), (3, 16)], ids=str)
 def test_local_tiles_of_every_size_equal_dense(sides, small_tiles):
     small_tiles(*sides)
     check_tiled(local_cross_attention, make_inputs((18, 11)), (18, 11), (3, 5))
-    tile_y, tile_x = (axis[1] for axis in tiled._remembered_tiling((18, 11), (3, 5), 2))
+    tile_y, tile_x = (axis[1] for axis in local._remembered_tiling((18, 11), (3, 5), 2))
     assert tile_y in sides
     assert tile_x in (*sides, 11)
 
@@ -260,7 +281,7 @@ def test_local_tiles_of_every_size_equal_dense(sides, small_tiles):
     [("dense", 1024), ("tiled", 1024), pytest.param("tiled", 4, id="tiled-in-many-calls")],
 )
 def test_row_without_keys_is_zero_and_gives_no_gradient(backend, queries, monkeypatch):
-    monkeypatch.setattr(tiled, "QUERIES_PER_CALL", queries)
+    monkeypatch.setattr(masked, "QUERIES_PER_CALL", queries)
     inputs = make_inputs((3, 5), dtype=torch.float32)
     found = results(masked_learnable_key_attention, inputs, (3, 5), (3, 5), backend=backend)
     empty = [7]  # the centre is the one token whose window holds all of 3x5
@@ -297,8 +318,7 @@ def test_empty_batch(operator):
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_mask_first_made_in_inference_mode_serves_training(operator):
-    tiled._remembered_mask.cache_clear()
-    tiled._shared_mask.cache_clear()
+    pieces._kept_mask.cache_clear()
     inputs = make_inputs((6, 5))
     with torch.inference_mode():
         operator(*inputs[:3], (6, 5), 3, backend="tiled")
@@ -309,8 +329,8 @@ def test_mask_first_made_in_inference_mode_serves_training(operator):
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_autocast_lowers_once_and_keeps_the_gradients_dtype(operator, many_calls, monkeypatch):
     if many_calls:
-        monkeypatch.setattr(tiled, "QUERIES_PER_CALL", 9)
-        monkeypatch.setattr(tiled, "MASK_ENTRIES", 500)
+        monkeypatch.setattr(masked, "QUERIES_PER_CALL", 9)
+        monkeypatch.setattr(pieces, "MASK_ENTRIES", 500)
     inputs = make_inputs((6, 6), dtype=torch.float32)
     query, key, value = (x.requires_grad_() for x in inputs[:3])
     with torch.autocast("cpu", torch.bfloat16):
@@ -335,7 +355,8 @@ def test_autocast_lowers_once_and_keeps_the_gradients_dtype(operator, many_calls
     ],
 )
 def test_compiles_without_a_graph_break(operator, queries, monkeypatch):
-    monkeypatch.setattr(tiled, "QUERIES_PER_CALL", queries)
+    monkeypatch.setattr(masked, "QUERIES_PER_CALL", queries)
+    monkeypatch.setattr(masked, "QUERIES_PER_BAND", 6)  # of the calls that are not traced
     torch.compiler.reset()
     compiled = torch.compile(
         lambda *args, **options: operator(*args, **options),
@@ -374,16 +395,14 @@ def memory(operator: Operator, side: int, backend: str) -> tuple[int, int]:
     grid = (side, side)
     inputs = make_inputs(grid, batch=1, heads=1, dtype=torch.float32)
     query, key, value = (x.requires_grad_() for x in inputs[:3])
-    for kept in (tiled._remembered_mask, tiled._shared_mask):
-        kept.cache_clear()
+    pieces._kept_mask.cache_clear()
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
         output = operator(query, key, value, grid, 5, backend=backend)
     held = sum(event.self_cpu_memory_usage for event in profile.key_averages())
     torch.autograd.grad(output, (query, key, value), inputs.grad_output)
-    for kept in (tiled._remembered_mask, tiled._shared_mask):
-        kept.cache_clear()
+    pieces._kept_mask.cache_clear()
     with _LargestTensor() as mode:
         output = operator(query, key, value, grid, 5, backend=backend)
         torch.autograd.grad(output, (query, key, value), inputs.grad_output)
@@ -393,10 +412,10 @@ def memory(operator: Operator, side: int, backend: str) -> tuple[int, int]:
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_memory_grows_linearly_with_tokens(operator, monkeypatch):
     # Small pieces, so that both sizes take many calls and no fixed cost hides the growth.
-    monkeypatch.setattr(tiled, "QUERIES_PER_CALL", 128)
-    monkeypatch.setattr(tiled, "MASK_ENTRIES", 1 << 14)
-    monkeypatch.setattr(tiled, "SHARED_ENTRIES", 1)
-    small, large = (memory(operator, side, "tiled") for side in (32, 64))
+    monkeypatch.setattr(masked, "QUERIES_PER_CALL", 128)
+    monkeypatch.setattr(masked, "QUERIES_PER_BAND", 128)
+    monkeypatch.setattr(pieces, "MASK_ENTRIES", 1 << 14)
+    small, large = (memory(operator, side, "tiled") for side in (64, 128))
     assert large[0] < 1.3 * 4 * small[0]
     assert 0 < large[1] < 1.3 * 4 * small[1]
 
