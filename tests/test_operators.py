@@ -245,8 +245,8 @@ def test_tiled_in_many_calls_equals_dense(operator, per_image, grid, monkeypatch
 def test_bands_of_rows_equal_dense(per_image, rows, window, dtype, monkeypatch):
     monkeypatch.setattr(masked, "QUERIES_PER_BAND", 5 * rows + 1)
     monkeypatch.setattr(masked, "_chunked", None)
-    inputs = make_inputs((21, 5), batch=3, per_image=per_image, dtype=dtype)
-    check_tiled(masked_learnable_key_attention, inputs, (21, 5), window)
+    inputs = make_inputs((29, 5), batch=3, per_image=per_image, dtype=dtype)
+    check_tiled(masked_learnable_key_attention, inputs, (29, 5), window)
 
 
 def test_bands_take_any_gradient_and_refuse_its_derivative(monkeypatch):
@@ -265,6 +265,20 @@ def test_bands_take_any_gradient_and_refuse_its_derivative(monkeypatch):
         torch.testing.assert_close(x, y)
     with pytest.raises(RuntimeError, match="flash_attention_for_cpu_backward is not implemented"):
         found[0].sum().backward()
+
+
+@pytest.mark.parametrize("halos", [1, 1 << 12], ids=["a-row", "some-rows"])
+@pytest.mark.parametrize("entries", [4000, 1], ids=["kept-masks", "many-calls"])
+@pytest.mark.parametrize("per_image", KEY_FORMS)
+def test_rows_of_tiles_that_share_a_mask_equal_dense(
+    per_image, entries, halos, monkeypatch, small_tiles
+):
+    monkeypatch.setattr(pieces, "MASK_ENTRIES", entries)
+    monkeypatch.setattr(local, "HALO_ENTRIES", halos)
+    small_tiles(2)
+    check_tiled(
+        local_cross_attention, make_inputs((17, 7), batch=3, per_image=per_image), (17, 7), 5
+    )
 
 
 @pytest.mark.parametrize("sides", [(1,), (2,), (4,), (8,), (3, 16)], ids=str)

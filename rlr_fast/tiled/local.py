@@ -15,6 +15,9 @@ from rlr_fast.tiled.pieces import Axis, InsideWindow, attend, computed
 # What gathering one key of a halo costs, in scores: decides how small a tile pays.
 KEY_COST = 96
 TILE_SIDES = (1, 2, 4, 8, 16, 32)
+# Keys that are gathered for a call, times their width (16 MiB in float32): larger tensors than the
+# caches hold, and than the allocator keeps, cost more than they save calls.
+HALO_ENTRIES = 1 << 22
 
 
 def local_cross_attention(
@@ -82,10 +85,12 @@ def _tiled_local(
     queries = queries.unflatten(3, (tiles_x, tile_x)).unflatten(2, (tiles_y, tile_y))
     keys, values = padded(key), padded(value)
     scores = batch * tile_y * tile_x * halo_y * halo_x  # of a tile
-    groups = _groups(tiling, tiles_y * tiles_x * scores if known else 0)
-    cut = queries.split([rows.stop - rows.start for rows, _ in groups], dim=2)
+    groups = [(slice(0, tiles_y), 0, False)]
+    if known and tiles_y * tiles_x * scores > pieces.MASK_ENTRIES:
+        groups = _groups(tiling[0], HALO_ENTRIES // (heads * tiles_x * halo_y * halo_x * width))
+    cut = queries.split([rows.stop - rows.start for rows, _, _ in groups], dim=2)
     outputs = []
-    for (rows, alike), part in zip(groups, cut, strict=True):
+    for (rows, like, alike), part in zip(groups, cut, strict=True):
         # Rows of tiles that see the same mask become heads.
         to = "nx (ny h)" if alike else "(ny nx) h"
         q = rearrange(part, f"b h ny ty nx tx d -> {to} (b ty tx) d")
@@ -93,7 +98,7 @@ def _tiled_local(
             rearrange(halos(x, rows), f"h ny nx d ky kx -> {to} (ky kx) d") for x in (keys, values)
         )
         tiles = max(1, pieces.MASK_ENTRIES // max(1, scores)) if known else len(q)
-        first = rows.start * tiles_x
+        first = like * tiles_x
         masks = [
             InsideWindow(
                 grid, window, tiling, batch, first + start, first + min(start + tiles, len(q))
@@ -115,14 +120,23 @@ def _tiled_local(
     return output[:, :, : grid[0], : grid[1]].reshape(batch, heads, tokens, width)
 
 
-def _groups(tiling: tuple[Axis, Axis], scores: int) -> list[tuple[slice, bool]]:
-    """Cut the rows of tiles into those at the border and those inside, which see the same mask."""
-    tiles, side, pad, length = tiling[0]
+def _groups(axis: Axis, most: int) -> list[tuple[slice, int, bool]]:
+    """Cut the rows of tiles into groups: at the border, and up to ``most`` inside.
+
+    Returns:
+        The rows of each group, the row whose mask its first row has, and whether all have that one.
+    """
+    tiles, side, pad, length = axis
     top, bottom = -(-pad // side), (length - pad) // side
-    if scores <= pieces.MASK_ENTRIES or bottom - top < 2:
-        return [(slice(0, tiles), False)]
-    groups = [(slice(0, top), False), (slice(top, bottom), True), (slice(bottom, tiles), False)]
-    return [(rows, alike) for rows, alike in groups if rows.start < rows.stop]
+    if bottom - top < 2:
+        return [(slice(0, tiles), 0, False)]
+    inside = range(top, bottom, max(1, most))
+    groups = [
+        (slice(0, top), 0, False),
+        *((slice(row, min(row + inside.step, bottom)), top, True) for row in inside),
+        (slice(bottom, tiles), bottom, False),
+    ]
+    return [group for group in groups if group[0].start < group[0].stop]
 
 
 def _best_tiling(grid: tuple[int, int], window: tuple[int, int], batch: int) -> tuple[Axis, Axis]:

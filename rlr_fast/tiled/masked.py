@@ -32,7 +32,7 @@ def masked_learnable_key_attention(
     dtype = query.dtype
     query, key, value = (computed(x) for x in (query, key, value))
     rows = max(1, QUERIES_PER_BAND // grid[1])
-    banded = 4 * (rows + 2 * (window[0] // 2)) <= 3 * grid[0]  # else there is little to gain
+    banded = 2 * (rows + 2 * (window[0] // 2)) <= grid[0]  # else there is little to gain
     if banded and query.device.type == "cpu" and has_storage(query) and query.numel():
         cut = _Cut(grid, window, rows)
         output: Tensor = _Banded.apply(query, key, value, cut, scale)
