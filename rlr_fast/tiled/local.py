@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -85,20 +86,20 @@ def _tiled_local(
     queries = queries.unflatten(3, (tiles_x, tile_x)).unflatten(2, (tiles_y, tile_y))
     keys, values = padded(key), padded(value)
     scores = batch * tile_y * tile_x * halo_y * halo_x  # of a tile
-    groups = [(slice(0, tiles_y), 0, False)]
+    groups = [_Group(slice(0, tiles_y))]
     if known and tiles_y * tiles_x * scores > pieces.MASK_ENTRIES:
         groups = _groups(tiling[0], HALO_ENTRIES // (heads * tiles_x * halo_y * halo_x * width))
-    cut = queries.split([rows.stop - rows.start for rows, _, _ in groups], dim=2)
+    cut = queries.split([g.rows.stop - g.rows.start for g in groups], dim=2)
     outputs = []
-    for (rows, like, alike), part in zip(groups, cut, strict=True):
+    for (rows, like), part in zip(groups, cut, strict=True):
         # Rows of tiles that see the same mask become heads.
-        to = "nx (ny h)" if alike else "(ny nx) h"
+        to = "(ny nx) h" if like is None else "nx (ny h)"
         q = rearrange(part, f"b h ny ty nx tx d -> {to} (b ty tx) d")
         k, v = (
             rearrange(halos(x, rows), f"h ny nx d ky kx -> {to} (ky kx) d") for x in (keys, values)
         )
         tiles = max(1, pieces.MASK_ENTRIES // max(1, scores)) if known else len(q)
-        first = like * tiles_x
+        first = (rows.start if like is None else like) * tiles_x
         masks = [
             InsideWindow(
                 grid, window, tiling, batch, first + start, first + min(start + tiles, len(q))
@@ -120,23 +121,26 @@ def _tiled_local(
     return output[:, :, : grid[0], : grid[1]].reshape(batch, heads, tokens, width)
 
 
-def _groups(axis: Axis, most: int) -> list[tuple[slice, int, bool]]:
-    """Cut the rows of tiles into groups: at the border, and up to ``most`` inside.
+class _Group(NamedTuple):
+    """Rows of tiles for one call; ``like``: the row whose mask all of them have, if they do."""
 
-    Returns:
-        The rows of each group, the row whose mask its first row has, and whether all have that one.
-    """
+    rows: slice
+    like: int | None = None
+
+
+def _groups(axis: Axis, most: int) -> list[_Group]:
+    """Cut the rows of tiles: those at the border, and up to ``most`` at once inside."""
     tiles, side, pad, length = axis
     top, bottom = -(-pad // side), (length - pad) // side
     if bottom - top < 2:
-        return [(slice(0, tiles), 0, False)]
+        return [_Group(slice(0, tiles))]
     inside = range(top, bottom, max(1, most))
     groups = [
-        (slice(0, top), 0, False),
-        *((slice(row, min(row + inside.step, bottom)), top, True) for row in inside),
-        (slice(bottom, tiles), bottom, False),
+        _Group(slice(0, top)),
+        *(_Group(slice(row, min(row + inside.step, bottom)), top) for row in inside),
+        _Group(slice(bottom, tiles)),
     ]
-    return [group for group in groups if group[0].start < group[0].stop]
+    return [group for group in groups if group.rows.start < group.rows.stop]
 
 
 def _best_tiling(grid: tuple[int, int], window: tuple[int, int], batch: int) -> tuple[Axis, Axis]:
