@@ -249,6 +249,16 @@ def test_bands_of_rows_equal_dense(per_image, rows, window, dtype, monkeypatch):
     check_tiled(masked_learnable_key_attention, inputs, (29, 5), window)
 
 
+@pytest.mark.parametrize("per_image", KEY_FORMS)
+def test_bands_read_strided_inputs(per_image, monkeypatch):
+    monkeypatch.setattr(masked, "QUERIES_PER_BAND", 1)
+    inputs = make_inputs((9, 7), per_image=per_image, strided=True)
+    check_tiled(masked_learnable_key_attention, inputs, (9, 7), 3)
+    transposed = inputs._replace(query=inputs.query.mT.contiguous().mT)
+    assert transposed.query.stride(-1) != 1
+    check_tiled(masked_learnable_key_attention, transposed, (9, 7), 3)
+
+
 def test_bands_take_any_gradient_and_refuse_its_derivative(monkeypatch):
     monkeypatch.setattr(masked, "QUERIES_PER_BAND", 1)
     inputs = make_inputs((6, 5))

@@ -139,10 +139,12 @@ class _Banded(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, cut: _Cut, scale: float
     ) -> Tensor:
+        # The operators below read the last axis as contiguous, whatever its stride.
+        query = query if query.stride(-1) == 1 else query.contiguous()
         keys, values = (torch.cat((x, x), -2) for x in (key, value))
         every = (*query.shape[:2], -1, -1)
         all_keys, all_values, mask = keys.expand(every), values.expand(every), cut.mask(query)
-        output, lse = torch.empty_like(query), query.new_empty(query.shape[:-1])
+        output, lse = _heads_inside(query), query.new_empty(query.shape[:-1])
         for queries, near_keys, far_keys, hidden in cut.bands():
             q = query[:, :, queries]
             (near_output, near_lse), (far_output, far_lse) = (
@@ -162,7 +164,7 @@ class _Banded(torch.autograd.Function):
         grad_output = grad_output.contiguous()
         every = (*query.shape[:2], -1, -1)
         all_keys, all_values, mask = keys.expand(every), values.expand(every), ctx.cut.mask(query)
-        grad_query = torch.zeros_like(query)
+        grad_query = _heads_inside(query).zero_()
         grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
         for queries, near_keys, far_keys, hidden in ctx.cut.bands():
             g, q, o, s = (x[:, :, queries] for x in (grad_output, query, output, lse))
@@ -179,3 +181,10 @@ class _Banded(torch.autograd.Function):
             x[..., :tokens, :] + x[..., tokens:, :] for x in (grad_keys, grad_values)
         )
         return grad_query, grad_key, grad_value, None, None
+
+
+def _heads_inside(like: Tensor) -> Tensor:
+    """Return an empty tensor (B, h, N, d) that lies as (B, N, h, d), as an output map reads it."""
+    return torch.empty_like(like.transpose(1, 2), memory_format=torch.contiguous_format).transpose(
+        1, 2
+    )
