@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -80,12 +81,15 @@ def color_scale(checkpoint: Path) -> tuple[float, float]:
     path = checkpoint / CALIBRATION_FILE
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        low, high = values["pixel"]["0.5"], values["pixel"]["0.999"]
+        low, high = (float(values["pixel"][str(q)]) for q in (_QUANTILES[0], _QUANTILES[-1]))
+        if not -math.inf < low < high < math.inf:
+            raise ValueError(f"its quantiles must rise, got {low} and {high}")
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{checkpoint} has no {CALIBRATION_FILE} (written when training ends), so heat maps "
             "have no colour scale"
         ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+        reason = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise CheckpointError(f"{path} cannot be read: {reason}") from error
     return low, low + 3 * (high - low)

@@ -46,6 +46,15 @@ def _require(ok: bool, argument: str, rule: str, value: object) -> None:
         raise ValueError(f"{argument} must be {rule}, got {argument}={value!r}")
 
 
+def check_seed(seed: int) -> None:
+    """Check that a seed is one that every generator tells from all others.
+
+    Raises:
+        ValueError: It is out of the range.
+    """
+    _require(0 <= seed < 2**29, "seed", "from 0 to 2**29 - 1", seed)
+
+
 def check_branches(attention: typing.Sequence[str], fusion: str, references: int = 1) -> None:
     """Check that a block can be made of these branches, this fusion and so many references.
 
@@ -244,7 +253,7 @@ class TrainConfig:
         _require(self.lr > 0, "lr", "positive", self.lr)
         _require_number("lr", self.lr)
         _require_number("clip_grad", self.clip_grad, 0)
-        _require(0 <= self.seed < 2**29, "seed", "from 0 to 2**29 - 1", self.seed)
+        check_seed(self.seed)
         for argument, known in (("schedule", SCHEDULES), ("precision", PRECISIONS)):
             value = getattr(self, argument)
             if value not in known:

@@ -7,24 +7,33 @@ that what it paints of a reconstruction is what the features say. No score depen
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rlr_fast.data import DataSet, ImageFailure, iterate_images
-from rlr_fast.files import write_tensors
+from rlr_fast.config import check_seed
+from rlr_fast.data import DataSet, ImageFailure, Sample, iterate_images
+from rlr_fast.files import check_writable, write_atomically, write_tensors
 from rlr_fast.model import CheckpointError, RLRModel, read_weights
 from rlr_fast.run_folder import TrainingError
+from rlr_fast.train import describe_images
 
 _KIND = "rlr_fast decoder"
 _META = "decoder"  # one entry: safetensors writes several in no fixed order
 _WIDTH = 96  # channels on the finest feature grid; halved with every doubling of the picture
 _LEAST = 16
+
+HISTORY_SUFFIX = ".jsonl"
+
+_log = logging.getLogger(__name__)
 
 
 class Decoder(nn.Module):
@@ -118,11 +127,13 @@ class DecoderResult:
         decoder: In eval mode.
         history: A row an epoch, ``{"epoch": …, "loss": …}``.
         failures: Training images that could not be read and were left out.
+        training: How it was made: arguments, data.
     """
 
     decoder: Decoder
     history: list[dict[str, float]]
     failures: list[ImageFailure]
+    training: dict[str, Any]
 
 
 def train_decoder(
@@ -148,39 +159,43 @@ def train_decoder(
         epochs: Passes over them, positive.
         batch_size: Images a step, positive.
         lr: Adam's learning rate at the start, positive.
-        seed: Of weights and order of images.
+        seed: Of weights and order of images, from 0 to 2**29 - 1.
         workers: Threads that decode images.
         progress: Called after each step with its images and loss.
 
     Raises:
-        ValueError: A class has no training images, or an argument is not positive.
-        TrainingError: No image can be read, or the loss is not finite.
+        ValueError: A class has no training images, or an argument is out of its range.
+        TrainingError: No image of a class can be read, or the loss is not finite.
     """
     for name, value in (("epochs", epochs), ("batch_size", batch_size), ("lr", lr)):
-        if not value > 0:
-            raise ValueError(f"{name} must be positive, got {name}={value}")
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {name}={value}")
+    check_seed(seed)
     data.require_train()
     samples = [sample for group in data.train.values() for sample in group]
     device = next(model.levels.parameters()).device
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         decoder = _decoder_for(model).to(device)
+    failures: dict[int, ImageFailure] = {}
     for batch in iterate_images(samples, model.config.image_size, batch_size, workers):
+        failures |= {failure.index: failure for failure in batch.failures}
         if batch.indices:
             with torch.no_grad():
                 decoder.fit_normalization(model.tokens(batch.images.to(device)))
     decoder.normalize.eval()
+    readable = _readable(samples, failures)
     order = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(decoder.parameters(), lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     history: list[dict[str, float]] = []
-    failures: list[ImageFailure] = []
     for epoch in range(1, epochs + 1):
-        rows = torch.randperm(len(samples), generator=order).tolist()
+        rows = [readable[i] for i in torch.randperm(len(readable), generator=order).tolist()]
         shuffled = [samples[i] for i in rows]
-        total, seen, failed = 0.0, 0, []
+        total, seen = 0.0, 0
         for batch in iterate_images(shuffled, model.config.image_size, batch_size, workers):
-            failed += [ImageFailure(rows[f.index], f.error) for f in batch.failures]
+            for failure in batch.failures:
+                failures[rows[failure.index]] = ImageFailure(rows[failure.index], failure.error)
             if not batch.indices:
                 continue
             images = batch.images.to(device)
@@ -196,26 +211,68 @@ def train_decoder(
             seen += len(images)
             progress(len(images) + len(batch.failures), loss.item())
         if seen == 0:
-            raise TrainingError(f"no training image can be read: {failed[0].error}")
+            raise TrainingError(f"no training image can be read: {failures[rows[0]].error}")
         schedule.step()
-        failures = sorted(failed, key=lambda failure: failure.index)
         history.append({"epoch": epoch, "loss": total / seen})
-    return DecoderResult(decoder.eval(), history, failures)
+    found = sorted(failures.values(), key=lambda failure: failure.index)
+    about = {
+        **{"epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed},
+        **{"data": describe_images(data, data.train), "left_out": len(found)},
+    }
+    return DecoderResult(decoder.eval(), history, found, about)
 
 
-def save_decoder(decoder: Decoder, model: RLRModel, path: Path) -> None:
-    """Write a decoder as a safetensors file that says which features it is for.
+def _readable(samples: Sequence[Sample], failures: Mapping[int, ImageFailure]) -> list[int]:
+    """Return the places of the samples to learn from; tell of the others before the long work."""
+    readable = [i for i in range(len(samples)) if i not in failures]
+    known = {samples[i].category for i in readable}
+    for index, failure in failures.items():
+        name = samples[index].category
+        if name not in known:
+            raise TrainingError(f"no training image of {name} can be read: {failure.error}")
+        _log.warning("left out: %s", failure.error)
+    return readable
+
+
+def check_decoder_file(path: Path) -> None:
+    """Refuse a place where a decoder and its history cannot or should not be written.
+
+    Raises:
+        ValueError: Another suffix, or the place is taken by anything but an earlier decoder.
+        OSError: The folder cannot be written.
+    """
+    if path.suffix != ".safetensors" or path.is_dir():
+        raise ValueError(f"a decoder is a file named *.safetensors, got {str(path)!r}")
+    history = path.with_suffix(HISTORY_SUFFIX)
+    if path.exists():
+        if _META not in read_weights(path)[1]:
+            raise ValueError(f"{str(path)!r} holds something else than a decoder; choose another")
+    elif history.exists() or history.is_dir():
+        raise ValueError(
+            f"the loss would be written over {str(history)!r}, which belongs to no decoder; choose "
+            f"another name than {path.name!r}"
+        )
+    check_writable(path.parent)
+
+
+def save_decoder(result: DecoderResult, model: RLRModel, path: Path) -> None:
+    """Write a decoder as a safetensors file that says how it was made and for which features.
+
+    The losses are written beside it, a line an epoch.
 
     Args:
-        decoder: The decoder.
+        result: What `train_decoder` gave.
         model: The model that it was trained with.
-        path: File to write; its folder must exist.
+        path: File to write, see `check_decoder_file`; its folder is made.
 
     Raises:
         OSError: It cannot be written.
     """
-    about = {"kind": _KIND, "features": model.feature_identity()}
-    write_tensors(path, decoder.state_dict(), {_META: json.dumps(about)})
+    about = {"kind": _KIND, "features": model.feature_identity(), "training": result.training}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_tensors(path, result.decoder.state_dict(), {_META: json.dumps(about)})
+    history = "".join(json.dumps(row) + "\n" for row in result.history)
+    write_atomically(path.with_suffix(HISTORY_SUFFIX), history)
 
 
 def load_decoder(path: Path, model: RLRModel) -> Decoder:
@@ -229,7 +286,11 @@ def load_decoder(path: Path, model: RLRModel) -> Decoder:
     state, metadata = read_weights(path)
     if _META not in metadata:
         raise CheckpointError(f"{path} is no decoder of `rlr-fast decoder train`")
-    trained_on, here = json.loads(metadata[_META])["features"], model.feature_identity()
+    try:
+        trained_on = dict(json.loads(metadata[_META])["features"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} does not say which features it is for") from error
+    here = model.feature_identity()
     wrong = [
         f"{name} {trained_on.get(name)}, here {value}"
         for name, value in here.items()

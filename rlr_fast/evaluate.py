@@ -169,14 +169,15 @@ def evaluate(
 def protocol(model: RLRModel, data: DataSet) -> dict[str, Any]:
     """Return how the metrics are measured: what must stand beside the numbers."""
     size, smoothing = model.config.image_size, model.config.smoothing
-    sigma = [round(smoothing * s / 256, 3) for s in size]
+    sigma = dict.fromkeys(f"{smoothing * s / 256:.3g}" for s in size)
+    smoothed = f" after a Gaussian, sigma {' x '.join(sigma)} px" if smoothing else ""
     return {
         "setting": "one model for all classes",
         "data": {"root": str(data.root), "layout": data.layout, "classes": list(data.classes)},
         "image_size": list(size),
         "mask": "non-zero in the file, nearest-neighbour resize",
         "pixel_score": "score map, not smoothed",
-        "image_score": f"maximum of the score map after a Gaussian, sigma {sigma} px",
+        "image_score": f"maximum of the score map{smoothed}",
         "f1max": "every distinct score as threshold",
         "aupro": "8-connected regions, FPR up to 0.3",
         "checkpoint": "last epoch",
@@ -251,7 +252,10 @@ def check_masks(data: DataSet) -> None:
                     )
     if wrong:
         shown = "\n  ".join(wrong[:10])
-        raise ValueError(f"{len(wrong)} masks are missing or of another size:\n  {shown}")
+        more = f"\n  and {len(wrong) - 10} more" if len(wrong) > 10 else ""
+        raise ValueError(
+            f"masks that are missing or of another size: {len(wrong)}\n  {shown}{more}"
+        )
 
 
 def _deal(images: int, batch: int, dealt: int, processes: Processes) -> list[int]:

@@ -1,14 +1,26 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and folders in which one process works at a time."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
-from collections.abc import Mapping
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import safetensors.torch
 from torch import Tensor
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
+
+LOCK_FILE = ".lock"
+
+_log = logging.getLogger(__name__)
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
@@ -25,10 +37,29 @@ def write_atomically(path: Path, content: bytes | str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except OSError:
+    except OSError as error:
+        if error.filename is None:  # a full disk names no file
+            error.filename = str(path)
         with contextlib.suppress(OSError):
             partial.unlink()
         raise
+
+
+def check_writable(folder: Path) -> None:
+    """Make the folder and a file in it, and leave nothing.
+
+    Raises:
+        OSError: One cannot be made.
+    """
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    finally:
+        for place in missing:
+            with contextlib.suppress(OSError):  # of another process that came meanwhile
+                place.rmdir()
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -39,3 +70,30 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """
     host = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     write_atomically(path, safetensors.torch.save(host, metadata=dict(metadata)))
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other processes that ask for the same out of a folder while the block runs.
+
+    The system itself frees the lock with the process, however that ends.
+
+    Args:
+        folder: Made where it is missing; ``LOCK_FILE`` stays in it.
+
+    Raises:
+        BlockingIOError: Another process is in it.
+        OSError: The folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOCK_FILE, "ab") as file:
+        try:
+            if sys.platform == "win32":
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise BlockingIOError(f"another process works in {str(folder)!r}") from error
+        except OSError as error:
+            _log.warning("%s cannot be locked (%s): let no other command work there", folder, error)
+        yield

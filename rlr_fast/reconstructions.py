@@ -46,8 +46,11 @@ def check_runs(runs: Sequence[Run], level: int | None) -> int:
         The place of the level in ``out_indices``.
 
     Raises:
-        ValueError: The runs' features differ, or there is no such level.
+        ValueError: The runs' features differ, two have one name, or there is no such level.
     """
+    names = [run.name for run in runs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"runs must have different names, got {', '.join(names)}")
     first = runs[0].model.feature_identity()
     for run in runs[1:]:
         wrong = [
@@ -91,7 +94,7 @@ def reconstruction_sheets(
         out: Folder of the sheets, ``CLASS.png``.
         decoder: Paints original and reconstructed features as pictures; on the same device.
         level: The level whose features are shown, one of ``out_indices``; None for the first.
-        per_defect: Images of each kind of defect, and of ``good``.
+        per_defect: Images of each kind of defect, and of ``good``; the first that can be read.
         workers: Threads that decode images.
         progress: Called with the number of images done since the last call.
 
@@ -99,7 +102,8 @@ def reconstruction_sheets(
         The sheets, and the files that could not be read and were left out.
 
     Raises:
-        ValueError: See `check_runs`; or a class has no test images, or none that can be read.
+        ValueError: See `check_runs`; or a class has no test images, or none that can be read, or a
+            mask has another size than its image; found before any sheet is written.
         OSError: A sheet cannot be written.
     """
     place = check_runs(runs, level)
@@ -114,15 +118,19 @@ def reconstruction_sheets(
     )
     if decoder is not None:
         note += "\ndecoded: all levels, painted by a decoder that knows normal images alone"
-    out.mkdir(parents=True, exist_ok=True)
-    sheets, failures = [], []
+    picked: dict[str, list[Sample]] = {}
+    failures: list[str] = []
     for name in data.classes:
-        samples = [data.test[name][i] for i in pick_samples(data.test[name], per_defect)]
-        samples.sort(key=lambda sample: sample.is_anomaly)
-        shown, left_out = _read(samples, config.image_size, workers)
-        failures += left_out
-        if not shown:
-            raise ValueError(f"no shown image of {name} can be read: {left_out[0]}")
+        picked[name], reasons = _pick(data.test[name], per_defect, config.image_size, workers)
+        failures += reasons
+        if not picked[name]:
+            raise ValueError(f"no test image of {name} can be read: {reasons[0]}")
+    out.mkdir(parents=True, exist_ok=True)
+    sheets = []
+    for name, samples in picked.items():
+        shown, lost = _read(samples, config.image_size, workers)
+        for error in lost.values():  # it could be read a moment ago
+            raise error
         rows = _rows(runs, shown, place, decoder)
         scales = [(run.name, run.scale) for run in runs]
         comparison_sheet(rows, scales, name.replace("_", " "), note, out / f"{name}.png")
@@ -137,20 +145,35 @@ class _Shown(NamedTuple):
     mask: Tensor | None  # (H, W)
 
 
+def _pick(
+    samples: Sequence[Sample], per_defect: int, size: tuple[int, int], workers: int | None
+) -> tuple[list[Sample], list[str]]:
+    """Return the samples to show, good ones first, and why others in their place cannot be."""
+    left, reasons = list(samples), list[str]()
+    while True:
+        picked = [left[i] for i in pick_samples(left, per_defect)]
+        _, failures = _read(picked, size, workers)
+        if not failures:
+            return sorted(picked, key=lambda sample: sample.is_anomaly), reasons
+        reasons += [str(error) for error in failures.values()]
+        left = [sample for sample in left if sample not in failures]
+
+
 def _read(
     samples: Sequence[Sample], size: tuple[int, int], workers: int | None
-) -> tuple[list[_Shown], list[str]]:
+) -> tuple[list[_Shown], dict[Sample, UnreadableImageError]]:
     """Return the samples that can be read, and why the others cannot."""
-    shown, failures = [], []
+    shown: list[_Shown] = []
+    failures: dict[Sample, UnreadableImageError] = {}
     for batch in iterate_images(samples, size, 1, workers):
-        failures += [str(failure.error) for failure in batch.failures]
+        failures |= {samples[failure.index]: failure.error for failure in batch.failures}
         for index, image in zip(batch.indices, batch.images, strict=True):
             sample = samples[index]
             try:
                 known = bool(sample.mask_paths) or not sample.is_anomaly
                 mask = load_sample_mask(sample, size) if known else None
             except UnreadableImageError as error:
-                failures.append(str(error))
+                failures[sample] = error
                 continue
             shown.append(_Shown(sample, image, mask))
     return shown, failures

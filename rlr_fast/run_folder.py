@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rlr_fast.files import write_atomically, write_tensors
+from rlr_fast.files import check_writable, write_atomically, write_tensors
 from rlr_fast.model import CONFIG_FILE, WEIGHTS_FILE, CheckpointError, read_weights
 from rlr_fast.writing import Writer
 
@@ -28,6 +27,10 @@ HISTORY_FILE = "history.jsonl"
 _log = logging.getLogger(__name__)
 
 _PARTS = ("model", "recipe", "data")
+_DIGESTS = {
+    "files_digest": "the training images have other names or sizes",
+    "test_files_digest": "the test images have other names or sizes",
+}
 
 Row = dict[str, float]
 
@@ -68,12 +71,16 @@ def read_run(out: Path) -> dict[str, Any] | None:
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        if not all(isinstance(record[part], dict) for part in _PARTS):
-            raise ValueError(f"{', '.join(_PARTS)} must be there")
-        return dict(record)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = f"it has no {error}" if isinstance(error, KeyError) else error
-        raise TrainingError(f"{path} cannot be read: {reason}") from error
+        if not isinstance(record, dict):
+            raise ValueError(f"it must be an object of {', '.join(_PARTS)}")
+        for part in _PARTS:
+            if part not in record:
+                raise ValueError(f"it has no {part!r}")
+            if not isinstance(record[part], dict):
+                raise ValueError(f"{part} must be an object")
+        return record
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"{path} cannot be read: {error}") from error
 
 
 def check_folder(out: Path, record: Mapping[str, Any], resume: bool) -> None:
@@ -85,7 +92,10 @@ def check_folder(out: Path, record: Mapping[str, Any], resume: bool) -> None:
     """
     if out.exists() and not out.is_dir():
         raise TrainingError(f"{out} is a file; a run needs a folder")
-    _check_writable(out)
+    try:
+        check_writable(out)
+    except OSError as error:
+        raise TrainingError(f"cannot write the run in {str(out)!r}: {error}") from error
     if not (out / STATE_FILE).exists():  # what finished no epoch leaves the folder free
         return
     previous = read_run(out)
@@ -100,7 +110,7 @@ def check_folder(out: Path, record: Mapping[str, Any], resume: bool) -> None:
     begun, now = previous.get("processes", 1), record["processes"]
     if begun != now:
         _log.warning(
-            "%s was begun by %d process(es) and goes on with %d: other images share a step, so the "
+            "%s was begun by %s process(es) and goes on with %d: other images share a step, so the "
             "result is not that of one uninterrupted run",
             out,
             begun,
@@ -108,25 +118,10 @@ def check_folder(out: Path, record: Mapping[str, Any], resume: bool) -> None:
         )
 
 
-def _check_writable(out: Path) -> None:
-    """Make the folder and a file in it, and leave nothing."""
-    missing = [folder for folder in (out, *out.parents) if not folder.exists()]
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        raise TrainingError(f"cannot write the run in {str(out)!r}: {error}") from error
-    finally:
-        for folder in missing:
-            with contextlib.suppress(OSError):  # of another process that came meanwhile
-                folder.rmdir()
-
-
 def changed_settings(previous: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:
     """Say which settings of a run's record are others now, wherever the data lie."""
     return [
-        f"{name} was {old!r}, now {new!r}"
+        _DIGESTS.get(name, f"{name} was {old!r}, now {new!r}")
         for part in _PARTS
         for name, old in previous[part].items()
         if (new := json.loads(json.dumps(record[part].get(name)))) != old and name != "root"
@@ -259,7 +254,7 @@ class CheckpointWriter:
         except OSError as error:
             raise TrainingError(
                 f"cannot write the checkpoint of epoch {checkpoint.epoch} in {str(self._out)!r}: "
-                f"{error}; {self._kept()}: make room and go on with --resume"
+                f"{error}; {self._kept()}: make room and resume"
             ) from error
         self._epoch = checkpoint.epoch
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
@@ -13,7 +14,7 @@ from sklearn.metrics import roc_auc_score
 
 from rlr_fast import RLRModel
 from rlr_fast.data import load_image, load_sample_mask, read_dataset
-from rlr_fast.evaluate import FigureOptions, evaluate
+from rlr_fast.evaluate import FigureOptions, evaluate, protocol
 
 
 @pytest.fixture
@@ -51,6 +52,20 @@ def test_metrics_file_has_the_agreed_format(model, dataset):
     assert torch.__version__.startswith(values["environment"]["packages"]["torch"])
 
 
+@pytest.mark.parametrize(
+    ("size", "smoothing", "words"),
+    [
+        ((64, 64), 4.0, "the score map after a Gaussian, sigma 1 px"),
+        ((48, 64), 4.0, "the score map after a Gaussian, sigma 0.75 x 1 px"),
+        ((48, 64), 0.0, "the score map"),
+    ],
+    ids=["square", "oblong", "off"],
+)
+def test_the_image_score_is_told_in_words(small, dataset, size, smoothing, words):
+    config = dataclasses.replace(small, image_size=size, smoothing=smoothing)
+    assert protocol(RLRModel(config), dataset)["image_score"] == f"maximum of {words}"
+
+
 def test_a_corrupt_test_image_is_left_out_and_named(model, dataset):
     broken = dataset.test["bolt"][0].path
     broken.write_bytes(b"no image")
@@ -63,7 +78,7 @@ def test_a_mask_of_the_wrong_size_stops_before_any_image_is_scored(model, datase
     Image.new("L", (10, 10)).save(tree / "cloth/ground_truth/hole/001_mask.png")
     model.register_forward_pre_hook(lambda *_: pytest.fail("an image was scored"))
     with pytest.raises(
-        ValueError, match=r"1 masks are missing or of another size.*\n.*001_mask\.png is 10 x"
+        ValueError, match=r"masks that are missing or of another size: 1\n.*001_mask\.png is 10 x"
     ):
         evaluate(model, dataset)
 

@@ -13,7 +13,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from rlr_fast.figures import (
     ComparisonRow,
@@ -406,6 +406,52 @@ def test_comparison_writes_its_words_beside_the_panels(tmp_path):
     assert plain.shape[1] < 96 * 11 + 250
     longer = write_comparison(tmp_path, rows, 2, note="one\ntwo\nthree")
     assert longer.shape[0] > plain.shape[0] and longer.shape[1] == plain.shape[1]
+
+
+def written(monkeypatch, draw):
+    """Return what is written into a picture: each text with its place."""
+    texts = []
+    original = ImageDraw.ImageDraw.text
+
+    def spy(self, xy, text, *rest, **options):
+        texts.append((text, xy))
+        return original(self, xy, text, *rest, **options)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", spy)
+    draw()
+    return texts
+
+
+def test_runs_of_long_names_are_told_apart_and_keep_their_scores(tmp_path, monkeypatch):
+    first, second = comparison().runs
+    views = [dataclasses.replace(first, score=0.00123), dataclasses.replace(second, score=45.6)]
+    row = dataclasses.replace(comparison(), runs=views)
+    names = [f"{'experiment ' * 5}{end}" for end in ("one", "two")]
+    texts = written(
+        monkeypatch,
+        lambda: comparison_sheet(
+            [row], [(n, (0.0, 4.0)) for n in names], "bolt", "", tmp_path / "a.png", panel_size=96
+        ),
+    )
+    words = [text for text, _ in texts]
+    assert [t for t in words if ": score " in t] == ["A: score 0.00123", "B: score 45.6"]
+    headings = [(text, xy[0]) for text, xy in texts if text[:6] in ("A: exp", "B: exp")]
+    (first, left), (second, right) = headings[:2]
+    assert first.startswith("A") and second.startswith("B") and left < right
+    assert [text for text, _ in headings[2:]] == [f"A: {names[0]}", f"B: {names[1]}"]
+
+
+def test_a_single_run_needs_no_letter(tmp_path, monkeypatch):
+    texts = written(monkeypatch, lambda: write_comparison(tmp_path, [comparison(1)], 1))
+    words = [text for text, _ in texts]
+    assert "run 0" in words and "score 0.500" in words
+
+
+def test_names_with_breaks_are_drawn(tmp_path):
+    row = comparison(defect="a\nb")
+    scales = [("c\nd", (0.0, 4.0)), ("e", (0.0, 4.0))]
+    comparison_sheet([row], scales, "f\ng", "a note", tmp_path / "sheet.png")
+    sample_sheet([sample(category="a\nb", defect="c\nd")], SCALE, tmp_path / "sheet.png")
 
 
 @pytest.mark.parametrize(

@@ -456,11 +456,19 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_features(dataset, tm
     assert not (tmp_path / "cache").exists()
 
 
-@pytest.mark.parametrize("record", ["{}", '{"model": {}, "recipe": 3, "data": {}}', "[]", "{"])
-def test_damaged_settings_are_named(dataset, tmp_path, record):
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ("{}", "it has no 'model'"),
+        ('{"model": {}, "recipe": 3, "data": {}}', "recipe must be an object"),
+        ("[]", "it must be an object of model, recipe, data"),
+        ("{", "Expecting property name"),
+    ],
+)
+def test_damaged_settings_are_named(dataset, tmp_path, record, reason):
     run(dataset, tmp_path / "run", tmp_path)
     (tmp_path / "run/run.json").write_text(record)
-    with pytest.raises(TrainingError, match=r"run\.json cannot be read"):
+    with pytest.raises(TrainingError, match=rf"run\.json cannot be read: {reason}"):
         run(dataset, tmp_path / "run", tmp_path, resume=True)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,11 @@ from rlr_fast.cli.common import (
     read_model,
     report_failures,
 )
-from rlr_fast.decoder import save_decoder, train_decoder
-from rlr_fast.files import write_atomically
+from rlr_fast.decoder import check_decoder_file, save_decoder, train_decoder
+from rlr_fast.model import CheckpointError
 from rlr_fast.options import Parser, UsageError, positive
 from rlr_fast.progress import progress_bar
+from rlr_fast.words import counted
 
 
 def add_decoder(verbs: Any) -> None:
@@ -55,10 +55,11 @@ def add_decoder(verbs: Any) -> None:
 def _decoder_train(args: argparse.Namespace) -> int:
     data = read_data(args)
     data.require_train()
-    if args.out.suffix != ".safetensors" or args.out.is_dir():
-        raise UsageError(f"--out must be a file named *.safetensors, got {str(args.out)!r}")
+    try:
+        check_decoder_file(args.out)
+    except (ValueError, CheckpointError) as error:
+        raise UsageError(f"--out: {error}") from error
     model = read_model(args, args.checkpoint, chosen_device(args))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     total = args.epochs * sum(len(samples) for samples in data.train.values())
     with progress_bar("decoder", total, args.quiet) as bar:
 
@@ -76,8 +77,7 @@ def _decoder_train(args: argparse.Namespace) -> int:
             workers=args.workers,
             progress=show,
         )
-    history = args.out.with_suffix(".jsonl")
-    write_atomically(history, "".join(json.dumps(row) + "\n" for row in result.history))
-    save_decoder(result.decoder, model, args.out)
-    print(f"trained {args.epochs} epochs, loss {result.history[-1]['loss']:.4f}: {args.out}")
+    save_decoder(result, model, args.out)
+    loss = result.history[-1]["loss"]
+    print(f"trained {counted(args.epochs, 'epoch')}, loss {loss:.4f}: {args.out}")
     return report_failures([str(failure.error) for failure in result.failures])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from rlr_fast.decoder import load_decoder
 from rlr_fast.options import UsageError, positive
 from rlr_fast.progress import progress_bar
 from rlr_fast.reconstructions import Run, check_runs, reconstruction_sheets
+from rlr_fast.words import counted
 
 
 def add_figures(verbs: Any) -> None:
@@ -62,13 +65,11 @@ def add_figures(verbs: Any) -> None:
 def _figures(args: argparse.Namespace) -> int:
     if len(args.checkpoint) > 2:
         raise UsageError(f"--checkpoint takes one or two runs, got {len(args.checkpoint)}")
+    names = _names(args.checkpoint)
     data = read_data(args)
     data.require_test()
     check_out(args.out)
     device = chosen_device(args)
-    names = [Path(checkpoint).name for checkpoint in args.checkpoint]
-    if len(set(names)) < len(names):
-        names = args.checkpoint
     runs = [
         Run(name, read_model(args, checkpoint, device), color_scale(Path(checkpoint)))
         for name, checkpoint in zip(names, args.checkpoint, strict=True)
@@ -86,5 +87,15 @@ def _figures(args: argparse.Namespace) -> int:
             workers=args.workers,
             progress=bar.update,
         )
-    print(f"{len(sheets)} sheets: {args.out}")
+    print(f"{counted(len(sheets), 'sheet')}: {args.out}")
     return report_failures(failures)
+
+
+def _names(checkpoints: Sequence[str]) -> list[str]:
+    """Return the last parts of the paths, as few as tell them apart."""
+    parts = [Path(os.path.abspath(checkpoint)).parts for checkpoint in checkpoints]
+    for count in range(1, max(map(len, parts)) + 1):
+        names = [os.path.join(*some[-count:]) for some in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise UsageError(f"--checkpoint names the same run twice: {' '.join(checkpoints)}")

@@ -22,6 +22,7 @@ from rlr_fast.distributed import processes
 from rlr_fast.options import config_from
 from rlr_fast.run_folder import read_run
 from rlr_fast.train import train
+from rlr_fast.words import counted
 
 _log = logging.getLogger(__name__)
 
@@ -83,5 +84,5 @@ def _train(args: argparse.Namespace) -> int:
     if result.history:
         loss = result.history[-1]["loss"]
         figures = f", loss {loss:.4f}, {result.images_per_s:.0f} images/s"
-    print(f"trained {recipe.epochs} epochs{figures}: {result.out}")
+    print(f"trained {counted(recipe.epochs, 'epoch')}{figures}: {result.out}")
     return report_failures([str(f.error) for f in result.failures])

@@ -52,6 +52,7 @@ from rlr_fast.data.layouts import (
     read_dataset,
     subfolders,
 )
+from rlr_fast.words import counted
 
 _ERRORS = frozenset({"missing", "unreadable", "mask-size", "no-mask", "no-train"})
 _SHOWN_OF_A_KIND = 5
@@ -317,7 +318,7 @@ def _check_unused(name: str, samples: list[Sample], data: DataSet) -> Iterable[P
             for path in unused:
                 yield Problem("orphan-mask", name, path, "no image to test on belongs to it")
         else:
-            count = _count(len(unused), "image")
+            count = counted(len(unused), "image")
             yield Problem(
                 "not-read", name, part, f"layout {data.layout} has no use for {count} in it"
             )
@@ -408,10 +409,10 @@ def _size_range(sizes: dict[tuple[int, int], int]) -> str:
 
 
 def _verdict(report: Report) -> str:
-    warnings = f", {_count(len(report.warnings), 'warning')}" if report.warnings else ""
+    warnings = f", {counted(len(report.warnings), 'warning')}" if report.warnings else ""
     if not report.ok:
         return (
-            f"{_count(len(report.errors), 'problem')} would stop a run or cost it files{warnings}"
+            f"{counted(len(report.errors), 'problem')} would stop a run or cost it files{warnings}"
         )
     found = report.classes.values()
     images = sum(
@@ -420,13 +421,9 @@ def _verdict(report: Report) -> str:
     )
     masks = sum(item.masks for item in found)
     return (
-        f"ok: {_count(len(report.classes), 'class', 'classes')}, {_count(images, 'image')} and "
-        f"{_count(masks, 'mask')} can be read{warnings}"
+        f"ok: {counted(len(report.classes), 'class', 'classes')}, {counted(images, 'image')} and "
+        f"{counted(masks, 'mask')} can be read{warnings}"
     )
-
-
-def _count(number: int, one: str, many: str = "") -> str:
-    return f"{number} {one if number == 1 else many or one + 's'}"
 
 
 def _by(size: tuple[int, ...]) -> str:

@@ -14,8 +14,9 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw
 
 from rlr_fast.figures.heat_maps import Scale, check_scale, map_of, paint, position, read_image
-from rlr_fast.figures.lettering import FAINT, INK, PAPER, shortened, typeface
+from rlr_fast.figures.lettering import FAINT, INK, PAPER, number, shortened, typeface
 from rlr_fast.figures.sheets import centred, fitted_size, truth_panel
+from rlr_fast.words import one_line
 
 _RULE = (190, 190, 190)
 
@@ -70,7 +71,8 @@ def comparison_sheet(
     """Writes a sheet of reconstructions, a row a sample, a group of columns a run.
 
     The first group holds image, ground truth and original features; each run's group its score map
-    in its own fixed colour scale, with a bar below, and the reconstructed features.
+    in its own fixed colour scale, with a bar below, and the reconstructed features. Several runs
+    are called A, B, … in the headings and beside each row's scores, and named in full below.
 
     Args:
         rows: The samples, at least one.
@@ -97,17 +99,20 @@ def comparison_sheet(
             raise ValueError("rows must have a view a run, all decoded or none of them")
 
     ending = ["decoded"] if decoded else []
+    names = [one_line(name) for name, _ in runs]
+    letters = [f"{chr(ord('A') + i)}: " if len(runs) > 1 else "" for i in range(len(runs))]
+    names = [letter + name for letter, name in zip(letters, names, strict=True)]
     groups = [("input", ["image", "ground truth", "features", *ending])]
-    groups += [(name, ["score map", "reconstruction", *ending]) for name, _ in runs]
+    groups += [(name, ["score map", "reconstruction", *ending]) for name in names]
     font_size = max(11, round(panel_size / 12))
     font, bold = typeface(font_size), typeface(font_size, bold=True)
     line, gap = round(1.4 * font_size), max(4, panel_size // 32)
     margin, apart = 3 * gap, 4 * gap
     captions = [
-        [row.defect.replace("_", " ")]
+        [one_line(row.defect.replace("_", " "))]
         + [
-            f"{name} {view.score:.2f}" if len(runs) > 1 else f"score {view.score:.2f}"
-            for (name, _), view in zip(runs, row.runs, strict=True)
+            f"{letter}score {view.score:#.3g}"
+            for letter, view in zip(letters, row.runs, strict=True)
         ]
         for row in rows
     ]
@@ -121,11 +126,12 @@ def comparison_sheet(
         x = lefts[-1][-1] + panel_size + apart
     top = margin + 3 * line + 3 * gap
     below = top + len(rows) * (panel_size + gap)
-    notes = note.splitlines()
+    notes = [*(names if len(runs) > 1 else []), *note.splitlines()]
     bar_height = max(8, panel_size // 16)
     bottom = 2 * gap + bar_height + (1 + len(notes)) * line
     sheet = Image.new("RGB", (x - apart + margin, below + gap + bottom + margin), PAPER)
     draw = ImageDraw.Draw(sheet)
+    title = shortened(one_line(title), bold, sheet.width - 2 * margin)
     draw.text((margin, margin + line / 2), title, INK, bold, anchor="lm")
     for (name, columns), places in zip(groups, lefts, strict=True):
         width = places[-1] + panel_size - places[0]
@@ -149,14 +155,14 @@ def comparison_sheet(
             sheet.paste(panel, (left, y))
     for k, text in enumerate(notes):
         y = below + bottom - (len(notes) - 1 - k) * line
-        draw.text((margin, y), text, FAINT, font, anchor="ls")
+        draw.text((margin, y), shortened(text, font, sheet.width - 2 * margin), FAINT, font, "ls")
     ramp = np.linspace(0, 1, panel_size, dtype=np.float32)
     for (_, (low, high)), places in zip(runs, lefts[1:], strict=True):
         left, y = places[0], below + gap
         sheet.paste(Image.fromarray(paint(np.tile(ramp, (bar_height, 1)))), (left, y))
         y += bar_height + gap
-        draw.text((left, y), f"{low:.2g}", INK, font, anchor="la")
-        draw.text((left + panel_size, y), f"{high:.2g}", INK, font, anchor="ra")
+        draw.text((left, y), number(low), INK, font, anchor="la")
+        draw.text((left + panel_size, y), number(high), INK, font, anchor="ra")
     sheet.save(path)
 
 

@@ -24,6 +24,7 @@ from rlr_fast.figures.heat_maps import (
     read_image,
 )
 from rlr_fast.figures.lettering import EMPTY, FAINT, INK, PAPER, Colour, number, shortened, typeface
+from rlr_fast.words import one_line
 
 _OUTLINE: Colour = (0, 229, 255)
 
@@ -89,7 +90,9 @@ def sample_sheet(
     font_size = max(11, round(panel_size / 13))
     font, bold = typeface(font_size), typeface(font_size, bold=True)
     gap = max(4, panel_size // 32)
-    captions = [[row.category, row.defect, f"score {row.score:#.3g}"] for row in rows]
+    captions = [
+        [one_line(row.category), one_line(row.defect), f"score {row.score:#.3g}"] for row in rows
+    ]
     longest = max(max(bold.getlength(text) for text in caption) for caption in captions)
     text_width = math.ceil(min(longest, 1.25 * panel_size))
     column_width = text_width + 2 * gap + 4 * (panel_size + gap)
