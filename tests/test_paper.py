@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import json
 import math
+import re
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import BRIEF, SMALL
+from conftest import BRIEF, SMALL, save_picture
+from PIL import Image
 
-from rlr_fast import RLRConfig, TrainConfig, paper
+from rlr_fast import RLRConfig, TrainConfig, run_folder
 from rlr_fast.cli import main
 from rlr_fast.data import DataSet, read_dataset
-from rlr_fast.files import write_atomically
+from rlr_fast.files import alone_in, write_atomically
 from rlr_fast.loop import Loop
 from rlr_fast.metrics import HEADINGS
-from rlr_fast.paper import configure, run_table
-from rlr_fast.paper_report import summary, to_csv, to_markdown
-from rlr_fast.paper_tables import CLASSES, LEVELS, PER_LEVEL, TABLES, Row
+from rlr_fast.paper import configure, folder, run_table, runs
+from rlr_fast.paper.report import summary, to_csv, to_markdown
+from rlr_fast.paper.tables import CLASSES, LEVELS, PER_LEVEL, TABLES, Row
+from rlr_fast.paper.time_left import TimeLeft
 from rlr_fast.run_folder import TrainingError
-from rlr_fast.time_left import TimeLeft
 
 CPU = torch.device("cpu")
 SHORT = dataclasses.replace(BRIEF, epochs=2)
@@ -133,7 +139,7 @@ def test_what_is_finished_is_not_run_again(dataset, tmp_path, monkeypatch):
     def never(*_, **__):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(paper, "train", never)
+    monkeypatch.setattr(runs, "train", never)
     told: list[str] = []
     run(dataset, tmp_path / "out", tmp_path, tell=told.append)
     assert told == ["finished before: 2 of 2 runs"]
@@ -164,13 +170,64 @@ def test_an_interrupted_table_ends_as_an_uninterrupted_one(dataset, tmp_path, mo
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-@pytest.mark.parametrize("damage", ["{", '{"mean": {}}'], ids=["cut", "incomplete"])
-def test_a_damaged_result_is_measured_again(dataset, tmp_path, damage):
-    run(dataset, tmp_path / "out", tmp_path)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param(lambda values: "{", "", id="cut"),
+        pytest.param(lambda values: {"mean": {}}, "it must be an object of settings", id="part"),
+        pytest.param(lambda values: [values], "it must be an object", id="list"),
+        pytest.param(lambda values: 7, "it must be an object", id="number"),
+        pytest.param(
+            lambda values: values | {"settings": []},
+            r"settings must be an object, got \[\]",
+            id="settings",
+        ),
+        pytest.param(
+            lambda values: values | {"settings": {"model": {}, "recipe": 1, "data": {}}},
+            "recipe must be an object, got 1",
+            id="recipe",
+        ),
+        pytest.param(
+            lambda values: values | {"mean": dict.fromkeys(HEADINGS, "0.5")},
+            "image_auroc of the mean must be a number or null",
+            id="text-for-a-number",
+        ),
+        pytest.param(
+            lambda values: values | {"mean": dict.fromkeys(HEADINGS, math.nan)},
+            "image_auroc of the mean must be a number or null",
+            id="nan",
+        ),
+        pytest.param(
+            lambda values: values | {"classes": {k: [0.5] for k in values["classes"]}},
+            "bolt must be an object",
+            id="class",
+        ),
+        pytest.param(
+            lambda values: values | {"classes": {"nut": {}}}, "classes must be bolt", id="classes"
+        ),
+        pytest.param(
+            lambda values: values | {"protocol": None}, "protocol must be an object", id="protocol"
+        ),
+        pytest.param(
+            lambda values: {k: v for k, v in values.items() if k != "environment"},
+            "must be an object of .*environment",
+            id="environment",
+        ),
+        pytest.param(
+            lambda values: values | {"failures": [1]}, "failures must be texts", id="failures"
+        ),
+    ],
+)
+def test_a_damaged_result_is_named_and_measured_again(change, message, dataset, tmp_path, caplog):
+    run(dataset, tmp_path / "out", tmp_path, only=["on"])
     before = (tmp_path / "out/table.json").read_text()
-    (tmp_path / "out/runs/on-seed0/metrics.json").write_text(damage)
-    run(dataset, tmp_path / "out", tmp_path)
+    file = tmp_path / "out/runs/on-seed0/metrics.json"
+    changed = change(json.loads(file.read_text()))
+    file.write_text(changed if isinstance(changed, str) else json.dumps(changed))
+    run(dataset, tmp_path / "out", tmp_path, only=["on"])
     assert (tmp_path / "out/table.json").read_text() == before
+    [told] = [r.getMessage() for r in caplog.records if r.name == folder.__name__]
+    assert str(file) in told and re.search(message, told)
 
 
 def test_a_failed_run_is_told_and_the_others_go_on(dataset, tmp_path, monkeypatch):
@@ -179,7 +236,7 @@ def test_a_failed_run_is_told_and_the_others_go_on(dataset, tmp_path, monkeypatc
             raise OSError(28, "No space left on device")
         write_atomically(path, text)
 
-    monkeypatch.setattr(paper, "write_atomically", full)
+    monkeypatch.setattr(folder, "write_atomically", full)
     told: list[str] = []
     result = run(dataset, tmp_path / "out", tmp_path, tell=told.append)
     assert result.failed == ["on, seed 0"]
@@ -235,6 +292,155 @@ def test_other_test_images_are_refused(tree, tmp_path):
         run(read_dataset(tree), tmp_path / "out", tmp_path)
 
 
+def paint_over(path):
+    """Change a picture's pixels, and not its size in bytes, as far as anything can tell."""
+    with Image.open(path) as image:
+        Image.fromarray(255 - np.asarray(image)).save(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("file", "what"),
+    [
+        ("bolt/ground_truth/hole/000_mask.png", "the test masks of bolt are others"),
+        ("cloth/test/hole/001.png", "the test images of cloth are others"),
+        ("cloth/train/good/001.png", "the training images of cloth are others"),
+    ],
+    ids=["mask", "test", "train"],
+)
+def test_other_pixels_are_refused_before_any_run(tree, tmp_path, monkeypatch, file, what):
+    run(read_dataset(tree), tmp_path / "out", tmp_path, only=["on"])
+    paint_over(tree / file)
+    # Of equal sizes: the names and sizes of the images tell nothing.
+    monkeypatch.setattr(folder, "describe_images", lambda *_: {"images": 4, "files_digest": ""})
+    record = json.loads((tmp_path / "out/settings.json").read_text())
+    record["data"] = {"contents": record["data"]["contents"]}
+    (tmp_path / "out/settings.json").write_text(json.dumps(record))
+    with pytest.raises(
+        TrainingError, match=f"out was made with other settings or data: {what}. Choose"
+    ):
+        run(read_dataset(tree), tmp_path / "out", tmp_path)
+
+
+def test_changed_sizes_are_told_without_digests(tree, tmp_path):
+    run(read_dataset(tree), tmp_path / "out", tmp_path, only=["on"])
+    save_picture(tree / "cloth/test/good/000.png", 7, (64, 64))
+    with pytest.raises(TrainingError, match="data: the test images have other names or"):
+        run(read_dataset(tree), tmp_path / "out", tmp_path)
+
+
+def test_a_table_without_a_record_of_contents_goes_on_and_gets_one(tree, tmp_path):
+    out = tmp_path / "out"
+    run(read_dataset(tree), out, tmp_path, only=["on"])
+    for file, settings in (("settings.json", None), ("runs/on-seed0/metrics.json", "settings")):
+        values = json.loads((out / file).read_text())
+        record = values[settings] if settings else values
+        del record["data"]["contents"], record["model"]["diversity"]
+        (out / file).write_text(json.dumps(values))
+    told: list[str] = []
+    run(read_dataset(tree), out, tmp_path, only=["on"], tell=told.append)
+    assert told == ["finished before: 1 of 1 runs"]
+    paint_over(tree / "bolt/ground_truth/hole/000_mask.png")
+    with pytest.raises(TrainingError, match="the test masks of bolt are others"):
+        run(read_dataset(tree), out, tmp_path)
+
+
+def test_a_table_elsewhere_of_equal_data_goes_on(tree, tmp_path):
+    run(read_dataset(tree), tmp_path / "out", tmp_path, only=["on"])
+    tree.rename(tmp_path / "moved")
+    assert not run(read_dataset(tmp_path / "moved"), tmp_path / "out", tmp_path).failed
+
+
+def test_unreadable_files_are_told_before_any_run_and_stand_in_the_table(tree, tmp_path):
+    broken = [
+        *(tree / "bolt/ground_truth/hole/001_mask.png", tree / "cloth/test/good/000.png"),
+        tree / "cloth/train/good/002.png",
+    ]
+    for path in broken:
+        path.write_bytes(path.read_bytes()[:60])
+    told: list[str] = []
+    result = run(read_dataset(tree), tmp_path / "out", tmp_path, tell=told.append)
+    assert str(broken[0]) in told[0] and "and 2 more" in told[0]
+    text = (tmp_path / "out/table.md").read_text()
+    for path in broken:
+        assert str(path) in text and any(str(path) in line for line in result.left_out)
+    assert len(content(tmp_path / "out")["data"]["left_out"]) == len(result.left_out) == 3
+
+
+@pytest.mark.parametrize(
+    ("folder", "what"),
+    [("train/good", "training"), ("ground_truth/hole", "test"), ("test/*", "test")],
+    ids=["train", "masks", "test"],
+)
+def test_a_class_that_cannot_be_read_is_refused_before_any_run(tree, tmp_path, folder, what):
+    if folder.startswith("ground"):
+        for path in (tree / "bolt/test/good").iterdir():
+            path.unlink()
+    for path in (tree / "bolt").glob(f"{folder}/*"):
+        path.write_bytes(b"no image")
+    with pytest.raises(ValueError, match=f"no {what} image of bolt can be read: .*not an image"):
+        run(read_dataset(tree), tmp_path / "out", tmp_path)
+    assert not (tmp_path / "out/settings.json").exists()
+
+
+def test_a_second_command_in_the_folder_is_refused(dataset, tmp_path):
+    with alone_in(tmp_path / "out"), pytest.raises(TrainingError, match="another command works in"):
+        run(dataset, tmp_path / "out", tmp_path)
+    assert not run(dataset, tmp_path / "out", tmp_path, only=["on"]).failed
+
+
+def test_a_folder_that_cannot_be_made_is_told(dataset, tmp_path):
+    with pytest.raises(TrainingError, match="cannot write the table in '/proc/none'"):
+        run(dataset, Path("/proc/none"), tmp_path)
+
+
+def test_a_killed_command_leaves_the_folder_free(dataset, tmp_path):
+    code = (
+        "import pathlib, sys; from rlr_fast.files import alone_in\n"
+        "with alone_in(pathlib.Path(sys.argv[1])):\n"
+        "    print('in', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "out")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"in\n"
+        with pytest.raises(TrainingError, match="another command works in"):
+            run(dataset, tmp_path / "out", tmp_path)
+        other.kill()
+    assert not run(dataset, tmp_path / "out", tmp_path, only=["on"]).failed
+
+
+def test_a_folder_that_cannot_be_locked_is_told(dataset, tmp_path, monkeypatch, caplog):
+    def no_locks(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    assert not run(dataset, tmp_path / "out", tmp_path, only=["on"]).failed
+    assert "let no other command work there" in caplog.text
+
+
+def test_a_full_disk_names_the_table_and_what_to_do(dataset, tmp_path, monkeypatch):
+    run(dataset, tmp_path / "out", tmp_path, only=["on"])
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(TrainingError, match=r"No space .*table\.json.* the same command goes on"):
+        run(dataset, tmp_path / "out", tmp_path, only=["on"])
+
+
+def test_a_full_disk_in_training_asks_for_no_flag_that_the_command_lacks(
+    dataset, tmp_path, monkeypatch
+):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run_folder, "write_tensors", full)
+    told: list[str] = []
+    assert run(dataset, tmp_path / "out", tmp_path, only=["on"], tell=told.append).failed
+    assert "make room and resume" in told[0] and "--resume" not in told[0]
+
+
 def test_the_command(tree, tmp_path, capsys):
     out = str(tmp_path / "out")
     argv = ["paper", "perturbation", str(tree), "--out", out, "--preset", "tiny", "--epochs", "1"]
@@ -262,7 +468,7 @@ def told(table, classes, seeds=(0, 1)):
         "environment": {},
     }
     finished = {row.name: dict.fromkeys(seeds, one) for row in table.rows}
-    return summary(table, RLRConfig(), TrainConfig(), data, seeds, finished)
+    return summary(table, RLRConfig(), TrainConfig(), data, seeds, finished, [])
 
 
 def test_the_papers_figures_stand_only_beside_its_data():
@@ -281,6 +487,58 @@ def test_a_table_without_published_figures_claims_none():
     for classes in (["bolt"], sorted(CLASSES["MVTec-AD"])):
         text = to_markdown(told(TABLES["windows"], classes))
         assert "no figures" in text and "measured this table" not in text and "paper |" not in text
+
+
+def test_the_data_are_named_by_folder_and_classes():
+    known = sorted(CLASSES["MVTec-AD"])
+    for classes, about in (
+        (known, "MVTec-AD, 15 classes; "),
+        (
+            [name for name in known if name != "pill"],
+            "14 of the 15 classes of MVTec-AD, without pill; ",
+        ),
+        (["bolt"], "1 class, not those of the paper's data sets; "),
+    ):
+        assert f"\nData: {Path('data').absolute()}: {about}" in to_markdown(
+            told(TABLES["5"], classes)
+        )
+
+
+@pytest.mark.parametrize("classes", [["bolt"], sorted(CLASSES["VisA"])], ids=["own", "VisA"])
+def test_titles_claim_no_data_set(classes):
+    text = to_markdown(told(TABLES["1"], classes))
+    assert text.startswith("# Table 1: the model itself\n")
+    assert all(data not in table.title for table in TABLES.values() for data in CLASSES)
+
+
+def test_the_strength_of_the_perturbation_that_ran_is_told():
+    base = RLRConfig(perturbation=1.5)
+    data = DataSet(Path("data"), "mvtec", {"bolt": []}, {"bolt": []})
+    finished = {row.name: {} for row in TABLE.rows}
+    text = to_markdown(summary(TABLE, base, TrainConfig(), data, [0], finished, []))
+    assert "strength s = 1.5 (eq. 3)" in text
+    assert "- perturbation 1.5 (paper: 4.0)" in text
+    assert "strength s = 4 (eq. 3)" in to_markdown(told(TABLE, ["bolt"]))
+
+
+def test_names_of_classes_break_neither_markdown_nor_csv():
+    classes = ["a|b", "c\nd", 'e,"f"', "mean"]
+    content = told(TABLES["1"], classes)
+    lines = to_markdown(content).splitlines()
+    start = lines.index("## By class") + 2
+    grid = lines[start : start + 2 + len(classes) + 1]
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in grid} == {2 + len(HEADINGS)}
+    assert grid[2].startswith("| a\\|b | ") and grid[3].startswith("| c d | ")
+    assert grid[5].startswith("| mean | ") and grid[6].startswith("| mean | ")
+    read = list(csv.DictReader(io.StringIO(to_csv(content))))
+    assert [line["class"] for line in read] == ["mean", *classes]
+
+
+def test_one_epoch_is_not_the_last_of_some():
+    data = DataSet(Path("data"), "mvtec", {"bolt": []}, {"bolt": []})
+    finished = {row.name: {} for row in TABLE.rows}
+    text = to_markdown(summary(TABLE, RLRConfig(), TrainConfig(epochs=1), data, [0], finished, []))
+    assert "Ours: after one epoch, in percent" in text
 
 
 def test_tables_1_and_2_show_classes_and_peers():
@@ -340,7 +598,16 @@ def test_time_left_is_unknown_then_measured():
     assert left.seconds() == {"features": 30, "train": 210, "rest": 20}
 
 
-@pytest.mark.parametrize("text", ["{}", "[]", "{"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("{}", "[]", "{", "7", "null"),
+        '{"table": "perturbation", "model": [], "recipe": {}, "data": {}}',
+        '{"table": "perturbation", "model": {}, "recipe": 5, "data": {}}',
+        '{"table": "perturbation", "model": {}, "recipe": {}, "data": "here"}',
+        '{"table": 3, "model": {}, "recipe": {}, "data": {}}',
+    ],
+)
 def test_a_damaged_record_of_the_table_is_named(text, dataset, tmp_path):
     out = tmp_path / "out"
     out.mkdir()

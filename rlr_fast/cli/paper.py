@@ -19,8 +19,7 @@ from rlr_fast.cli.common import (
 )
 from rlr_fast.config import PRESETS, RLRConfig, TrainConfig
 from rlr_fast.options import config_from, positive
-from rlr_fast.paper import run_table
-from rlr_fast.paper_tables import TABLES
+from rlr_fast.paper import TABLES, run_table
 
 
 def add_paper(verbs: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rlr_fast.data.check import ClassReport, Problem, Report, check_dataset, format_report
+from rlr_fast.data.contents import Contents, changed_contents, read_contents
 from rlr_fast.data.images import (
     ImageBatch,
     ImageFailure,
@@ -29,6 +30,7 @@ from rlr_fast.data.layouts import (
 __all__ = [
     "LAYOUTS",
     "ClassReport",
+    "Contents",
     "DataSet",
     "ImageBatch",
     "ImageFailure",
@@ -36,6 +38,7 @@ __all__ = [
     "Report",
     "Sample",
     "UnreadableImageError",
+    "changed_contents",
     "check_dataset",
     "detect_layout",
     "format_report",
@@ -47,6 +50,7 @@ __all__ = [
     "load_sample_mask",
     "open_image",
     "pick_samples",
+    "read_contents",
     "read_dataset",
     "read_image_size",
     "resize_image",

@@ -15,7 +15,8 @@ from rlr_fast.config import RLRConfig, TrainConfig
 from rlr_fast.data import DataSet
 from rlr_fast.files import write_atomically
 from rlr_fast.metrics import HEADINGS
-from rlr_fast.paper_tables import CLASSES, Figures, Table, is_paper_data
+from rlr_fast.paper.tables import CLASSES, Figures, Table, in_words, is_paper_data
+from rlr_fast.words import counted, one_line
 
 REPORT_FILE = "table.md"
 
@@ -35,6 +36,7 @@ def write_report(
     data: DataSet,
     seeds: Sequence[int],
     finished: Finished,
+    left_out: Sequence[str],
 ) -> None:
     """Write ``table.json``, ``table.csv`` and ``table.md`` into ``out``, each whole or not at all.
 
@@ -46,11 +48,12 @@ def write_report(
         data: What they learned from and were tested on.
         seeds: Those that were asked for.
         finished: What is known of each row.
+        left_out: Files of ``data`` that cannot be read, a line each.
 
     Raises:
         OSError: A file cannot be written; the old one is as it was.
     """
-    content = summary(table, base, recipe, data, seeds, finished)
+    content = summary(table, base, recipe, data, seeds, finished, left_out)
     write_atomically(out / "table.json", json.dumps(content, indent=2, ensure_ascii=False))
     write_atomically(out / "table.csv", to_csv(content))
     write_atomically(out / REPORT_FILE, to_markdown(content))
@@ -63,12 +66,12 @@ def summary(
     data: DataSet,
     seeds: Sequence[int],
     finished: Finished,
+    left_out: Sequence[str],
 ) -> dict[str, Any]:
     """Return the table as plain values, in percent; see `write_report`.
 
     What is published stands in it only where ``data`` has the classes on which it was measured.
     """
-    name = next((name for name, known in CLASSES.items() if known == set(data.classes)), None)
     comparable = is_paper_data(table, data.classes)
     first = next((run for runs in finished.values() for run in runs.values()), None)
     rows = [
@@ -92,17 +95,18 @@ def summary(
         "title": table.title,
         "unit": "percent",
         "data": {
-            "name": name,
-            "root": str(data.root),
+            "name": in_words(data.classes),
+            "root": str(data.root.absolute()),
             "layout": data.layout,
             "classes": list(data.classes),
             "train_images": sum(map(len, data.train.values())),
             "test_images": sum(map(len, data.test.values())),
+            "left_out": list(left_out),
         },
         "model": dataclasses.asdict(base),
         "recipe": dataclasses.asdict(recipe),
         "unlike_the_paper": _unlike_the_paper(table, base, recipe),
-        "note": table.note,
+        "note": table.note.format(**dataclasses.asdict(base)),
         "protocol": None if first is None else first["protocol"],
         "environment": None if first is None else first["environment"],
         "rows": rows,
@@ -127,8 +131,9 @@ def _over_seeds(runs: Sequence[Mapping[str, float | None]]) -> dict[str, dict[st
 
 
 def _unlike_the_paper(table: Table, base: RLRConfig, recipe: TrainConfig) -> list[str]:
-    """Name the settings that are not the paper's, but for those that the rows vary."""
-    varied = {name for row in table.rows for name in row.changes} | {"backbone_weights", "seed"}
+    """Name the settings that are not the paper's, but for those that every row decides."""
+    varied = set.intersection(*(set(row.changes) for row in table.rows))
+    varied |= {"backbone_weights", "seed"}
     found = []
     for ours, paper in ((base, RLRConfig()), (recipe, TrainConfig())):
         before = dataclasses.asdict(paper)
@@ -157,15 +162,14 @@ def to_csv(content: Mapping[str, Any]) -> str:
     keys = [*HEADINGS, *(f"{key}_std" for key in HEADINGS)]
     writer.writerow(["row", "class", "source", "seeds", *keys])
     for row in content["rows"]:
-        for name, metrics in {"mean": row["mean"], **row["classes"]}.items():
+        for name, metrics in (("mean", row["mean"]), *row["classes"].items()):
             if metrics:
                 writer.writerow(
                     [row["name"], name, "this table", len(row["seeds"])]
                     + [_number(metrics.get(key, {}).get("mean")) for key in HEADINGS]
                     + [_number(metrics.get(key, {}).get("std")) for key in HEADINGS]
                 )
-        published = {"mean": row["paper"], **content["paper_classes"]}
-        for name, figures in published.items():
+        for name, figures in (("mean", row["paper"]), *content["paper_classes"].items()):
             if figures:
                 writer.writerow(_published(row["name"], name, content["source"], figures))
     for peer in content["peers"]:
@@ -194,18 +198,22 @@ def to_markdown(content: Mapping[str, Any]) -> str:
         parts += [_methods(content), "## By class", _classes(content)]
     else:
         parts.append(_variations(content))
-    parts += [_settings(content), _protocol(content)]
+    parts += [_left_out(content), _settings(content), _protocol(content)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _what_it_is(content: Mapping[str, Any]) -> str:
     data = content["data"]
     epochs = content["recipe"]["epochs"]
-    name = data["name"] or "a data set of other classes than the paper's"
+    classes = counted(len(data["classes"]), "class", "classes")
+    if not data["name"]:
+        about = f"{classes}, not those of the paper's data sets"
+    else:
+        about = f"{data['name']}, {classes}" if data["name"] in CLASSES else data["name"]
     lines = [
-        f"Data: {name}, {len(data['classes'])} classes, {data['train_images']} training and "
+        f"Data: {one_line(data['root'])}: {about}; {data['train_images']} training and "
         f"{data['test_images']} test images; one model for all classes.",
-        f"Ours: after the last of {epochs} epochs, in percent, mean over the classes; mean ± "
+        f"Ours: after {_last_of(epochs)}, in percent, mean over the classes; mean ± "
         "standard deviation over the seeds, as many as a row says.",
     ]
     if content["source"]:
@@ -218,6 +226,10 @@ def _what_it_is(content: Mapping[str, Any]) -> str:
     if content["note"]:
         lines.append(content["note"])
     return "  \n".join(lines)
+
+
+def _last_of(epochs: int) -> str:
+    return "one epoch" if epochs == 1 else f"the last of {epochs} epochs"
 
 
 def _variations(content: Mapping[str, Any]) -> str:
@@ -258,11 +270,11 @@ def _classes(content: Mapping[str, Any]) -> str:
         header += [f"paper {HEADINGS[key]}" for key in _PAPERS]
     body = []
     for row in content["rows"]:
-        lines = {**row["classes"], "mean": row["mean"]}
-        for name, metrics in lines.items():
+        lines = [(name, metrics, paper.get(name, {})) for name, metrics in row["classes"].items()]
+        lines.append(("mean", row["mean"], row["paper"]))
+        for name, metrics, figures in lines:
             cells = [name, *(_ours(metrics, key) for key in HEADINGS)]
             if paper:
-                figures = row["paper"] if name == "mean" else paper.get(name, {})
                 cells += [_number(figures.get(key)) or _NOTHING for key in _PAPERS]
             body.append(cells)
     return _grid(header, body)
@@ -277,6 +289,15 @@ def _ours(metrics: Mapping[str, Mapping[str, float]], key: str) -> str:
 
 def _seeds(row: Mapping[str, Any]) -> str:
     return f"{len(row['seeds'])} of {row['seeds_wanted']}"
+
+
+def _left_out(content: Mapping[str, Any]) -> str:
+    lines = content["data"]["left_out"]
+    if not lines:
+        return ""
+    return "Left out, for they could not be read:\n\n" + "\n".join(
+        f"- {one_line(line)}" for line in lines
+    )
 
 
 def _settings(content: Mapping[str, Any]) -> str:
@@ -300,4 +321,9 @@ def _listed(value: Any) -> str:
 
 def _grid(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
     rule = ["---" if name in _WORDS else "--:" for name in header]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *body))
+    lines = [header, rule, *body]
+    return "\n".join("| " + " | ".join(map(_cell, cells)) + " |" for cells in lines)
+
+
+def _cell(text: str) -> str:
+    return one_line(text).replace("|", "\\|")

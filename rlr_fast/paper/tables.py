@@ -78,7 +78,7 @@ class Table:
         rows: The variations.
         peers: Other methods' figures on ``data``, mean over its classes.
         classes: The paper's figures of single classes, by class, for a table of one row.
-        note: What a reader must know, or "".
+        note: What a reader must know, or ""; ``{name}`` stands for that field of the base.
     """
 
     name: str
@@ -89,6 +89,19 @@ class Table:
     peers: tuple[Published, ...] = ()
     classes: Mapping[str, Figures] = field(default_factory=dict)
     note: str = ""
+
+
+def in_words(classes: tuple[str, ...]) -> str:
+    """Say which published data set these classes are, or are a part of; "" for none."""
+    for name, known in CLASSES.items():
+        missing = sorted(known - set(classes))
+        if known == set(classes):
+            return name
+        if known > set(classes):
+            return f"{len(classes)} of the {len(known)} classes of {name}, without " + ", ".join(
+                missing
+            )
+    return ""
 
 
 def is_paper_data(table: Table, classes: tuple[str, ...]) -> bool:
@@ -115,7 +128,7 @@ _SECOND_HAND = "literature, other protocols, second hand"
 _ALL = (
     Table(
         name="1",
-        title="RLR on MVTec-AD",
+        title="the model itself",
         source=_TABLE_1,
         data=MVTEC_AD,
         rows=(Row("rlr", "RLR", {}, _RLR_MVTEC_AD),),
@@ -151,7 +164,7 @@ _ALL = (
     ),
     Table(
         name="2",
-        title="RLR on VisA",
+        title="the model itself",
         source=_TABLE_2,
         data=VISA,
         rows=(Row("rlr", "RLR", {}, _RLR_VISA),),
@@ -273,6 +286,7 @@ _ALL = (
             Row("on", "with perturbation", {}, _RLR_MVTEC_AD),
             Row("off", "without perturbation", {"perturbation": 0.0}, _pair(98.3, 98.2)),
         ),
+        note="With perturbation: of strength s = {perturbation:g} (eq. 3).",
     ),
 )
 

@@ -1,0 +1,19 @@
+"""What is installed: every package of the source tree, each named in pyproject.toml."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_every_package_is_named():
+    listed = re.search(r"^packages = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.M | re.S)
+    assert listed is not None
+    named = set(re.findall(r'"([\w.]+)"', listed[1]))
+    found = {
+        ".".join(file.parent.relative_to(ROOT).parts)
+        for file in (ROOT / "rlr_fast").rglob("__init__.py")
+    }
+    assert named == found | {"rlr_fast.kernels"}
