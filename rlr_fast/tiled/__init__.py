@@ -8,7 +8,7 @@ All scores are PyTorch's own fused attention, with an additive mask where a wind
   chunk's windows touch needs a mask; the other rows are a call without one, and both are joined by
   their log-sum-exp.
 
-Masks (`masks`) are the sum or product of two tables, one an axis, which is quick to build. Small
+Masks (`pieces`) are the sum or product of two tables, one an axis, which is quick to build. Small
 ones are kept for the next step. A larger one lives only as long as its call and is built again in
 the backward pass: memory is linear in N in both passes.
 """

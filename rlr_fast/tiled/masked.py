@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -12,8 +13,9 @@ from rlr_fast.tiled.pieces import OutsideWindow, attend, computed, has_storage, 
 # Fewer queries a call cost time (the fused kernel takes smaller blocks, and each call of the
 # backward pass adds to all N key gradients); more cost memory: a mask has this many rows of N.
 QUERIES_PER_CALL = 1024
-# The same where only a band of rows needs a mask: more queries have a higher band.
-QUERIES_PER_BAND = 512
+# The fewest of a chunk where only a band of rows needs a mask: from here on the fused kernel takes
+# its largest blocks, and more queries have a higher band.
+QUERIES_PER_BAND = 768
 
 # What scaled_dot_product_attention calls on a CPU, with the log-sum-exp that it keeps to itself.
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -31,7 +33,7 @@ def masked_learnable_key_attention(
     """Attend to the keys outside the window: query (B, h, N, d), key and value ([B,] h, N, d)."""
     dtype = query.dtype
     query, key, value = (computed(x) for x in (query, key, value))
-    rows = max(1, QUERIES_PER_BAND // grid[1])
+    rows = math.ceil(grid[0] / max(1, math.prod(grid) // QUERIES_PER_BAND))
     banded = 2 * (rows + 2 * (window[0] // 2)) <= grid[0]  # else there is little to gain
     if banded and query.device.type == "cpu" and has_storage(query) and query.numel():
         cut = _Cut(grid, window, rows)
