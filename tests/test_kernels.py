@@ -16,7 +16,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from tolerances import assert_within_budget
+from tolerances import assert_within_budget, rounded_terms
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -129,8 +129,9 @@ def check(operator: Callable[..., Tensor], inputs: list[Tensor], *args: Any) -> 
             )
         return actual
     eager = results(operator, inputs, *args, backend="dense")
+    terms = rounded_terms(inputs)
     for name in actual:
-        assert_within_budget(name, actual[name], eager[name], exact[name])
+        assert_within_budget(name, actual[name], eager[name], exact[name], terms[name])
     return actual
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from tolerances import assert_within_budget
+from tolerances import assert_within_budget, rounded_terms
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -81,8 +81,9 @@ def check_tiled(operator: Operator, inputs: Inputs, grid: tuple[int, int], windo
     eager = results(operator, inputs, grid, window, backend="dense")
     doubled = Inputs(*(x.double() for x in inputs))
     exact = results(operator, doubled, grid, window, backend="dense")
+    terms = rounded_terms(inputs)
     for name in actual:
-        assert_within_budget(name, actual[name], eager[name], exact[name])
+        assert_within_budget(name, actual[name], eager[name], exact[name], terms[name])
 
 
 def loop(
