@@ -412,11 +412,28 @@ def _jobs(
     )
 
 
+def _distance(
+    results: list[Result], content: dict[str, Any], name: str, folder: Path, records: Any
+) -> str:
+    def what(r: Result) -> str:
+        return f"level {r['level']}, batch {r['batch']}, {r['direction']}, {r['dtype']}"
+
+    found = {(what(r), r["rival"]): r for r in results}
+    table = _table(
+        _unique(what(r) for r in results),
+        _unique(r["rival"] for r in results),
+        lambda row, rival: _cell(found.get((row, rival))),
+        "token distance",
+    )
+    return f"**Distance**, for loss and score (from `{name}`): median time.\n\n{table}"
+
+
 _WRITERS: dict[str, Callable[..., str]] = {
     "check": _check,
     "operators": _operators,
     "scaling": _scaling,
     "model": _model,
+    "distance": _distance,
     "jobs": _jobs,
     "throughput": _throughput,
     "unknowns": _unknowns,

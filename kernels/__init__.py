@@ -1,4 +1,4 @@
-"""Triton kernels of the two attention operators, forward and backward.
+"""Triton kernels of the two attention operators and of the token distance, forward and backward.
 
 They need torch and triton alone. `rlr_fast.functional` checks arguments and chooses between them
 and the PyTorch paths; these functions are its Triton path and check nothing.
@@ -11,6 +11,7 @@ if __name__ != "rlr_fast.kernels":
 
 from rlr_fast.kernels._launch import unsupported_device, unsupported_reason, unsupported_width
 from rlr_fast.kernels.block import block_attention
+from rlr_fast.kernels.distance import token_distance
 from rlr_fast.kernels.local_attention import local_cross_attention
 from rlr_fast.kernels.masked_attention import masked_learnable_key_attention
 from rlr_fast.kernels.reference import prepare_key
@@ -26,6 +27,7 @@ __all__ = [
     "prepare_key",
     "read_tuned",
     "search",
+    "token_distance",
     "tuned_file",
     "unsupported_device",
     "unsupported_reason",

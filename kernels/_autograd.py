@@ -15,7 +15,7 @@ from torch import Tensor
 def register_gradients(forward: Any, backward: Any) -> None:
     """Make ``backward`` the gradient of ``forward``, with its fake, and refuse a second one."""
     backward.register_fake(_fake_gradients)
-    backward.register_autograd(_refuse)
+    backward.register_autograd(refuse_second_derivative)
 
     def differentiate(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         d_query, d_key, d_value = backward(grad, *ctx.saved_tensors, ctx.grid, ctx.window)
@@ -36,7 +36,8 @@ def _fake_gradients(
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
-def _refuse(ctx: Any, *grads: Tensor) -> None:
+def refuse_second_derivative(ctx: Any, *grads: Tensor) -> None:
+    """The gradient of a backward op: there is none."""
     raise RuntimeError(
         "the Triton kernels cannot be differentiated twice; use backend='dense' for that"
     )

@@ -211,7 +211,7 @@ def prepare_reference(
     path = _path(backend, keys[None], (keys, value))
     if path != "triton":
         return PreparedReference(keys, value, None, path)
-    _refuse_forward_mode(projected)
+    refuse_forward_mode(projected)
     prepared, bound = kernels.prepare_key(keys, keys.shape[2] ** -0.5)
     return PreparedReference(prepared, value, bound, path)
 
@@ -252,7 +252,7 @@ def block_attention(
     grid = _check_grid(grid, tokens)
     window = _clipped(window_pair(window), grid)
     if reference.bound is not None:
-        _refuse_forward_mode(projected, reference.keys, reference.value)
+        refuse_forward_mode(projected, reference.keys, reference.value)
         return kernels.block_attention(
             projected, reference.keys, reference.bound, reference.value, grid, window
         )
@@ -320,7 +320,7 @@ def _apply(
     shared = (key, value) if paths is _LCA else (key,)
     path = _path(backend, query, shared)
     if path == "triton":
-        _refuse_forward_mode(query, key, value)
+        refuse_forward_mode(query, key, value)
     window = _clipped(window_pair(window), (height, width))
     return paths[path](query, key, value, (height, width), window, float(scale))
 
@@ -334,8 +334,12 @@ def _clipped(window: tuple[int, int], grid: tuple[int, int]) -> tuple[int, int]:
     return min(window[0], 2 * grid[0] - 1), min(window[1], 2 * grid[1] - 1)
 
 
-def _refuse_forward_mode(*tensors: Tensor) -> None:
-    """Refuse tangents, which the kernels' ops would drop without a word."""
+def refuse_forward_mode(*tensors: Tensor) -> None:
+    """Refuse tangents, which the kernels' ops would drop without a word.
+
+    Raises:
+        RuntimeError: A tensor has one.
+    """
     if torch.compiler.is_compiling():
         return
     if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):

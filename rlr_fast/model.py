@@ -97,6 +97,7 @@ class RLRModel(
         super().__init__()
         config = RLRConfig() if config is None else config
         self.config = config
+        self.backend = backend
         self.backbone = Backbone(
             config.backbone, config.backbone_weights, config.out_indices, config.image_size
         )
@@ -191,7 +192,7 @@ class RLRModel(
             original, rebuilt = self._reconstruct_level(
                 j, tokens[j], None if noise is None else noise[j]
             )
-            found.append(distance(rebuilt, original))
+            found.append(distance(rebuilt, original, self.backend))
         return found
 
     def _reconstruct_level(

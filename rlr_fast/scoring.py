@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter1d
 from torch import Tensor, nn
 
+from rlr_fast.functional import Backend, kernels, refuse_forward_mode, resolve_backend
 
-def distance(reconstructed: Tensor, original: Tensor) -> Tensor:
+
+def distance(reconstructed: Tensor, original: Tensor, backend: Backend = "dense") -> Tensor:
     """Return each token's distance to its reconstruction: eq. 15-16, or 13-14 before the mean.
 
     ``mean_c (rec - org)^2 + 1 - cos(rec, org)``; a token of norm 0 has cosine 0.
@@ -21,10 +23,19 @@ def distance(reconstructed: Tensor, original: Tensor) -> Tensor:
     Args:
         reconstructed: (B, N, C).
         original: (B, N, C).
+        backend: Where the attention is Triton's, so is this: a kernel that reads each input once.
+            Else it is PyTorch's operators.
 
     Returns:
         (B, N), in float32 or wider.
+
+    Raises:
+        BackendError: The requested backend cannot run here.
+        RuntimeError: The kernel has neither forward-mode nor second derivatives.
     """
+    if resolve_backend(backend, reconstructed.device) == "triton":
+        refuse_forward_mode(reconstructed, original)
+        return kernels.token_distance(reconstructed, original)
     dtype = torch.promote_types(
         torch.promote_types(reconstructed.dtype, original.dtype), torch.float32
     )

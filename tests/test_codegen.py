@@ -122,6 +122,41 @@ def test_limits_are_those_of_the_design():
     assert mlka[3] == pytest.approx({"memory": 76, "tensor": 10975, "exp": 37013}, rel=0.01)
 
 
+@pytest.mark.parametrize("channels", [40, 72, 200])
+def test_token_distance_is_bound_by_memory(channels):
+    """Of the levels of EfficientNet-B6, for 64 x 4096 tokens as autocast leaves them."""
+    script = f"""
+import json, torch
+from benchmarks import codegen, sass
+from rlr_fast.kernels import _launch, distance
+
+def meta(*shape, dtype=torch.float32):
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+r, o = meta(64, 4096, {channels}, dtype=torch.bfloat16), meta(64, 4096, {channels})
+d = meta(64, 4096)
+with _launch.recorded() as records:
+    distance.launch(distance.forward_kernel, r, o, (r, o, d))
+    distance.launch(distance.backward_kernel, r, o, (d, r, o, r), d.stride())
+rows = []
+for launch in records:
+    compiled = codegen.compile_launch(launch, "90")
+    used, counts = sass.resources(compiled), sass.count(sass.instructions(compiled))
+    slots = counts.issue * launch.options["num_warps"] * launch.programs
+    rows.append([used.stack + used.stores_local, slots / codegen._CLOCKS,
+                 codegen.moved(launch) / codegen._BYTES])
+print(json.dumps(rows))
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    for spilled, issue, memory in json.loads(done.stdout):
+        assert spilled == 0
+        assert issue < MARGIN * memory  # 72 channels are 128 lanes
+
+
 def test_interpreter_is_refused_in_one_line():
     done = run("--shape", SHAPES[0], TRITON_INTERPRET="1")
     assert done.returncode == 1
