@@ -30,7 +30,7 @@ def describe(config: RLRConfig, device: torch.device) -> tuple[dict[str, Any], s
         for name in ("triton", "tiled", "dense")
     }
     values["auto"] = resolve_backend("auto", device)
-    values["compile"] = "off; train --compile turns it on"
+    values["compile"] = "off; --compile of train, eval and predict turns it on"
     values["model"] = _model(config)
     return values, _text(values)
 

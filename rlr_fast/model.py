@@ -87,6 +87,7 @@ class RLRModel(
     Attributes:
         backbone: Frozen feature network (`Backbone`).
         levels: One `Reconstructor` a level.
+        compiled_batch: Images in a batch for which `rlr_fast.inference.compile_model` compiled it.
 
     Raises:
         ValueError: The configuration does not fit the backbone.
@@ -98,6 +99,7 @@ class RLRModel(
         config = RLRConfig() if config is None else config
         self.config = config
         self.backend = backend
+        self.compiled_batch: int | None = None
         self.backbone = Backbone(
             config.backbone, config.backbone_weights, config.out_indices, config.image_size
         )

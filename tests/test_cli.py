@@ -11,9 +11,10 @@ import safetensors.torch
 import torch
 from conftest import make_tree
 from PIL import Image
+from torch._inductor.exc import InductorError
 
 from rlr_fast import reconstructions
-from rlr_fast.cli import main
+from rlr_fast.cli import common, main
 from rlr_fast.figures import comparison_sheet
 from rlr_fast.files import write_atomically
 
@@ -74,6 +75,27 @@ def test_predict_in_tiles(trained, tmp_path, capsys):
     argv += ["--out", str(tmp_path / "out"), "--quiet", "--tile", "32x40", "--overlap", "8"]
     assert main([*argv, "--batch-size", "2", "--precision", "bf16"]) == 0
     assert "4 of 4 images scored" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", ["predict", "eval"])
+def test_compile_is_for_batches_of_the_given_size(trained, tmp_path, verb, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(common, "compile_model", lambda _, size: compiled.append(size))
+    argv = [verb, str(trained / "data"), "--checkpoint", str(trained / "run"), "--quiet"]
+    assert main([*argv, "--out", str(tmp_path / "plain")]) == 0
+    assert main([*argv, "--out", str(tmp_path), "--compile", "--batch-size", "3"]) == 0
+    assert compiled == [3]
+
+
+def test_a_machine_that_cannot_compile_is_told_in_a_line(trained, tmp_path, capsys, monkeypatch):
+    def no_compiler(*_):
+        raise InductorError(RuntimeError("No working C++ compiler found"), None)
+
+    monkeypatch.setattr(common, "compile_model", no_compiler)
+    argv = ["predict", trained / "data", "--checkpoint", trained / "run", "--out", tmp_path]
+    message = refused(capsys, *argv, "--compile")
+    assert "cannot compile here" in message and "C++ compiler" in message
+    assert "\n" not in message.strip()
 
 
 def test_predict_names_the_file_that_is_smaller_than_a_tile(trained, tmp_path, capsys):

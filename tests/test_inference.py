@@ -1,13 +1,15 @@
-"""Scoring batches: order, a device that runs ahead, interruptions and precision."""
+"""Scoring batches: order, a device that runs ahead, interruptions, precision, compilation."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import numpy as np
 import pytest
 import torch
 
 from rlr_fast import RLRModel, inference
-from rlr_fast.inference import score_batches
+from rlr_fast.inference import compile_model, score_batches
 
 
 @pytest.fixture
@@ -76,3 +78,32 @@ def test_nothing_that_is_scored_asks_for_gradients_and_the_caller_is_left_as_it_
 def test_a_precision_that_cannot_run_is_refused_at_the_call(model, precision, message):
     with pytest.raises(ValueError, match=message):
         score_batches(model, batches(1), precision)
+
+
+def test_compiled_scores_are_the_same_to_rounding_and_one_compilation_serves_all(
+    small, monkeypatch
+):
+    config = dataclasses.replace(small, out_indices=(3,), hidden=(16,), heads=(2,), windows=(3,))
+    model = RLRModel(config).eval()
+    images = [torch.randint(256, (n, 3, 48, 64), dtype=torch.uint8) for n in (4, 1, 0, 3)]
+    expected = [found for _, found in score_batches(model, enumerate(images))]
+    compiler = torch.compile
+
+    def quick(function, **options):  # the same graphs, without a C++ compiler's minute
+        assert options == {"mode": "default", "dynamic": False}
+        return compiler(function, backend="aot_eager", fullgraph=True, dynamic=False)
+
+    monkeypatch.setattr(torch, "compile", quick)
+    torch.compiler.reset()
+    compile_model(model, 4)
+    actual = [found for _, found in score_batches(model, enumerate(images[:1]))]
+    with torch.compiler.set_stance("fail_on_recompile"):
+        actual += [found for _, found in score_batches(model, enumerate(images[1:]))]
+    for a, e in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(a.maps, e.maps, rtol=1e-4, atol=1e-5)
+        assert a.scores == pytest.approx(e.scores, rel=1e-4)
+
+
+def test_a_compiled_batch_must_hold_an_image(small):
+    with pytest.raises(ValueError, match="batch_size must be positive, got batch_size=0"):
+        compile_model(RLRModel(small), 0)

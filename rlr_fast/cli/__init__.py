@@ -40,6 +40,8 @@ _USER_ERRORS = (
     TrainingError,
     OSError,
 )
+# Where the errors of torch.compile are defined; not imported, for that takes seconds.
+_COMPILER = ("torch._dynamo.", "torch._inductor.")
 # torchrun ends all processes with the first that ends: let that be the one that says why.
 _AFTER_PEER = 1.0
 
@@ -74,6 +76,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(
             f"rlr-fast: error: out of GPU memory ({str(error).splitlines()[0]}); "
             f"{args.less_memory}",
+            file=sys.stderr,
+        )
+        return 2
+    except RuntimeError as error:
+        if not type(error).__module__.startswith(_COMPILER) or os.environ.get("RLR_FAST_TRACEBACK"):
+            raise
+        print(
+            f"rlr-fast: error: --compile cannot compile here ({str(error).splitlines()[0]}); the "
+            "same command without it does the same, to rounding",
             file=sys.stderr,
         )
         return 2

@@ -15,7 +15,7 @@ from rlr_fast.config import PRECISIONS, PRESETS, RLRConfig, TrainConfig
 from rlr_fast.data import LAYOUTS, DataSet, read_dataset
 from rlr_fast.environment import choose_device
 from rlr_fast.functional import unsupported_reason
-from rlr_fast.inference import DEFAULT_BATCH, check_precision
+from rlr_fast.inference import DEFAULT_BATCH, check_precision, compile_model
 from rlr_fast.model import CheckpointError, RLRModel
 from rlr_fast.options import Parser, UsageError, add_fields, positive
 from rlr_fast.train import CACHES
@@ -156,6 +156,11 @@ def add_inference(parser: argparse.ArgumentParser) -> None:
         choices=PRECISIONS,
         help="of backbone and reconstructors: fp32, bf16, or fp16 (GPU only); score maps are fp32",
     )
+    group.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the model (CUDA graphs on a GPU): minutes at first, faster then",
+    )
     parser.set_defaults(
         less_memory="a smaller --batch-size needs less, and so does --precision bf16"
     )
@@ -166,7 +171,10 @@ def load_model(args: argparse.Namespace) -> RLRModel:
     device = chosen_device(args)
     check_precision(args.precision, device)
     check_out(args.out)
-    return read_model(args, args.checkpoint, device)
+    model = read_model(args, args.checkpoint, device)
+    if args.compile:
+        compile_model(model, args.batch_size)
+    return model
 
 
 def check_out(out: Path) -> None:
