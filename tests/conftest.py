@@ -14,6 +14,11 @@ from PIL import Image
 if not torch.cuda.is_available():
     # The real kernels, run by Triton's interpreter; Triton reads this when it is imported.
     os.environ["TRITON_INTERPRET"] = "1"
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    # Processes that run tests side by side share the cores; the commands they start do as well.
+    _share = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+    os.environ["OMP_NUM_THREADS"] = str(_share)
+    torch.set_num_threads(_share)
 from rlr_fast import RLRConfig, TrainConfig
 from rlr_fast.data import DataSet, read_dataset
 
