@@ -280,7 +280,7 @@ def _products(launch: Launch) -> float:
     stem = launch.kernel.__name__
     count = {"forward_kernel": 2, "backward_query_kernel": 3, "backward_kernel": 5}.get(stem)
     if count is None:
-        count = 4 if c["DQ"] == "apart" else 5
+        count = 4 if c["DQ"] == "separate" else 5
     return 2 * (count * c["D"] + c.get("P", 0))
 
 
@@ -400,7 +400,7 @@ def _tiles(launch: Launch) -> str:
         return f"{c['PH']}x{c['PW']}x{c['IMAGES']} halo {parts}"
     if "BLOCK_M" in c and "BLOCK_N" in c:
         blocks = f"x{c['BLOCKS']}" if "BLOCKS" in c else ""
-        more = [f"fma {c['EIGHTHS']}/8"] if "EIGHTHS" in c else []
+        more = [f"fma {c['FMA_EXP2_EIGHTHS']}/8"] if "FMA_EXP2_EIGHTHS" in c else []
         more += [f"dQ {c['DQ']}"] if "DQ" in c else []
         return " ".join([f"{c['BLOCK_M']}x{c['BLOCK_N']}{blocks}", *more])
     return "x".join(str(c[name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK", "HALO") if name in c)

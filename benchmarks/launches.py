@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlr_fast.kernels import _launch, local_attention, masked_attention, reference, tiles
+from rlr_fast.kernels import _launch, lca, mlka, reference, tiles
 from rlr_fast.kernels._launch import Geometry, Launch
 
 HEADS = 8
@@ -131,7 +131,7 @@ def _launches(shape: Shape, dtype: torch.dtype) -> dict[str, Launch]:
             torch.use_deterministic_algorithms(bool(mode))
             for operator in shape.operators:
                 for record in _operator_launches(operator, shape, dtype):
-                    raster = record.kernel.__module__ == masked_attention.__name__
+                    raster = record.kernel.__module__ == mlka.__name__
                     prefix = "lca-raster" if raster and operator == "lca" else operator
                     stem = record.kernel.__name__.removesuffix("_kernel").replace("_", "-")
                     if stem.startswith(("backward", "gather")):
@@ -153,9 +153,9 @@ def _operator_launches(operator: str, shape: Shape, dtype: torch.dtype) -> list[
     bound, dv = named["bound"], named["mlka_dv"]
     with _launch.recorded() as records:
         if operator == "mlka":
-            lse = masked_attention.launch_forward(q, k, bound, v, o, geometry, inside=False)
-            masked_attention.launch_backward(do, q, k, v, o, lse, dq, dv, geometry, inside=False)
+            lse = mlka.launch_forward(q, k, bound, v, o, geometry, inside=False)
+            mlka.launch_backward(do, q, k, v, o, lse, dq, dv, geometry, inside=False)
         else:
-            saved = local_attention.launch_forward(q, k, bound, v, o, geometry)
-            local_attention.launch_backward(do, q, k, v, o, saved, dq, geometry)
+            saved = lca.launch_forward(q, k, bound, v, o, geometry)
+            lca.launch_backward(do, q, k, v, o, saved, dq, geometry)
     return records

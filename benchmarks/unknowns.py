@@ -40,7 +40,7 @@ def products_kernel(a, b, out, steps, M: tl.constexpr, N: tl.constexpr, K: tl.co
 @triton.jit
 def overlap_kernel(
     q, k, v, out, steps, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
-    POWERS: tl.constexpr, PRODUCTS: tl.constexpr, EIGHTHS: tl.constexpr,
+    POWERS: tl.constexpr, PRODUCTS: tl.constexpr, FMA_EXP2_EIGHTHS: tl.constexpr,
 ):  # fmt: skip
     """The heart of an attention without its loads: S = Q Kᵀ, P = 2^S, O += P V."""
     rows, columns, depth = tl.arange(0, M), tl.arange(0, N), tl.arange(0, D)
@@ -54,7 +54,7 @@ def overlap_kernel(
             # Another tile each time, or the compiler would move the product out of the loop.
             s = tl.dot(q_tile, tl.trans(k_tile), tl.zeros((M, N), tl.float32) + i * 1e-6)
         if POWERS:
-            s = exp2(-s, EIGHTHS)
+            s = exp2(-s, FMA_EXP2_EIGHTHS)
         if PRODUCTS:
             acc = tl.dot(s.to(v_tile.dtype), v_tile, acc)
     if not PRODUCTS:
@@ -118,8 +118,8 @@ def products(width: int, depth: int, warps: int = 4, rows: int = 64) -> dict[str
     return {"value": rate / 1e12, "unit": "TFLOP/s"}
 
 
-def powers(eighths: int) -> dict[str, Any]:
-    """Rate of powers of two, of which ``eighths`` of eight are made by the FMA units.
+def powers(fma_exp2_eighths: int) -> dict[str, Any]:
+    """Rate of powers of two, of which ``fma_exp2_eighths`` of eight are made by the FMA units.
 
     In the registers of a product's result, whose columns the compiler knows: only there does the
     split leave no power computed twice.
@@ -134,7 +134,7 @@ def powers(eighths: int) -> dict[str, Any]:
     def launch(steps: int = steps) -> None:
         overlap_kernel[(programs,)](
             q, k, v, out, steps, M=rows, N=columns, D=16, POWERS=True, PRODUCTS=False,
-            EIGHTHS=eighths, num_warps=4, num_stages=1,
+            FMA_EXP2_EIGHTHS=fma_exp2_eighths, num_warps=4, num_stages=1,
         )  # fmt: skip
 
     launch(2)
@@ -156,7 +156,7 @@ def powers(eighths: int) -> dict[str, Any]:
     }
 
 
-def overlap(width: int, eighths: int) -> dict[str, Any]:
+def overlap(width: int, fma_exp2_eighths: int) -> dict[str, Any]:
     """Whether products and powers of an attention overlap: 1 is wholly, 0 is not at all."""
     rows, keys, programs, steps = 64, 128, 132 * 8, 1024
     q, k, v = (
@@ -167,7 +167,7 @@ def overlap(width: int, eighths: int) -> dict[str, Any]:
     def launcher(powers: bool, products: bool, steps: int = steps) -> Callable[[], object]:
         return lambda: overlap_kernel[(programs,)](
             q, k, v, out, steps, M=rows, N=keys, D=width, POWERS=powers, PRODUCTS=products,
-            EIGHTHS=eighths, num_warps=4, num_stages=1,
+            FMA_EXP2_EIGHTHS=fma_exp2_eighths, num_warps=4, num_stages=1,
         )  # fmt: skip
 
     launcher(True, True, 1)()
@@ -228,16 +228,22 @@ def matrix_product() -> dict[str, Any]:
 
 def measurements() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     """Yield what is measured, by name, the most useful first."""
-    for eighths in (0, 2, 3, 4):
-        yield f"powers of two, {eighths}/8 on the FMA units", lambda e=eighths: powers(e)
+    for fma_exp2_eighths in (0, 2, 3, 4):
+        yield (
+            f"powers of two, {fma_exp2_eighths}/8 on the FMA units",
+            lambda e=fma_exp2_eighths: powers(e),
+        )
     for width, depth in ((16, 16), (16, 64), (16, 128), (64, 16), (128, 16), (64, 64), (128, 128)):
         yield (
             f"products 64 × {depth} × {width} (rows, depth, columns)",
             lambda w=width, d=depth: products(w, d),
         )
     yield "products 128 × 128 × 16, 8 warps", lambda: products(16, 128, 8, 128)
-    for eighths in (0, 2):
-        yield f"products and powers overlap, d = 16, {eighths}/8", lambda e=eighths: overlap(16, e)
+    for fma_exp2_eighths in (0, 2):
+        yield (
+            f"products and powers overlap, d = 16, {fma_exp2_eighths}/8",
+            lambda e=fma_exp2_eighths: overlap(16, e),
+        )
     yield "products and powers overlap, d = 64, 0/8", lambda: overlap(64, 0)
     for megabytes in (4, 32, 256):
         for atomic in (True, False):

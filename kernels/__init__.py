@@ -12,8 +12,8 @@ if __name__ != "rlr_fast.kernels":
 from rlr_fast.kernels._launch import unsupported_device, unsupported_reason, unsupported_width
 from rlr_fast.kernels.block import block_attention
 from rlr_fast.kernels.distance import token_distance
-from rlr_fast.kernels.local_attention import local_cross_attention
-from rlr_fast.kernels.masked_attention import masked_learnable_key_attention
+from rlr_fast.kernels.lca import local_cross_attention
+from rlr_fast.kernels.mlka import masked_learnable_key_attention
 from rlr_fast.kernels.reference import prepare_key
 from rlr_fast.kernels.tiles import forget_tuned, read_tuned, tuned_file, with_tuned
 from rlr_fast.kernels.tuning import Shape, search

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlr_fast.kernels import _launch, local_attention, masked_attention
+from rlr_fast.kernels import _launch, lca, mlka
 from rlr_fast.kernels._autograd import register_gradients
 from rlr_fast.kernels._launch import Geometry
 
@@ -36,10 +36,8 @@ def _forward(
     o_mlka, o_lca = _split(output, heads, width)
     k_mlka, k_lca = keys.chunk(2)
     b_mlka, b_lca = bound.chunk(2)
-    lse = masked_attention.launch_forward(
-        q_mlka, k_mlka, b_mlka, v_mlka, o_mlka, geometry, inside=False
-    )
-    saved = local_attention.launch_forward(q_lca, k_lca, b_lca, value, o_lca, geometry)
+    lse = mlka.launch_forward(q_mlka, k_mlka, b_mlka, v_mlka, o_mlka, geometry, inside=False)
+    saved = lca.launch_forward(q_lca, k_lca, b_lca, value, o_lca, geometry)
     return output, lse, saved
 
 
@@ -51,7 +49,7 @@ def _(
     heads, tokens, width = value.shape
     batch, exact = projected.shape[0], _launch.accumulator(projected.dtype)
     rows = (batch, heads, tokens)
-    kept = local_attention.resident(Geometry.of(grid, window), width, projected.element_size())
+    kept = lca.resident(Geometry.of(grid, window), width, projected.element_size())
     return (
         projected.new_empty((batch, tokens, 2 * heads * width)),
         projected.new_empty(rows, dtype=exact),
@@ -73,10 +71,10 @@ def _backward(
     o_mlka, o_lca = _split(output, heads, width)
     do_mlka, do_lca = _split(grad, heads, width)
     k_mlka, k_lca = keys.chunk(2)
-    dk_mlka, _ = masked_attention.launch_backward(
+    dk_mlka, _ = mlka.launch_backward(
         do_mlka, q_mlka, k_mlka, v_mlka, o_mlka, lse, dq_mlka, dv_mlka, geometry, inside=False
     )
-    dk_lca, dv_lca = local_attention.launch_backward(
+    dk_lca, dv_lca = lca.launch_backward(
         do_lca, q_lca, k_lca, value, o_lca, saved, dq_lca, geometry
     )
     d_keys = torch.cat((dk_mlka, dk_lca)).to(keys.dtype)

@@ -18,7 +18,7 @@ All keys of a row are at hand, so backward needs Q and dO alone: it recomputes t
 dV stay in registers over the batch; halos overlap, so their sums go to float32 atomics, or,
 deterministically, to partial halos that a second kernel gathers in order.
 
-Windows whose halo is too large to keep go to the raster kernels of `masked_attention`.
+Windows whose halo is too large to keep go to the raster kernels of `mlka`.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlr_fast.kernels import _launch, masked_attention
+from rlr_fast.kernels import _launch, mlka
 from rlr_fast.kernels._autograd import register_gradients
+from rlr_fast.kernels._dot import dot
 from rlr_fast.kernels._launch import Geometry
-from rlr_fast.kernels._product import dot
 from rlr_fast.kernels._window import within
 from rlr_fast.kernels.reference import prepare_key
 from rlr_fast.kernels.tiles import HaloTiles, Problem, choose
@@ -391,7 +391,7 @@ def launch_forward(
     """
     batch, heads, _, width = q.shape
     if not resident(geometry, width, q.element_size()):
-        return masked_attention.launch_forward(q, k, bound, v, o, geometry, inside=True)
+        return mlka.launch_forward(q, k, bound, v, o, geometry, inside=True)
     saved = torch.empty((0,), dtype=_launch.accumulator(q.dtype), device=q.device)
     if batch == 0:
         return saved
@@ -412,9 +412,7 @@ def launch_backward(
     """Write dQ into ``dq``; return dK and dV (h, N, d) in the accumulator's dtype."""
     batch, heads, tokens, width = q.shape
     if not resident(geometry, width, q.element_size()):
-        dk, dv = masked_attention.launch_backward(
-            do, q, k, v, o, saved, dq, None, geometry, inside=True
-        )
+        dk, dv = mlka.launch_backward(do, q, k, v, o, saved, dq, None, geometry, inside=True)
         assert dv is not None
         return dk, dv
     tile = _tiles("halo_backward", q, geometry)

@@ -19,7 +19,7 @@ keys meets its queries in the same way.
   over programs: float32 atomics, or, deterministically, a second kernel that owns queries.
 
 With INSIDE the same kernels attend to the keys inside the window: LCA, for windows too large for
-`rlr_fast.kernels.local_attention` to keep resident.
+`rlr_fast.kernels.lca` to keep resident.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from torch import Tensor
 
 from rlr_fast.kernels import _launch
 from rlr_fast.kernels._autograd import register_gradients
+from rlr_fast.kernels._dot import dot
 from rlr_fast.kernels._launch import Geometry
-from rlr_fast.kernels._product import dot
 from rlr_fast.kernels._softmax import NO_MAXIMUM, exp2
 from rlr_fast.kernels._window import inside_window, window_range
 from rlr_fast.kernels.reference import prepare_key
@@ -127,7 +127,7 @@ def _attend(
     N: tl.constexpr, W: tl.constexpr, RY: tl.constexpr, RX: tl.constexpr,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     INSIDE: tl.constexpr, WINDOWED: tl.constexpr, ONLINE: tl.constexpr,
-    EIGHTHS: tl.constexpr, PRECISION: tl.constexpr,
+    FMA_EXP2_EIGHTHS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Accumulate the keys of a block of queries: those of [lo, hi), or all others."""
     TESTED: tl.constexpr = WINDOWED or N % BLOCK_N != 0
@@ -150,7 +150,7 @@ def _attend(
             acc *= rescale[:, None]
             row_sum *= rescale[:, None]
         else:
-            p = exp2(s, EIGHTHS)
+            p = exp2(s, FMA_EXP2_EIGHTHS)
             if TESTED:
                 p = tl.where(seen, p, 0.0)
         # Over the groups of eight columns: within a thread. The rest is summed after the loop.
@@ -164,19 +164,19 @@ def _attend_all(
     acc, row_sum, row_max, q, start_m, offs_m, k, v, stride_kn, stride_vn,
     H: tl.constexpr, W: tl.constexpr, RY: tl.constexpr, RX: tl.constexpr,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, INSIDE: tl.constexpr,
-    ONLINE: tl.constexpr, EIGHTHS: tl.constexpr, PRECISION: tl.constexpr,
+    ONLINE: tl.constexpr, FMA_EXP2_EIGHTHS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Accumulate all keys of a block of queries."""
     N: tl.constexpr = H * W
     lo, hi = window_range(start_m, BLOCK_M, BLOCK_N, H, W, RY)
     acc, row_sum, row_max = _attend(
         acc, row_sum, row_max, q, offs_m, k, v, stride_kn, stride_vn, lo, hi,
-        N, W, RY, RX, D, BLOCK_M, BLOCK_N, INSIDE, True, ONLINE, EIGHTHS, PRECISION,
+        N, W, RY, RX, D, BLOCK_M, BLOCK_N, INSIDE, True, ONLINE, FMA_EXP2_EIGHTHS, PRECISION,
     )  # fmt: skip
     if not INSIDE:
         acc, row_sum, row_max = _attend(
             acc, row_sum, row_max, q, offs_m, k, v, stride_kn, stride_vn, lo, hi,
-            N, W, RY, RX, D, BLOCK_M, BLOCK_N, INSIDE, False, ONLINE, EIGHTHS, PRECISION,
+            N, W, RY, RX, D, BLOCK_M, BLOCK_N, INSIDE, False, ONLINE, FMA_EXP2_EIGHTHS, PRECISION,
         )  # fmt: skip
     return acc, row_sum, row_max
 
@@ -189,7 +189,7 @@ def forward_kernel(
     batch, heads,
     H: tl.constexpr, W: tl.constexpr, RY: tl.constexpr, RX: tl.constexpr,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, INSIDE: tl.constexpr,
-    CERTIFIED: tl.constexpr, EIGHTHS: tl.constexpr, PRECISION: tl.constexpr,
+    CERTIFIED: tl.constexpr, FMA_EXP2_EIGHTHS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Output and lse (B, h, N) of one block of queries; query block fastest, head slowest."""
     N: tl.constexpr = H * W
@@ -214,7 +214,7 @@ def forward_kernel(
             row_max = tl.zeros((BLOCK_M,), ACC)
             acc, row_sum, row_max = _attend_all(
                 acc, row_sum, row_max, q_tile, start_m, offs_m, k, v, stride_kn, stride_vn,
-                H, W, RY, RX, D, BLOCK_M, BLOCK_N, INSIDE, False, EIGHTHS, PRECISION,
+                H, W, RY, RX, D, BLOCK_M, BLOCK_N, INSIDE, False, FMA_EXP2_EIGHTHS, PRECISION,
             )  # fmt: skip
         else:
             row_max = tl.full((BLOCK_M,), NO_MAXIMUM, ACC)
@@ -301,7 +301,7 @@ def _key_gradients(
             dk_a, dv_a, k_a, v_a, q_tile, do_tile, row_lse, row_delta, seen,
             TESTED, PRECISION,
         )  # fmt: skip
-        if DQ != "apart":
+        if DQ != "separate":
             dq_tile = dot(tl.trans(ds), k_a, PRECISION)
         if BLOCKS == 2:
             seen = _seen(offs_b, offs_m, BLOCKS * BLOCK_N, BLOCK_M, N, W, RY, RX, INSIDE, WINDOWED)
@@ -309,7 +309,7 @@ def _key_gradients(
                 dk_b, dv_b, k_b, v_b, q_tile, do_tile, row_lse, row_delta, seen,
                 TESTED, PRECISION,
             )  # fmt: skip
-            if DQ != "apart":
+            if DQ != "separate":
                 dq_tile = dot(tl.trans(ds), k_b, PRECISION, dq_tile)
         if DQ == "store":
             _store_rows(dq, dq_tile * _LN2, start, BLOCK_M, stride_dqn, N, D)
@@ -338,8 +338,8 @@ def backward_key_kernel(
     """dV, and dK (chunks, h, N, D) of BLOCKS·BLOCK_N keys and ``chunk`` images; key block fastest.
 
     DQ says what becomes of dQ: "add" it atomically to a float32 buffer of zeros; "store" it, where
-    one program holds all keys; or leave it "apart", to `backward_query_kernel`. With SHARED_VALUE,
-    dV is a sum over the chunk like dK.
+    one program holds all keys; or keep it "separate", for `backward_query_kernel`. With
+    SHARED_VALUE, dV is a sum over the chunk like dK.
     """
     N: tl.constexpr = H * W
     KEYS: tl.constexpr = BLOCKS * BLOCK_N
@@ -488,7 +488,7 @@ def launch_forward(
         *q.stride()[:3], *k.stride()[:2], *_value_strides(v), *o.stride()[:3], batch, heads,
         **geometry.constants(), D=width, BLOCK_M=tile.queries, BLOCK_N=tile.keys, INSIDE=inside,
         # Weights of 2**±50 fit bfloat16 and float32, not float16.
-        CERTIFIED=q.dtype != torch.float16, EIGHTHS=_eighths(tile, q.dtype),
+        CERTIFIED=q.dtype != torch.float16, FMA_EXP2_EIGHTHS=_fma_exp2_eighths(tile, q.dtype),
         PRECISION=_launch.precision(q.dtype), **tile.options(),
     )  # fmt: skip
     return lse
@@ -517,8 +517,8 @@ def launch_backward(
     chunks = triton.cdiv(batch, chunk)
     if tokens <= keys:
         mode, dq_buffer = "store", dq
-    elif tile.apart or torch.are_deterministic_algorithms_enabled():
-        mode, dq_buffer = "apart", dq
+    elif tile.separate_dq or torch.are_deterministic_algorithms_enabled():
+        mode, dq_buffer = "separate", dq
     else:
         mode, dq_buffer = "add", torch.zeros(dq.shape, dtype=exact, device=dq.device)
     parts = torch.empty((1 + shared, chunks, heads, tokens, width), dtype=exact, device=q.device)
@@ -541,7 +541,7 @@ def launch_backward(
         DQ=mode, **tile.options(),
         **constants,
     )  # fmt: skip
-    if mode == "apart":
+    if mode == "separate":
         tile = _tiles("raster_query", q, geometry)
         _launch.launch(
             backward_query_kernel, triton.cdiv(tokens, tile.queries) * batch * heads,
@@ -563,9 +563,9 @@ def _value_strides(v: Tensor) -> tuple[int, int, int]:
     return (0, *strides) if v.dim() == 3 else strides  # type: ignore[return-value]
 
 
-def _eighths(tile: RasterTiles, dtype: torch.dtype) -> int:
+def _fma_exp2_eighths(tile: RasterTiles, dtype: torch.dtype) -> int:
     """The cubic of exp2 is exact to bfloat16's rounding, not to float32's or float16's."""
-    return tile.eighths if dtype == torch.bfloat16 else 0
+    return tile.fma_exp2_eighths if dtype == torch.bfloat16 else 0
 
 
 @torch.library.custom_op("rlr_fast::masked_learnable_key_attention", mutates_args=())

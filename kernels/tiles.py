@@ -35,10 +35,10 @@ class RasterTiles:
         queries: Queries a tile.
         keys: Keys a tile.
         blocks: Key tiles a program of the key gradient holds, 1 or 2.
-        apart: Leave the query gradient to a kernel of its own, instead of adding it atomically:
-            twice the powers of two, and no traffic of partial sums.
-        eighths: Share of the powers of two that the FMA units compute, of 8; of the forward kernel
-            in bfloat16 alone.
+        separate_dq: Leave the query gradient to a kernel of its own, instead of adding it
+            atomically: twice the powers of two, and no traffic of partial sums.
+        fma_exp2_eighths: Share of the powers of two that the FMA units compute, of 8; of the
+            forward kernel in bfloat16 alone.
         warps: Warps a program.
         stages: Depth of the software pipeline.
         registers: Most registers a thread, where fewer let one more program run; 0 is no limit.
@@ -47,8 +47,8 @@ class RasterTiles:
     queries: int
     keys: int
     blocks: int = 1
-    apart: bool = False
-    eighths: int = 0
+    separate_dq: bool = False
+    fma_exp2_eighths: int = 0
     warps: int = 4
     stages: int = 2
     registers: int = 0
@@ -162,16 +162,16 @@ _BEFORE_3_9 = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
 _RASTER: dict[int, dict[str, dict[int, RasterTiles]]] = {
     90: {
         "raster_forward": {
-            16: RasterTiles(64, 128, eighths=2, registers=0 if _BEFORE_3_9 else 160),
-            32: RasterTiles(64, 128, eighths=2, stages=3),
-            64: RasterTiles(64, 64, eighths=2, stages=3),
-            128: RasterTiles(64, 64, eighths=2),
+            16: RasterTiles(64, 128, fma_exp2_eighths=2, registers=0 if _BEFORE_3_9 else 160),
+            32: RasterTiles(64, 128, fma_exp2_eighths=2, stages=3),
+            64: RasterTiles(64, 64, fma_exp2_eighths=2, stages=3),
+            128: RasterTiles(64, 64, fma_exp2_eighths=2),
         },
         "raster_key": {
             16: RasterTiles(64, 64, blocks=2, stages=1),
-            32: RasterTiles(64, 64, apart=True, stages=1),
-            64: RasterTiles(64, 64, apart=True, stages=1),
-            128: RasterTiles(64, 32, apart=True, stages=1),
+            32: RasterTiles(64, 64, separate_dq=True, stages=1),
+            64: RasterTiles(64, 64, separate_dq=True, stages=1),
+            128: RasterTiles(64, 32, separate_dq=True, stages=1),
         },
         "raster_query": {width: RasterTiles(64, 64) for width in (16, 32, 64, 128)},
     }
@@ -179,19 +179,23 @@ _RASTER: dict[int, dict[str, dict[int, RasterTiles]]] = {
 # What other architectures do otherwise.
 _RASTER[100] = _RASTER[90] | {
     "raster_forward": _RASTER[90]["raster_forward"]
-    | {16: RasterTiles(128, 64, eighths=2), 64: RasterTiles(64, 64, stages=3)},
-    "raster_key": _RASTER[90]["raster_key"] | {128: RasterTiles(32, 64, apart=True, stages=1)},
+    | {16: RasterTiles(128, 64, fma_exp2_eighths=2), 64: RasterTiles(64, 64, stages=3)},
+    "raster_key": _RASTER[90]["raster_key"]
+    | {128: RasterTiles(32, 64, separate_dq=True, stages=1)},
 }
 _RASTER[80] = _RASTER[90] | {
     "raster_key": {
-        16: RasterTiles(64, 64, blocks=2, apart=True, stages=1),
-        32: RasterTiles(64, 64, apart=True, stages=1),
-        64: RasterTiles(32, 128, apart=True, warps=8, stages=1),
-        128: RasterTiles(64, 64, apart=True, warps=8, stages=1),
+        16: RasterTiles(64, 64, blocks=2, separate_dq=True, stages=1),
+        32: RasterTiles(64, 64, separate_dq=True, stages=1),
+        64: RasterTiles(32, 128, separate_dq=True, warps=8, stages=1),
+        128: RasterTiles(64, 64, separate_dq=True, warps=8, stages=1),
     },
 }
 # Four or eight bytes an element: small.
-_SMALL_KEY, _TINY_KEY = RasterTiles(32, 64, stages=1), RasterTiles(32, 32, apart=True, stages=1)
+_SMALL_KEY, _TINY_KEY = (
+    RasterTiles(32, 64, stages=1),
+    RasterTiles(32, 32, separate_dq=True, stages=1),
+)
 _QUERY, _SMALL_QUERY = RasterTiles(64, 32, stages=1), RasterTiles(32, 32, stages=1)
 _WIDE: dict[int, dict[str, dict[int, RasterTiles]]] = {
     90: {
@@ -202,7 +206,7 @@ _WIDE: dict[int, dict[str, dict[int, RasterTiles]]] = {
 }
 _WIDE[100] = _WIDE[90] | {"raster_query": _WIDE[90]["raster_query"] | {64: _SMALL_QUERY}}
 _WIDE[80] = _WIDE[100] | {
-    "raster_key": _WIDE[90]["raster_key"] | {32: RasterTiles(16, 64, apart=True, stages=1)}
+    "raster_key": _WIDE[90]["raster_key"] | {32: RasterTiles(16, 64, separate_dq=True, stages=1)}
 }
 
 

@@ -12,8 +12,8 @@ import triton
 from torch import Tensor
 
 from rlr_fast.kernels._launch import Geometry
-from rlr_fast.kernels.local_attention import local_cross_attention, resident
-from rlr_fast.kernels.masked_attention import masked_learnable_key_attention
+from rlr_fast.kernels.lca import local_cross_attention, resident
+from rlr_fast.kernels.mlka import masked_learnable_key_attention
 from rlr_fast.kernels.tiles import (
     HALO_KERNELS,
     HaloTiles,
@@ -79,15 +79,16 @@ def candidates(kernel: str) -> list[Tiles]:
         if kernel == "raster_forward":
             shares = (0, 2, 3)
             options += [
-                RasterTiles(queries, keys, eighths=n, warps=warps, stages=stages) for n in shares
+                RasterTiles(queries, keys, fma_exp2_eighths=n, warps=warps, stages=stages)
+                for n in shares
             ]
         elif kernel == "raster_query":
             options.append(RasterTiles(queries, keys, warps=warps, stages=stages))
         else:
             ways: list[tuple[int, bool]] = [(1, False), (1, True), (2, False), (2, True)]
             options += [
-                RasterTiles(queries, keys, blocks, apart, warps=warps, stages=stages)
-                for blocks, apart in ways
+                RasterTiles(queries, keys, blocks, separate_dq, warps=warps, stages=stages)
+                for blocks, separate_dq in ways
             ]
     return options
 

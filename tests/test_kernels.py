@@ -28,7 +28,7 @@ from rlr_fast.functional import (
     prepare_reference,
     unsupported_reason,
 )
-from rlr_fast.kernels import _launch, block, local_attention, masked_attention, reference
+from rlr_fast.kernels import _launch, block, lca, mlka, reference
 from rlr_fast.kernels._launch import Geometry
 from rlr_fast.kernels._softmax import exp2
 from rlr_fast.kernels.tiles import (
@@ -355,21 +355,21 @@ def test_deterministic_mode_adds_nothing_atomically(operator):
 
 
 @triton.jit
-def _powers(x, y, EIGHTHS: tl.constexpr):
+def _powers(x, y, FMA_EXP2_EIGHTHS: tl.constexpr):
     offs = tl.arange(0, 16)[:, None] * 64 + tl.arange(0, 64)[None, :]
-    tl.store(y + offs, exp2(tl.load(x + offs), EIGHTHS))
+    tl.store(y + offs, exp2(tl.load(x + offs), FMA_EXP2_EIGHTHS))
 
 
-@pytest.mark.parametrize("eighths", [0, 1, 2, 3, 8])
-def test_powers_of_two_on_fma_units(eighths):
+@pytest.mark.parametrize("fma_exp2_eighths", [0, 1, 2, 3, 8])
+def test_powers_of_two_on_fma_units(fma_exp2_eighths):
     x = torch.empty(16, 64, device=DEVICE).uniform_(-126, 126)
     x[0, ::2] = torch.arange(-16, 16).float() / 2  # whole and half: ends of the cubic
     y = torch.empty_like(x)
-    _powers[(1,)](x, y, EIGHTHS=eighths)
+    _powers[(1,)](x, y, FMA_EXP2_EIGHTHS=fma_exp2_eighths)
     error = (y.double() / x.double().exp2() - 1).abs()
-    assert error.max() < (8e-5 if eighths else 1e-6)
+    assert error.max() < (8e-5 if fma_exp2_eighths else 1e-6)
     cubic = error.amax(0) > 1e-6  # which columns the cubic computed
-    assert cubic.sum() == 8 * eighths
+    assert cubic.sum() == 8 * fma_exp2_eighths
 
 
 # Registration.
@@ -378,7 +378,7 @@ def test_powers_of_two_on_fma_units(eighths):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_operators_pass_opcheck(operator):
-    module = local_attention if operator is LCA else masked_attention
+    module = lca if operator is LCA else mlka
     query, key, value, _ = (
         x.requires_grad_() for x in make_inputs(operator, (3, 4), batch=2, dtype=torch.float32)
     )
