@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ from rlr_fast.functional import (
     local_cross_attention,
     prepare_reference,
 )
+from rlr_fast.preparation import Snapshot, autocast_dtype, hooks
 
 _BRANCHES = {
     "self": SelfAttention,
@@ -59,7 +60,7 @@ def sincos_positions(grid: tuple[int, int], dim: int) -> Tensor:
 
 
 class PreparedBlock(NamedTuple):
-    """What a block of the paper makes of its parameters and the reference, for any images.
+    """What a block of the paper computes from its parameters and the reference, for any images.
 
     Attributes:
         weight_in: (3C, C), tokens to [q_mlka | v_mlka | q_lca].
@@ -76,6 +77,26 @@ class PreparedBlock(NamedTuple):
     weight_out: Tensor
     bias_out: Tensor
     more: tuple[tuple[Tensor, Tensor], ...] = ()
+
+    def tensors(self) -> list[Tensor]:
+        """Return every tensor of it, in a fixed order."""
+        keys, value, bound, _ = self.reference
+        found = [self.weight_in, self.bias_in, self.weight_out, self.bias_out, keys, value]
+        found += [] if bound is None else [bound]
+        return found + [tensor for pair in self.more for tensor in pair]
+
+    def lowered(self, dtype: torch.dtype | None) -> PreparedBlock:
+        """Return it with the weights in autocast's dtype, to which every call would cast them."""
+
+        def cast(tensor: Tensor) -> Tensor:
+            return tensor if dtype is None or tensor.dtype == torch.float64 else tensor.to(dtype)
+
+        return self._replace(
+            weight_in=cast(self.weight_in),
+            bias_in=cast(self.bias_in),
+            weight_out=cast(self.weight_out),
+            bias_out=cast(self.bias_out),
+        )
 
 
 class RLRBlock(nn.Module):
@@ -217,27 +238,28 @@ def _each(reference: Tensor) -> list[Tensor]:
 
 
 def _are_plain(attention: nn.ModuleDict) -> bool:
-    """Whether parameters say all: no hook and no module of another's, such as an adapter."""
+    """Return whether parameters say all: no hook and no foreign module, such as an adapter."""
     branches: list[Any] = list(attention.values())
     linear = [module.out_proj for module in branches]
     return all(type(module) is nn.Linear for module in linear) and not any(
-        hooks
-        for module in (*branches, *linear)
-        for hooks in (
-            module._forward_pre_hooks,
-            module._forward_hooks,
-            module._backward_pre_hooks,
-            module._backward_hooks,
-        )
+        table for module in (*branches, *linear) for table in hooks(module)
     )
 
 
-class _Kept(NamedTuple):
-    """Prepared blocks, with the parameters that they were made of."""
+class _Prepared(NamedTuple):
+    """The blocks of a network, prepared for inference.
 
-    versions: tuple[Any, ...]
-    aliases: list[Tensor]
+    Attributes:
+        blocks: What `RLRBlock.prepare` returned for each.
+        snapshot: The state that they were made from.
+        dtype: Autocast's dtype then, None where it was off.
+        valid: Whether nothing has ended the preparation; its memory is kept for the next one.
+    """
+
     blocks: list[Tensor | PreparedBlock]
+    snapshot: Snapshot
+    dtype: torch.dtype | None
+    valid: bool
 
 
 class Reconstructor(nn.Module):
@@ -262,9 +284,7 @@ class Reconstructor(nn.Module):
         residual: See `RLRBlock`.
         backend: Backend of the windowed operators.
 
-    In inference, what depends on no image is kept from call to call, until a parameter is replaced
-    or changed in place. A change behind autograd's back, ``parameter.data.copy_(…)``, is not seen:
-    call `eval` after it.
+    Each call prepares the reference for itself, unless `prepare_for_inference` has done so before.
 
     Raises:
         ValueError: ``attention``, ``fusion`` and ``references`` do not fit together.
@@ -320,7 +340,7 @@ class Reconstructor(nn.Module):
             for _ in range(blocks)
         )
         self.grad_checkpointing = False
-        self._kept: _Kept | None = None
+        self._prepared: _Prepared | None = None
         self.norm = nn.LayerNorm(hidden)
         self.token_out = nn.Linear(hidden, channels)
 
@@ -357,38 +377,125 @@ class Reconstructor(nn.Module):
         pairs = itertools.combinations(self.reference, 2)
         return torch.stack([F.cosine_similarity(*pair, dim=-1) for pair in pairs]).mean()
 
+    def prepare_for_inference(self) -> Reconstructor:
+        """Compute now, for later calls, what depends on no image; return the network.
+
+        Calls without gradients, under autocast as it is now, take it up; so does code that is
+        compiled from here on. All others prepare for themselves, as without it: slower, and equal.
+
+        A change ends it, never makes it stale: `train` and `eval`, a call with gradients (an
+        optimizer may follow), a move to another device or dtype, loaded, replaced or changed
+        weights, replaced modules and new hooks. Call this again then; it writes into the same
+        memory, so that a CUDA graph that reads it goes on with the new values. Two changes leave
+        no trace and need that call: ``parameter.data.copy_(…)`` and, without a call of the network
+        before it, the step of a fused optimizer. Compiled code looks for changes only where
+        `RLRModel` is called.
+
+        Parameters made in inference mode count no changes: then each call still prepares.
+
+        Raises:
+            RuntimeError: A CUDA graph is being captured, or code is being compiled.
+        """
+        device = self.reference.device
+        if torch.compiler.is_compiling():
+            raise RuntimeError("prepare_for_inference must be called outside compiled code")
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("prepare_for_inference must be called before a CUDA graph's capture")
+        if any(parameter.is_inference() for parameter in self.parameters()):
+            return self
+        dtype = autocast_dtype(device)
+        with torch.inference_mode(False), torch.no_grad():
+            snapshot = Snapshot(self._modules_prepared_from())
+            blocks = [
+                block.lowered(dtype) if isinstance(block, PreparedBlock) else block
+                for block in self._prepare_blocks()
+            ]
+            if self._prepared is not None and _are_alike(self._prepared.blocks, blocks):
+                for kept, new in zip(
+                    _tensors(self._prepared.blocks), _tensors(blocks), strict=True
+                ):
+                    kept.copy_(new)
+                blocks = self._prepared.blocks
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()  # other streams may read it from now on
+        self._prepared = _Prepared(blocks, snapshot, dtype, valid=True)
+        return self
+
+    def is_prepared(self) -> bool:
+        """Return whether a call without gradients would take up what was prepared."""
+        prepared = self._prepared
+        return (
+            prepared is not None
+            and prepared.valid
+            and prepared.dtype == autocast_dtype(self.reference.device)
+            and (torch.compiler.is_compiling() or prepared.snapshot.holds())
+        )
+
+    def end_stale_preparation(self) -> None:
+        """End a preparation that this call, or a change before it, makes unsafe to take up."""
+        prepared = self._prepared
+        if prepared is None or not prepared.valid:
+            return
+        if torch.is_grad_enabled() or not prepared.snapshot.holds():
+            self._prepared = prepared._replace(valid=False)
+
     def train(self, mode: bool = True) -> Reconstructor:
-        """Set the mode as `torch.nn.Module.train` does; forget what inference has kept."""
-        self._kept = None
+        """Set the mode as `torch.nn.Module.train` does; end the preparation."""
+        if self._prepared is not None:
+            self._prepared = self._prepared._replace(valid=False)
         return super().train(mode)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Reconstructor:
+        self._prepared = None  # of another device or dtype
+        return super()._apply(fn, recurse)
+
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what inference has kept: a copy makes its own."""
-        return self.__dict__ | {"_kept": None}
+        """Leave out the preparation: a copy needs its own."""
+        return self.__dict__ | {"_prepared": None}
+
+    def _replicate_for_data_parallel(self) -> Reconstructor:
+        replica = super()._replicate_for_data_parallel()
+        replica._prepared = None  # of another device
+        return replica
 
     def _prepared_blocks(self) -> list[Tensor | PreparedBlock]:
-        """Prepare every block; in inference, only where a parameter has changed since."""
-        kept = self._kept
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self._prepare_blocks()
-        parameters = list(self.parameters())
-        if any(p.is_inference() or p.device.type == "meta" for p in parameters):
-            return self._prepare_blocks()  # nothing tells when they change
-        device = self.reference.device.type
-        lowered = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-        versions = (lowered, *(p._version for p in parameters))
-        # The kept aliases hold their memory, so no other parameter can come to lie at its address.
+        """Return the prepared blocks where they hold for this call, else prepare for it alone."""
+        if not torch.compiler.is_compiling():
+            self.end_stale_preparation()
+        prepared = self._prepared
         if (
-            kept is None
-            or kept.versions != versions
-            or any(
-                p.data_ptr() != q.data_ptr() for p, q in zip(parameters, kept.aliases, strict=True)
-            )
+            prepared is not None
+            and prepared.valid
+            and not torch.is_grad_enabled()
+            and prepared.dtype == autocast_dtype(self.reference.device)
         ):
-            aliases = [p.detach() for p in parameters]
-            self._kept = kept = _Kept(versions, aliases, self._prepare_blocks())
-        return kept.blocks
+            return prepared.blocks
+        return self._prepare_blocks()
 
     def _prepare_blocks(self) -> list[Tensor | PreparedBlock]:
         reference = self.reference_in(self.reference) + self.positions
         return [block.prepare(reference) for block in self.blocks]  # type: ignore[operator]
+
+    def _modules_prepared_from(self) -> list[nn.Module]:
+        """Return every module that `_prepare_blocks` reads."""
+        blocks = cast("list[RLRBlock]", list(self.blocks))
+        attention = [module for block in blocks for module in block.attention.modules()]
+        return [self, *self.reference_in.modules(), self.blocks, *blocks, *attention]
+
+
+def _tensors(blocks: list[Tensor | PreparedBlock]) -> list[Tensor]:
+    return [
+        tensor
+        for block in blocks
+        for tensor in (block.tensors() if isinstance(block, PreparedBlock) else (block,))
+    ]
+
+
+def _are_alike(kept: list[Tensor | PreparedBlock], new: list[Tensor | PreparedBlock]) -> bool:
+    """Return whether the new blocks can be written into the memory of those kept."""
+
+    def layout(blocks: list[Tensor | PreparedBlock]) -> list[Any]:
+        kinds = [b.reference.path if isinstance(b, PreparedBlock) else None for b in blocks]
+        return kinds + [(t.shape, t.dtype, t.device) for t in _tensors(blocks)]
+
+    return layout(kept) == layout(new)

@@ -131,6 +131,8 @@ class _Started:
             images = images.pin_memory()
         half = torch.float16 if precision == "fp16" else torch.bfloat16
         with torch.autocast(device.type, half, enabled=precision != "fp32"):
+            if not model.is_prepared():
+                model.prepare_for_inference()
             out = model(images.to(device, non_blocking=cuda))
         # Without blocking a CUDA device copies to pinned memory of its own choice.
         self.maps = out.score_map[:count, 0].float().to("cpu", non_blocking=cuda)

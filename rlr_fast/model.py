@@ -136,8 +136,36 @@ class RLRModel(
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Let training compute each block again in backward: less memory, the same gradients."""
-        for level in cast("list[Reconstructor]", list(self.levels)):
+        for level in self._reconstructors():
             level.grad_checkpointing = enable
+
+    def prepare_for_inference(self) -> RLRModel:
+        """Compute now, for later calls, what depends on no image; return the model.
+
+        See `Reconstructor.prepare_for_inference`. Scoring (`rlr_fast.inference.score_batches`, and
+        so evaluation and prediction) calls it where it is needed.
+
+        Raises:
+            RuntimeError: A CUDA graph is being captured, or code is being compiled.
+        """
+        for level in self._reconstructors():
+            level.prepare_for_inference()
+        return self
+
+    def is_prepared(self) -> bool:
+        """Return whether a call without gradients would take up what was prepared."""
+        return all(level.is_prepared() for level in self._reconstructors())
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call `forward`, or what `torch.nn.Module.compile` made of it."""
+        # Compiled code cannot look for changes itself.
+        if self._compiled_call_impl is not None and not torch.compiler.is_compiling():
+            for level in self._reconstructors():
+                level.end_stale_preparation()
+        return super().__call__(*args, **kwargs)
+
+    def _reconstructors(self) -> list[Reconstructor]:
+        return cast("list[Reconstructor]", list(self.levels))
 
     # One way for the data: images → tokens → reconstructed tokens → distance → map and score.
 
@@ -241,7 +269,7 @@ class RLRModel(
         Raises:
             ValueError: There is a single reference.
         """
-        levels = cast("list[Reconstructor]", list(self.levels))
+        levels = self._reconstructors()
         similarity = torch.stack([level.reference_similarity() for level in levels]).sum()
         return self.config.diversity * similarity
 

@@ -1,0 +1,69 @@
+"""What a network does for inference once instead of per call, and whether that still holds.
+
+Nothing tells of every change of a tensor, so a preparation remembers what it was made from: which
+modules, parameters and buffers stood where, each tensor's memory and version, and the hooks. Where
+any of these differs, the preparation does not hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def hooks(module: nn.Module) -> list[dict[int, Any]]:
+    """Return the module's own tables of forward and backward hooks, empty or not."""
+    return [getattr(module, name) for name in _HOOKS]
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Return the dtype that autocast computes in on ``device`` at present; None where it is off."""
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return None
+
+
+class Snapshot:
+    """State of modules at one moment, to tell later whether it is still the same.
+
+    It sees what was replaced, added hooks, and changes in place, except those that leave no trace:
+    ``parameter.data.copy_(…)``, and the step of a fused optimizer.
+
+    Args:
+        modules: Their own parameters, buffers, children and hooks count, not those of children.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        modules = list(modules)
+        self._places = [
+            (table, name, value)
+            for module in modules
+            for table in (module._parameters, module._buffers, module._modules)
+            for name, value in table.items()
+        ]
+        self._hooks = [table for module in modules for table in hooks(module)]
+        self._hook_counts = list(map(len, self._hooks))
+        self._tensors = [value for _, _, value in self._places if isinstance(value, Tensor)]
+        # Aliases hold the memory, so that nothing else can come to lie at its address.
+        self._aliases = [tensor.detach() for tensor in self._tensors]
+        self._versions = self._read_versions()
+
+    def holds(self) -> bool:
+        """Return whether nothing has changed since."""
+        return (
+            all(table.get(name) is value for table, name, value in self._places)
+            and list(map(len, self._hooks)) == self._hook_counts
+            and self._read_versions() == self._versions
+            and all(
+                tensor.data_ptr() == alias.data_ptr()
+                for tensor, alias in zip(self._tensors, self._aliases, strict=True)
+            )
+        )
+
+    def _read_versions(self) -> list[int]:
+        return [tensor._version for tensor in self._tensors]
