@@ -136,7 +136,7 @@ def _attend(
         start = _place(i, lo, hi, WINDOWED)
         k_tile = _rows(k, start, BLOCK_N, stride_kn, N, D)
         v_tile = _rows(v, start, BLOCK_N, stride_vn, N, D)
-        s = dot(q, tl.trans(k_tile), PRECISION)  # (BLOCK_M, BLOCK_N)
+        s = dot(q, tl.trans(k_tile), None, PRECISION)  # (BLOCK_M, BLOCK_N)
         seen = _seen(
             offs_m, start + tl.arange(0, BLOCK_N), BLOCK_M, BLOCK_N, N, W, RY, RX, INSIDE, WINDOWED
         )
@@ -155,7 +155,7 @@ def _attend(
                 p = tl.where(seen, p, 0.0)
         # Over the groups of eight columns: within a thread. The rest is summed after the loop.
         row_sum += tl.sum(tl.reshape(p, (BLOCK_M, BLOCK_N // 8, 8)), 1)
-        acc = dot(p.to(v_tile.dtype), v_tile, PRECISION, acc)
+        acc = dot(p.to(v_tile.dtype), v_tile, acc, PRECISION)
     return acc, row_sum, row_max
 
 
@@ -264,14 +264,14 @@ def _key_step(
     TESTED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dK, dV and Kᵀ dSᵀ of one block of keys and one of queries; scores lie as (keys, queries)."""
-    x = dot(k, tl.trans(q), PRECISION) - lse[None, :]
+    x = dot(k, tl.trans(q), None, PRECISION) - lse[None, :]
     p = tl.exp2(x)
     if TESTED:
         p = tl.where(seen, p, 0.0)
-    dv = dot(p.to(do.dtype), do, PRECISION, dv)
-    ds = p * (dot(v, tl.trans(do), PRECISION) - delta[None, :])
+    dv = dot(p.to(do.dtype), do, dv, PRECISION)
+    ds = p * (dot(v, tl.trans(do), None, PRECISION) - delta[None, :])
     ds = ds.to(q.dtype)
-    dk = dot(ds, q, PRECISION, dk)
+    dk = dot(ds, q, dk, PRECISION)
     return dk, dv, ds
 
 
@@ -302,7 +302,7 @@ def _key_gradients(
             TESTED, PRECISION,
         )  # fmt: skip
         if DQ != "separate":
-            dq_tile = dot(tl.trans(ds), k_a, PRECISION)
+            dq_tile = dot(tl.trans(ds), k_a, None, PRECISION)
         if BLOCKS == 2:
             seen = _seen(offs_b, offs_m, BLOCKS * BLOCK_N, BLOCK_M, N, W, RY, RX, INSIDE, WINDOWED)
             dk_b, dv_b, ds = _key_step(
@@ -310,7 +310,7 @@ def _key_gradients(
                 TESTED, PRECISION,
             )  # fmt: skip
             if DQ != "separate":
-                dq_tile = dot(tl.trans(ds), k_b, PRECISION, dq_tile)
+                dq_tile = dot(tl.trans(ds), k_b, dq_tile, PRECISION)
         if DQ == "store":
             _store_rows(dq, dq_tile * _LN2, start, BLOCK_M, stride_dqn, N, D)
         if DQ == "add":
@@ -417,14 +417,14 @@ def _query_gradient(
         start = _place(i, lo, hi, WINDOWED)
         k_tile = _rows(k, start, BLOCK_N, stride_kn, N, D)
         v_tile = _rows(v, start, BLOCK_N, stride_vn, N, D)
-        x = dot(q, tl.trans(k_tile), PRECISION) - row_lse[:, None]
+        x = dot(q, tl.trans(k_tile), None, PRECISION) - row_lse[:, None]
         p = tl.exp2(x)
         if WINDOWED or N % BLOCK_N != 0:
             offs_n = start + tl.arange(0, BLOCK_N)
             seen = _seen(offs_m, offs_n, BLOCK_M, BLOCK_N, N, W, RY, RX, INSIDE, WINDOWED)
             p = tl.where(seen, p, 0.0)
-        ds = p * (dot(do, tl.trans(v_tile), PRECISION) - row_delta[:, None])
-        dq = dot(ds.to(k_tile.dtype), k_tile, PRECISION, dq)
+        ds = p * (dot(do, tl.trans(v_tile), None, PRECISION) - row_delta[:, None])
+        dq = dot(ds.to(k_tile.dtype), k_tile, dq, PRECISION)
     return dq
 
 
