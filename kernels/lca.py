@@ -104,7 +104,7 @@ def _load_halo(
     return k_tile, v_tile, bias
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "heads", "chunk"])
 def forward_kernel(
     q, k, v, o,
     stride_qb, stride_qh, stride_qn, stride_kh, stride_kn, stride_vh, stride_vn,
@@ -189,7 +189,7 @@ def _give_halo(
         tl.store(out + rows[:, None] * D + columns, tile)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "heads", "chunk"])
 def backward_kernel(
     q, k, v, do, dq, dk, dv,
     stride_qb, stride_qh, stride_qn, stride_kh, stride_kn, stride_vh, stride_vn,
@@ -305,7 +305,7 @@ def backward_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "chunks"])
 def gather_kernel(
     parts, out, heads, chunks,
     H: tl.constexpr, W: tl.constexpr, RY: tl.constexpr, RX: tl.constexpr, D: tl.constexpr,

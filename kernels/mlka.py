@@ -181,7 +181,7 @@ def _attend_all(
     return acc, row_sum, row_max
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "heads"])
 def forward_kernel(
     q, k, v, o, lse, bound,
     stride_qb, stride_qh, stride_qn, stride_kh, stride_kn,
@@ -239,7 +239,7 @@ def forward_kernel(
     tl.store(lse + (i_b * heads + i_h) * N + offs_m, row_lse, mask=offs_m < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "heads"])
 def delta_kernel(
     o, do, delta,
     stride_ob, stride_oh, stride_on, stride_dob, stride_doh, stride_don, batch, heads,
@@ -323,7 +323,7 @@ def _key_gradients(
     return dk_a, dv_a, dk_b, dv_b
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "heads", "chunk"])
 def backward_key_kernel(
     q, k, v, do, lse, delta, dq, dk, dv,
     stride_qb, stride_qh, stride_qn, stride_kh, stride_kn,
@@ -428,7 +428,7 @@ def _query_gradient(
     return dq
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "heads"])
 def backward_query_kernel(
     q, k, v, do, lse, delta, dq,
     stride_qb, stride_qh, stride_qn, stride_kh, stride_kn,

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -162,3 +163,72 @@ def test_interpreter_is_refused_in_one_line():
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert "unset TRITON_INTERPRET" in line
+
+
+def run_script(script: str) -> Any:
+    """Run Python with Triton's compiler and not its interpreter; return what it prints as JSON."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+SPECIALIZATIONS = """
+import dataclasses, json, torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+from benchmarks import codegen
+from benchmarks.launches import SHAPES, launches
+from rlr_fast.kernels import _launch, distance
+
+backend = make_backend(GPUTarget("cuda", 90, 32))
+
+def of(batch):
+    made = launches(dataclasses.replace(SHAPES["31x37-d32-w7"], batch=batch), torch.bfloat16)
+    x = torch.empty(batch, 31 * 37, 48, device="meta")
+    with _launch.recorded() as records:
+        distance.launch(distance.forward_kernel, x, x, (x, x, x[..., 0]))
+        distance.launch(distance.backward_kernel, x, x, (x[..., 0], x, x, x), x[..., 0].stride())
+    made |= {f"distance {i}": record for i, record in enumerate(records)}
+    found = {}
+    for name, launch in made.items():
+        kernel = launch.kernel
+        bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+        signature, constants, divisible = codegen.specialization(launch)
+        ours = [
+            ["constexpr", constants[n]] if n in constants
+            else [signature[n], "D" if n in divisible else ""]
+            for n in kernel.arg_names
+        ]
+        found[name] = [bind(*launch.arguments, **launch.constants)[1], ours]
+    return found
+
+print(json.dumps([of(batch) for batch in (64, 63, 17)]))
+"""
+
+
+@pytest.fixture(scope="module")
+def specializations():
+    """What Triton and `benchmarks.codegen` specialise of each launch, for three batches."""
+    return run_script(SPECIALIZATIONS)
+
+
+def test_batches_of_every_size_share_their_kernels(specializations):
+    """The last batch of an epoch compiles nothing."""
+    full, *others = specializations
+    assert len(full) >= 10
+    for other in others:
+        assert {n: by_triton for n, (by_triton, _) in other.items()} == {
+            n: by_triton for n, (by_triton, _) in full.items()
+        }
+
+
+def test_kernels_are_compiled_offline_as_a_launch_compiles_them(specializations):
+    for launches in specializations:
+        for name, (by_triton, ours) in launches.items():
+            # None is what Triton did not look at, "" what it found nothing special about.
+            known = [[kind, "" if value is None else value] for kind, value in by_triton]
+            assert ours == known, name
