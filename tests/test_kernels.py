@@ -378,7 +378,7 @@ def test_powers_of_two_on_fma_units(fma_exp2_eighths):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_operators_pass_opcheck(operator):
-    module = lca if operator is LCA else mlka
+    module = lca if operator is LCA else mlka.op
     query, key, value, _ = (
         x.requires_grad_() for x in make_inputs(operator, (3, 4), batch=2, dtype=torch.float32)
     )
