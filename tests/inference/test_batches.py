@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rlr_fast import RLRModel
-from rlr_fast.inference import batches
+from rlr_fast.inference import batches as batches_module
 from rlr_fast.inference.batches import compile_model, score_batches
 
 
@@ -26,7 +26,7 @@ def batches(*counts):
 
 @pytest.mark.parametrize("ahead", [0, 1, 2])
 def test_scores_come_in_order_however_far_the_device_runs_ahead(model, monkeypatch, ahead):
-    monkeypatch.setattr(batches, "_AHEAD", {"cpu": ahead})
+    monkeypatch.setattr(batches_module, "_AHEAD", {"cpu": ahead})
     found = list(score_batches(model, batches(2, 0, 1, 3)))
     assert [what for what, _ in found] == [0, 1, 2, 3]
     for (_, images), (_, scores) in zip(batches(2, 0, 1, 3), found, strict=True):
@@ -39,7 +39,7 @@ def test_scores_come_in_order_however_far_the_device_runs_ahead(model, monkeypat
 
 
 def test_a_device_that_runs_ahead_starts_a_batch_before_the_last_is_read(model, monkeypatch):
-    monkeypatch.setattr(batches, "_AHEAD", {"cpu": 1})
+    monkeypatch.setattr(batches_module, "_AHEAD", {"cpu": 1})
     started = []
     model.register_forward_pre_hook(lambda *_: started.append(1))
     for what, _ in score_batches(model, batches(1, 1, 1)):
@@ -47,7 +47,7 @@ def test_a_device_that_runs_ahead_starts_a_batch_before_the_last_is_read(model, 
 
 
 def test_an_interruption_hands_over_what_is_computed(model, monkeypatch):
-    monkeypatch.setattr(batches, "_AHEAD", {"cpu": 1})
+    monkeypatch.setattr(batches_module, "_AHEAD", {"cpu": 1})
 
     def interrupted():
         yield from batches(1, 1)
