@@ -25,7 +25,7 @@ from rlr_fast.cli.train import add_train
 from rlr_fast.cli.tune import add_tune
 from rlr_fast.functional import BackendError
 from rlr_fast.models.backbone import BackboneWeightsError
-from rlr_fast.models.rlr import CheckpointError
+from rlr_fast.models.checkpoint import CheckpointError
 from rlr_fast.training.distributed import PeerError, processes_wanted
 from rlr_fast.training.feature_cache import CacheError
 from rlr_fast.training.run_dir import TrainingError

@@ -15,7 +15,8 @@ from rlr_fast.config import PRECISIONS, PRESETS, RLRConfig, TrainConfig
 from rlr_fast.data import LAYOUTS, DataSet, read_dataset
 from rlr_fast.functional import unsupported_reason
 from rlr_fast.inference.batches import DEFAULT_BATCH, check_precision, compile_model
-from rlr_fast.models.rlr import CheckpointError, RLRModel
+from rlr_fast.models.checkpoint import CheckpointError
+from rlr_fast.models.rlr import RLRModel
 from rlr_fast.training.calibration import color_scale
 from rlr_fast.training.environment import choose_device
 from rlr_fast.training.train import CACHES

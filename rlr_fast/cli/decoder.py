@@ -18,7 +18,7 @@ from rlr_fast.cli.common import (
 )
 from rlr_fast.cli.options import Parser, UsageError, positive
 from rlr_fast.data.words import counted
-from rlr_fast.models.rlr import CheckpointError
+from rlr_fast.models.checkpoint import CheckpointError
 from rlr_fast.training.progress import progress_bar
 from rlr_fast.visualization.decoder import check_decoder_file, save_decoder, train_decoder
 

@@ -15,7 +15,8 @@ from rlr_fast.cli.options import add_fields, config_from
 from rlr_fast.config import PRESETS, RLRConfig
 from rlr_fast.functional import resolve_backend, unsupported_reason
 from rlr_fast.models.backbone import BackboneWeightsError
-from rlr_fast.models.rlr import CONFIG_FILE, RLRModel, read_config
+from rlr_fast.models.checkpoint import CONFIG_FILE, read_config
+from rlr_fast.models.rlr import RLRModel
 from rlr_fast.training.environment import environment
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-import safetensors
 import safetensors.torch
 import torch
 from huggingface_hub import ModelHubMixin, hf_hub_download
@@ -19,10 +17,14 @@ from rlr_fast.functional import Backend
 from rlr_fast.models.authors import load_reconstructors
 from rlr_fast.models.backbone import Backbone, neighborhood_mean
 from rlr_fast.models.block import Reconstructor, RLRBlock
+from rlr_fast.models.checkpoint import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    CheckpointError,
+    read_config,
+    read_weights,
+)
 from rlr_fast.models.scoring import ScoreMap, distance, perturb
-
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
 
 
 class RLROutput(NamedTuple):
@@ -37,10 +39,6 @@ class RLROutput(NamedTuple):
     score_map: Tensor
     score: Tensor
     level_maps: list[Tensor]
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint folder is missing, damaged, or made with another backbone."""
 
 
 class Standardize(nn.Module):
@@ -399,39 +397,3 @@ class RLRModel(
             diversity=0.0,
         )
         return model.eval()
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """Read a checkpoint's ``config.json``.
-
-    Raises:
-        CheckpointError: It is missing or not a JSON object.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{path.parent} is not a checkpoint: it has no {path.name}"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} cannot be read: it holds no JSON object")
-    return values
-
-
-def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a safetensors file: tensors, and its metadata.
-
-    Raises:
-        CheckpointError: It is missing, cut short or damaged.
-    """
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{path.parent} is not a checkpoint: it has no {path.name}"
-        ) from error
-    except (OSError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"{path} is damaged or incomplete: {error}") from error

@@ -18,7 +18,8 @@ from rlr_fast.inference.batches import check_precision
 from rlr_fast.inference.evaluate import check_masks, evaluate
 from rlr_fast.inference.metrics import HEADINGS
 from rlr_fast.models.backbone import BackboneWeightsError
-from rlr_fast.models.rlr import CheckpointError, RLRModel
+from rlr_fast.models.checkpoint import CheckpointError
+from rlr_fast.models.rlr import RLRModel
 from rlr_fast.paper.folder import TableFolder
 from rlr_fast.paper.report import REPORT_FILE, write_report
 from rlr_fast.paper.tables import LEVELS, PER_LEVEL, Row, Table

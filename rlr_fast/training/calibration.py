@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from rlr_fast.models.rlr import CheckpointError, RLRModel
+from rlr_fast.models.checkpoint import CheckpointError
+from rlr_fast.models.rlr import RLRModel
 from rlr_fast.training.distributed import Processes
 from rlr_fast.training.features import Features
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rlr_fast.data.files import check_writable, write_atomically, write_tensors
 from rlr_fast.data.threads import Writer
-from rlr_fast.models.rlr import CONFIG_FILE, WEIGHTS_FILE, CheckpointError, read_weights
+from rlr_fast.models.checkpoint import CONFIG_FILE, WEIGHTS_FILE, CheckpointError, read_weights
 
 RUN_FILE = "run.json"
 STATE_FILE = "training_state.safetensors"

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rlr_fast import RLRConfig, RLRModel
-from rlr_fast.models.rlr import CheckpointError
+from rlr_fast.models.checkpoint import CheckpointError
 from rlr_fast.models.scoring import distance, perturb
 
 
