@@ -14,7 +14,7 @@ from benchmarks.check import WrongResultError
 from benchmarks.record import bench_device
 from benchmarks.rivals import UnavailableError
 from rlr_fast.functional import unsupported_reason
-from rlr_fast.scoring import distance
+from rlr_fast.models.scoring import distance
 
 DEVICE = bench_device()
 GPU = DEVICE.type == "cuda"

@@ -22,10 +22,10 @@ from benchmarks.check import WrongResultError
 from benchmarks.record import bench_device
 from rlr_fast import RLRConfig, RLRModel, TrainConfig
 from rlr_fast.data import DataSet, load_image, read_dataset
-from rlr_fast.feature_cache import cached_features
-from rlr_fast.metrics import class_metrics
-from rlr_fast.predict import find_images, predict
-from rlr_fast.train import train
+from rlr_fast.inference.metrics import class_metrics
+from rlr_fast.inference.predict import find_images, predict
+from rlr_fast.training.feature_cache import cached_features
+from rlr_fast.training.train import train
 
 DEVICE = bench_device()
 GPU = DEVICE.type == "cuda"

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.shapes import HEADLINE, OPERATORS, PAPER, Inputs, Problem, Shape, make_inputs
-from rlr_fast import dense
+from rlr_fast.ops import dense
 
 NAMES = ("output", "d_query", "d_key", "d_value")
 # Largest error against float32 of the same inputs: of the whole tensor, ‖a - b‖ / ‖b‖, and of its
@@ -129,7 +129,7 @@ def by_rows(problem: Problem, inputs: Inputs, heads: Sequence[int], masked: bool
 
 
 def _inside(problem: Problem, rows: slice, keys: slice, device: torch.device) -> Tensor:
-    """(rows, keys): the mask of `rlr_fast.dense.inside_window`, of some of its rows and columns."""
+    """(rows, keys): the mask of `dense.inside_window`, of some of its rows and columns."""
     i = torch.arange(rows.start, rows.stop, device=device)[:, None]
     j = torch.arange(keys.start, keys.stop, device=device)
     width = problem.grid[1]

@@ -143,23 +143,34 @@ class Row:
     error: str = ""
 
 
-def compile_launch(launch: Launch, arch: str) -> triton.compiler.CompiledKernel:
-    """Compile as a launch on a device would: 1 is a constant, multiples of 16 are known as such."""
+def specialization(launch: Launch) -> tuple[dict[str, str], dict[str, Any], list[str]]:
+    """Types, constants and what is divisible by 16, by argument, as Triton finds them at a launch.
+
+    1 is a constant, and multiples of 16 are known as such, but for arguments that a kernel leaves
+    out of its specialization.
+    """
     signature: dict[str, str] = {}
     constants, divisible = dict(launch.constants), []
-    for name, value in zip(launch.kernel.arg_names, launch.arguments, strict=False):
+    for parameter, value in zip(launch.kernel.params, launch.arguments, strict=False):
+        name, special = parameter.name, not parameter.do_not_specialize
         if isinstance(value, Tensor):
             signature[name] = "*" + _TYPES[value.dtype]
             aligned = value.storage_offset() * value.element_size() % 16 == 0
         elif isinstance(value, float):
             signature[name], aligned = "fp32", False
-        elif value == 1:
+        elif value == 1 and special:
             constants[name], aligned = 1, False
         else:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             aligned = value % 16 == 0
-        if aligned:
+        if aligned and special:
             divisible.append(name)
+    return signature, constants, divisible
+
+
+def compile_launch(launch: Launch, arch: str) -> triton.compiler.CompiledKernel:
+    """Compile as a launch on a device would."""
+    signature, constants, divisible = specialization(launch)
     return sass.compile_kernel(
         launch.kernel,
         signature,

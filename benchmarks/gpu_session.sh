@@ -33,7 +33,7 @@ run() {
         --benchmark-record "$out/gpu-headline.json"
       ;;
     unknowns) part unknowns 70 "$python" -m benchmarks.unknowns --record "$out/gpu-unknowns.json" ;;
-    tests) part tests 110 "$python" -m pytest -q -x tests/test_kernels.py tests/test_distance.py -p no:cacheprovider ;;
+    tests) part tests 110 "$python" -m pytest -q -x tests/kernels/test_kernels.py tests/kernels/test_distance.py -p no:cacheprovider ;;
     training)
       part training 60 "$python" -m benchmarks.throughput --batch 64 --batch 256 --batch 4 \
         --record "$out/gpu-training.json"

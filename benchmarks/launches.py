@@ -131,7 +131,7 @@ def _launches(shape: Shape, dtype: torch.dtype) -> dict[str, Launch]:
             torch.use_deterministic_algorithms(bool(mode))
             for operator in shape.operators:
                 for record in _operator_launches(operator, shape, dtype):
-                    raster = record.kernel.__module__ == mlka.__name__
+                    raster = record.kernel.__module__.startswith(f"{mlka.__name__}.")
                     prefix = "lca-raster" if raster and operator == "lca" else operator
                     stem = record.kernel.__name__.removesuffix("_kernel").replace("_", "-")
                     if stem.startswith(("backward", "gather")):

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from benchmarks import rivals
 from rlr_fast import RLRModel
-from rlr_fast.dense import inside_window
 from rlr_fast.functional import window_pair
+from rlr_fast.ops.dense import inside_window
 
 AUTHORS, SDPA = "authors", "sdpa"
 LABELS = {

@@ -14,7 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import check
 from benchmarks.shapes import OPERATORS, Inputs, Problem
-from rlr_fast import dense, functional
+from rlr_fast import functional
+from rlr_fast.ops import dense
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 _CUDA, _CPU, _ANY = ("cuda",), ("cpu",), ("cuda", "cpu")

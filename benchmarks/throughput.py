@@ -24,11 +24,11 @@ from benchmarks import record
 from rlr_fast import RLRConfig, RLRModel, TrainConfig
 from rlr_fast.config import PRESETS
 from rlr_fast.data import read_dataset
-from rlr_fast.distributed import Processes
-from rlr_fast.feature_cache import FeatureCache
 from rlr_fast.functional import resolve_backend
-from rlr_fast.loop import Loop
-from rlr_fast.train import train
+from rlr_fast.training.distributed import Processes
+from rlr_fast.training.feature_cache import FeatureCache
+from rlr_fast.training.train import train
+from rlr_fast.training.trainer import Loop
 
 _EPOCHS = 4
 

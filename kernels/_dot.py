@@ -13,8 +13,8 @@ def _upper(x):
 
 
 @triton.jit
-def dot(a, b, PRECISION: tl.constexpr, acc=None):
-    """``a @ b``, added to ``acc`` and in its dtype if there is one.
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """``a @ b``, added to ``acc`` and in its dtype unless that is None; in the order of `tl.dot`.
 
     "tf32x3" is spelt out: Triton's own adds in an accumulator of its own and tests it for NaN,
     which takes half as many instructions again, and more registers.

@@ -59,7 +59,7 @@ def _cosine(r, o, ACC):
     return norm, r_norm, o_norm, tl.sum(r * o, 1) / (r_norm * o_norm)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def forward_kernel(
     r, o, d, stride_rb, stride_rn, stride_ob, stride_on, N, count,
     C: tl.constexpr, BLOCK_C: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr,
@@ -75,7 +75,7 @@ def forward_kernel(
     tl.store(d + rows, tl.sum(error * error, 1) / C + 1 - cosine, mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def backward_kernel(
     grad, r, o, dr, stride_gb, stride_gn, stride_rb, stride_rn, stride_ob, stride_on, N, count,
     C: tl.constexpr, BLOCK_C: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr,

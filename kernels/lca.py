@@ -104,7 +104,7 @@ def _load_halo(
     return k_tile, v_tile, bias
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "heads", "chunk"])
 def forward_kernel(
     q, k, v, o,
     stride_qb, stride_qh, stride_qn, stride_kh, stride_kn, stride_vh, stride_vn,
@@ -151,20 +151,20 @@ def forward_kernel(
     for start in tl.range(first, last, IMAGES):
         row_mask = (exists & (start + image < last))[:, None]
         q_tile = tl.load(q_pointers, mask=row_mask, other=0.0)
-        s_a = dot(q_tile, tl.trans(k_a), PRECISION)  # (BLOCK_M, HALO_A)
+        s_a = dot(q_tile, tl.trans(k_a), None, PRECISION)  # (BLOCK_M, HALO_A)
         s_a = tl.dot(choice, bias_a, s_a, input_precision="tf32", out_dtype=s_a.dtype)
         row_max = tl.max(s_a, 1)
         if HALO_B:
-            s_b = dot(q_tile, tl.trans(k_b), PRECISION)
+            s_b = dot(q_tile, tl.trans(k_b), None, PRECISION)
             s_b = tl.dot(choice, bias_b, s_b, input_precision="tf32", out_dtype=s_b.dtype)
             row_max = tl.maximum(row_max, tl.max(s_b, 1))
         p_a = tl.exp2(s_a - row_max[:, None])
         row_sum = tl.sum(p_a, 1)
-        out = dot(p_a.to(v_a.dtype), v_a, PRECISION)
+        out = dot(p_a.to(v_a.dtype), v_a, None, PRECISION)
         if HALO_B:
             p_b = tl.exp2(s_b - row_max[:, None])
             row_sum += tl.sum(p_b, 1)
-            out = dot(p_b.to(v_b.dtype), v_b, PRECISION, out)
+            out = dot(p_b.to(v_b.dtype), v_b, out, PRECISION)
         out = out * (1.0 / row_sum)[:, None]
         tl.store(o_pointers, out.to(o.dtype.element_ty), mask=row_mask)
         q_pointers += q_step
@@ -189,7 +189,7 @@ def _give_halo(
         tl.store(out + rows[:, None] * D + columns, tile)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "heads", "chunk"])
 def backward_kernel(
     q, k, v, do, dq, dk, dv,
     stride_qb, stride_qh, stride_qn, stride_kh, stride_kn, stride_vh, stride_vn,
@@ -251,11 +251,11 @@ def backward_kernel(
         row_mask = (exists & (start + image < last))[:, None]
         q_tile = tl.load(q_pointers, mask=row_mask, other=0.0)
         do_tile = tl.load(do_pointers, mask=row_mask, other=0.0)
-        p_a = dot(q_tile, tl.trans(k_a), PRECISION)  # (BLOCK_M, HALO_A)
+        p_a = dot(q_tile, tl.trans(k_a), None, PRECISION)  # (BLOCK_M, HALO_A)
         p_a = tl.dot(choice, bias_a, p_a, input_precision="tf32", out_dtype=p_a.dtype)
         row_max = tl.max(p_a, 1)
         if HALO_B:
-            p_b = dot(q_tile, tl.trans(k_b), PRECISION)
+            p_b = dot(q_tile, tl.trans(k_b), None, PRECISION)
             p_b = tl.dot(choice, bias_b, p_b, input_precision="tf32", out_dtype=p_b.dtype)
             row_max = tl.maximum(row_max, tl.max(p_b, 1))
         p_a = tl.exp2(p_a - row_max[:, None])
@@ -265,21 +265,21 @@ def backward_kernel(
             row_sum += tl.sum(p_b, 1)
         weight = 1.0 / row_sum
         p_a *= weight[:, None]
-        dp_a = dot(do_tile, tl.trans(v_a), PRECISION)
+        dp_a = dot(do_tile, tl.trans(v_a), None, PRECISION)
         delta = tl.sum(p_a * dp_a, 1)
         if HALO_B:
             p_b *= weight[:, None]
-            dp_b = dot(do_tile, tl.trans(v_b), PRECISION)
+            dp_b = dot(do_tile, tl.trans(v_b), None, PRECISION)
             delta += tl.sum(p_b * dp_b, 1)
-        dv_a = dot(tl.trans(p_a.to(do_tile.dtype)), do_tile, PRECISION, dv_a)
+        dv_a = dot(tl.trans(p_a.to(do_tile.dtype)), do_tile, dv_a, PRECISION)
         ds_a = (p_a * (dp_a - delta[:, None])).to(q_tile.dtype)
-        dq_tile = dot(ds_a, wide_a, PRECISION)
-        dk_a = dot(tl.trans(ds_a), q_tile, PRECISION, dk_a)
+        dq_tile = dot(ds_a, wide_a, None, PRECISION)
+        dk_a = dot(tl.trans(ds_a), q_tile, dk_a, PRECISION)
         if HALO_B:
-            dv_b = dot(tl.trans(p_b.to(do_tile.dtype)), do_tile, PRECISION, dv_b)
+            dv_b = dot(tl.trans(p_b.to(do_tile.dtype)), do_tile, dv_b, PRECISION)
             ds_b = (p_b * (dp_b - delta[:, None])).to(q_tile.dtype)
-            dq_tile = dot(ds_b, wide_b, PRECISION, dq_tile)
-            dk_b = dot(tl.trans(ds_b), q_tile, PRECISION, dk_b)
+            dq_tile = dot(ds_b, wide_b, dq_tile, PRECISION)
+            dk_b = dot(tl.trans(ds_b), q_tile, dk_b, PRECISION)
         if WIDE:
             dq_tile, _ = tl.split(tl.reshape(dq_tile, (BLOCK_M, D, 2)))
         tl.store(dq_pointers, (dq_tile * _LN2).to(dq.dtype.element_ty), mask=row_mask)
@@ -305,7 +305,7 @@ def backward_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "chunks"])
 def gather_kernel(
     parts, out, heads, chunks,
     H: tl.constexpr, W: tl.constexpr, RY: tl.constexpr, RX: tl.constexpr, D: tl.constexpr,

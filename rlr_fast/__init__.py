@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from rlr_fast.attention import LocalCrossAttention, MaskedLearnableKeyAttention
 from rlr_fast.config import RLRConfig, TrainConfig
 from rlr_fast.functional import local_cross_attention, masked_learnable_key_attention
-from rlr_fast.model import RLRModel, RLROutput
+from rlr_fast.models.attention import LocalCrossAttention, MaskedLearnableKeyAttention
+from rlr_fast.models.rlr import RLRModel, RLROutput
 
 __version__ = "0.1.0"
 

@@ -1,7 +1,7 @@
 """The two attention operators: argument checks and the choice of a backend.
 
-The paths behind them (`rlr_fast.dense`, `rlr_fast.tiled`, `rlr_fast.kernels`) never import each
-other; they meet here.
+The paths behind them (`rlr_fast.ops.dense`, `rlr_fast.ops.tiled`, `rlr_fast.kernels`) never import
+each other; they meet here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from rlr_fast import dense, tiled
+from rlr_fast.ops import dense, tiled
 
 try:
     from rlr_fast import kernels

@@ -23,7 +23,9 @@ from rlr_fast import RLRConfig, TrainConfig
 from rlr_fast.data import DataSet, read_dataset
 
 collect_ignore = (
-    [] if importlib.util.find_spec("triton") else ["test_kernels.py", "test_distance.py"]
+    []
+    if importlib.util.find_spec("triton")
+    else ["kernels/test_kernels.py", "kernels/test_distance.py"]
 )
 
 

@@ -12,23 +12,23 @@ from collections.abc import Sequence
 import torch
 
 from rlr_fast import __version__
-from rlr_fast.backbone import BackboneWeightsError
 from rlr_fast.cli.data import add_data
 from rlr_fast.cli.decoder import add_decoder
 from rlr_fast.cli.demo import add_demo
 from rlr_fast.cli.evaluate import add_eval
 from rlr_fast.cli.figures import add_figures
 from rlr_fast.cli.info import add_info
+from rlr_fast.cli.options import Parser, UsageError, parse
 from rlr_fast.cli.paper import add_paper
 from rlr_fast.cli.predict import add_predict
 from rlr_fast.cli.train import add_train
 from rlr_fast.cli.tune import add_tune
-from rlr_fast.distributed import PeerError, processes_wanted
-from rlr_fast.feature_cache import CacheError
 from rlr_fast.functional import BackendError
-from rlr_fast.model import CheckpointError
-from rlr_fast.options import Parser, UsageError, parse
-from rlr_fast.run_folder import TrainingError
+from rlr_fast.models.backbone import BackboneWeightsError
+from rlr_fast.models.checkpoint import CheckpointError
+from rlr_fast.training.distributed import PeerError, processes_wanted
+from rlr_fast.training.feature_cache import CacheError
+from rlr_fast.training.run_dir import TrainingError
 
 _USER_ERRORS = (
     UsageError,

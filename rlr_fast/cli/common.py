@@ -10,15 +10,16 @@ from typing import Any
 
 import torch
 
-from rlr_fast.calibration import color_scale
+from rlr_fast.cli.options import Parser, UsageError, add_fields, positive
 from rlr_fast.config import PRECISIONS, PRESETS, RLRConfig, TrainConfig
 from rlr_fast.data import LAYOUTS, DataSet, read_dataset
-from rlr_fast.environment import choose_device
 from rlr_fast.functional import unsupported_reason
-from rlr_fast.inference import DEFAULT_BATCH, check_precision, compile_model
-from rlr_fast.model import CheckpointError, RLRModel
-from rlr_fast.options import Parser, UsageError, add_fields, positive
-from rlr_fast.train import CACHES
+from rlr_fast.inference.batches import DEFAULT_BATCH, check_precision, compile_model
+from rlr_fast.models.checkpoint import CheckpointError
+from rlr_fast.models.rlr import RLRModel
+from rlr_fast.training.calibration import color_scale
+from rlr_fast.training.environment import choose_device
+from rlr_fast.training.train import CACHES
 
 ABOUT_PRESETS = "presets: " + "; ".join(f"{name}: {p.about}" for name, p in PRESETS.items())
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from rlr_fast.cli.common import add_dataset, add_verb
+from rlr_fast.cli.options import Parser, UsageError, positive
 from rlr_fast.data import check_dataset, format_report
 from rlr_fast.data.synthetic import make_dataset
-from rlr_fast.options import Parser, UsageError, positive
-from rlr_fast.progress import follow, progress_bar
+from rlr_fast.training.progress import follow, progress_bar
 
 
 def add_data(verbs: Any) -> None:

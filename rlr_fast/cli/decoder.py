@@ -16,11 +16,11 @@ from rlr_fast.cli.common import (
     read_model,
     report_failures,
 )
-from rlr_fast.decoder import check_decoder_file, save_decoder, train_decoder
-from rlr_fast.model import CheckpointError
-from rlr_fast.options import Parser, UsageError, positive
-from rlr_fast.progress import progress_bar
-from rlr_fast.words import counted
+from rlr_fast.cli.options import Parser, UsageError, positive
+from rlr_fast.data.words import counted
+from rlr_fast.models.checkpoint import CheckpointError
+from rlr_fast.training.progress import progress_bar
+from rlr_fast.visualization.decoder import check_decoder_file, save_decoder, train_decoder
 
 
 def add_decoder(verbs: Any) -> None:

@@ -16,11 +16,11 @@ from rlr_fast.cli.common import (
     read_data,
     report_failures,
 )
-from rlr_fast.distributed import processes
-from rlr_fast.evaluate import FigureOptions, evaluate
-from rlr_fast.files import write_atomically
-from rlr_fast.options import positive
-from rlr_fast.progress import progress_bar
+from rlr_fast.cli.options import positive
+from rlr_fast.data.files import write_atomically
+from rlr_fast.inference.evaluate import FigureOptions, evaluate
+from rlr_fast.training.distributed import processes
+from rlr_fast.training.progress import progress_bar
 
 
 def add_eval(verbs: Any) -> None:

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlr_fast.calibration import color_scale
 from rlr_fast.cli.common import (
     add_backbone_weights,
     add_dataset,
@@ -20,11 +19,12 @@ from rlr_fast.cli.common import (
     read_model,
     report_failures,
 )
-from rlr_fast.decoder import load_decoder
-from rlr_fast.options import UsageError, positive
-from rlr_fast.progress import progress_bar
-from rlr_fast.reconstructions import Run, check_runs, reconstruction_sheets
-from rlr_fast.words import counted
+from rlr_fast.cli.options import UsageError, positive
+from rlr_fast.data.words import counted
+from rlr_fast.training.calibration import color_scale
+from rlr_fast.training.progress import progress_bar
+from rlr_fast.visualization.decoder import load_decoder
+from rlr_fast.visualization.reconstructions import Run, check_runs, reconstruction_sheets
 
 
 def add_figures(verbs: Any) -> None:

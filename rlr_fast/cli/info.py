@@ -1,17 +1,114 @@
-"""``rlr-fast info``."""
+"""What is here and what a configuration makes: the report of ``rlr-fast info``."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from rlr_fast.cli.common import add_machine, add_verb, chosen_device
+from rlr_fast.cli.options import add_fields, config_from
 from rlr_fast.config import PRESETS, RLRConfig
-from rlr_fast.info import describe
-from rlr_fast.model import CONFIG_FILE, read_config
-from rlr_fast.options import add_fields, config_from
+from rlr_fast.functional import resolve_backend, unsupported_reason
+from rlr_fast.models.backbone import BackboneWeightsError
+from rlr_fast.models.checkpoint import CONFIG_FILE, read_config
+from rlr_fast.models.rlr import RLRModel
+from rlr_fast.training.environment import environment
+
+
+def describe(config: RLRConfig, device: torch.device) -> tuple[dict[str, Any], str]:
+    """Return versions, devices, backends, and the levels and parameters of a configuration.
+
+    The backbone's weights need not be at hand: the same network with random numbers has the same
+    shapes.
+
+    Returns:
+        The report as plain values, and as text.
+    """
+    values: dict[str, Any] = {"environment": environment(device)}
+    values["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    values["backends"] = {
+        name: unsupported_reason(name, device) or "available"
+        for name in ("triton", "tiled", "dense")
+    }
+    values["auto"] = resolve_backend("auto", device)
+    values["compile"] = "off; --compile of train, eval and predict turns it on"
+    values["model"] = _model(config)
+    return values, _text(values)
+
+
+def _model(config: RLRConfig) -> dict[str, Any]:
+    weights = "available"
+    try:
+        model = RLRModel(config)
+    except BackboneWeightsError as error:
+        weights = str(error).splitlines()[0]
+        model = RLRModel(dataclasses.replace(config, backbone_weights="random"))
+    backbone = model.backbone
+    levels = [
+        {
+            "index": index,
+            "channels": channels,
+            "grid": list(grid),
+            "tokens": grid[0] * grid[1],
+            "hidden": level.hidden,
+            "heads": level.heads,
+            "window": level.window,
+            "parameters": sum(p.numel() for p in level.parameters()),
+        }
+        for index, channels, grid, level in zip(
+            config.out_indices, backbone.channels, backbone.grids, model.levels, strict=True
+        )
+    ]
+    return {
+        "config": dataclasses.asdict(config),
+        "backbone_weights": weights,
+        "backbone_parameters": sum(p.numel() for p in backbone.parameters()),
+        "levels": levels,
+        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+    }
+
+
+def _text(values: dict[str, Any]) -> str:
+    env, model = values["environment"], values["model"]
+    config = model["config"]
+    packages = ", ".join(f"{k} {v or 'missing'}" for k, v in env["packages"].items())
+    lines = [
+        f"python {env['python']} on {env['platform']}",
+        packages,
+        f"device: {env['device']} ({env['device_name']}, {env['threads']} threads); "
+        f"GPUs: {', '.join(values['gpus']) or 'none'}",
+        "",
+        "attention backends",
+        *(f"  {name:8s}{state}" for name, state in values["backends"].items()),
+        f"  auto    takes {values['auto']}",
+        "",
+        f"torch.compile: {values['compile']}",
+        "",
+        f"backbone {config['backbone']} at {config['image_size'][0]}x{config['image_size'][1]} px, "
+        f"{model['backbone_parameters']:,} parameters, frozen",
+        f"  weights ({config['backbone_weights']}): {model['backbone_weights']}",
+        "",
+        "level  channels  grid      tokens  hidden  heads  window   parameters",
+    ]
+    for level in model["levels"]:
+        grid = "x".join(map(str, level["grid"]))
+        window = level["window"]
+        window = window if isinstance(window, int) else "x".join(map(str, window))
+        lines.append(
+            f"{level['index']:5d}  {level['channels']:8d}  {grid:8s}  {level['tokens']:6d}  "
+            f"{level['hidden']:6d}  {level['heads']:5d}  {window!s:>6s}  {level['parameters']:11,d}"
+        )
+    lines.append(
+        f"{config['blocks']} blocks a level, attention {' + '.join(config['attention'])}, "
+        f"alpha {config['alpha']}, fusion {config['fusion']}, references {config['references']}: "
+        f"{model['trained_parameters']:,} trained parameters"
+    )
+    return "\n".join(lines)
 
 
 def add_info(verbs: Any) -> None:

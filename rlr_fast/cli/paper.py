@@ -17,8 +17,8 @@ from rlr_fast.cli.common import (
     read_data,
     report_failures,
 )
+from rlr_fast.cli.options import config_from, positive
 from rlr_fast.config import PRESETS, RLRConfig, TrainConfig
-from rlr_fast.options import config_from, positive
 from rlr_fast.paper import TABLES, run_table
 
 

@@ -14,10 +14,10 @@ from rlr_fast.cli.common import (
     load_model,
     report_failures,
 )
-from rlr_fast.options import UsageError, sides
-from rlr_fast.predict import find_images, predict
-from rlr_fast.progress import progress_bar
-from rlr_fast.tiling import checked_tiles
+from rlr_fast.cli.options import UsageError, sides
+from rlr_fast.inference.predict import find_images, predict
+from rlr_fast.inference.tiling import checked_tiles
+from rlr_fast.training.progress import progress_bar
 
 
 def add_predict(verbs: Any) -> None:

@@ -17,12 +17,12 @@ from rlr_fast.cli.common import (
     read_data,
     report_failures,
 )
+from rlr_fast.cli.options import config_from
 from rlr_fast.config import PRESETS, RLRConfig, TrainConfig
-from rlr_fast.distributed import processes
-from rlr_fast.options import config_from
-from rlr_fast.run_folder import read_run
-from rlr_fast.train import train
-from rlr_fast.words import counted
+from rlr_fast.data.words import counted
+from rlr_fast.training.distributed import processes
+from rlr_fast.training.run_dir import read_run
+from rlr_fast.training.train import train
 
 _log = logging.getLogger(__name__)
 

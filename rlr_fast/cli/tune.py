@@ -1,17 +1,80 @@
-"""``rlr-fast tune``."""
+"""Tuning of the Triton kernels for a configuration: ``rlr-fast tune``."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
+
 from rlr_fast.cli.common import add_machine, add_verb
+from rlr_fast.cli.options import UsageError, add_fields, config_from, positive
 from rlr_fast.config import PRECISIONS, PRESETS, RLRConfig
-from rlr_fast.environment import choose_device
-from rlr_fast.functional import unsupported_reason
-from rlr_fast.options import UsageError, add_fields, config_from, positive
-from rlr_fast.progress import progress_bar
-from rlr_fast.tune import tune
+from rlr_fast.data.files import write_atomically
+from rlr_fast.functional import kernels, unsupported_reason, window_pair
+from rlr_fast.models.rlr import RLRModel
+from rlr_fast.training.environment import choose_device
+from rlr_fast.training.progress import progress_bar
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def tune(
+    config: RLRConfig,
+    batch_size: int,
+    precision: str,
+    device: torch.device,
+    progress: Callable[[int], object],
+    **options: Any,
+) -> Iterator[str]:
+    """Search for the fastest tiles of every level's kernels, and keep each as it is found.
+
+    Args:
+        config: Its levels are tuned for.
+        batch_size: Images a step; counts as the next power of two.
+        precision: Of a run: fp32, bf16 or fp16.
+        device: Where the kernels run.
+        progress: Called with 1 after each candidate.
+        options: For `rlr_fast.kernels.search`.
+
+    Yields:
+        A line a kernel and level.
+
+    Raises:
+        ValueError: The file of tuned tiles is damaged, or the kernels fit no level.
+        OSError: It cannot be written.
+    """
+    path = kernels.tuned_file()
+    kernels.read_tuned()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The shapes do not depend on the backbone's weights.
+    model = RLRModel(dataclasses.replace(config, backbone_weights="random"))
+    levels: Any = model.levels
+    shapes = []
+    for j, level in enumerate(levels):
+        width = level.hidden // level.heads
+        reason = kernels.unsupported_width(width)
+        if reason is None:
+            window = window_pair(level.blocks[0].window)
+            shapes.append(kernels.Shape(level.grid, window, level.heads, width))
+        else:
+            yield f"level {j} is left out: {reason}"
+    if not shapes:
+        raise ValueError("hidden, heads: the Triton kernels fit none of these levels")
+    search = kernels.search(
+        shapes, batch_size, _DTYPES[precision], device, progress=progress, **options
+    )
+    for finding in search:
+        write_atomically(path, kernels.with_tuned(finding.problem, finding.tiles))
+        kernels.forget_tuned()
+        gain = finding.shipped_milliseconds / finding.milliseconds
+        yield (
+            f"{finding.problem.key()}: {finding.milliseconds:.4f} ms, {gain:.2f} times the shipped "
+            f"tiles' speed ({finding.tried} tried, {finding.refused} did not fit)"
+        )
+    yield f"kept in {path}"
 
 
 def add_tune(verbs: Any) -> None:

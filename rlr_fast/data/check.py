@@ -52,7 +52,7 @@ from rlr_fast.data.layouts import (
     read_dataset,
     subfolders,
 )
-from rlr_fast.words import counted
+from rlr_fast.data.words import counted
 
 _ERRORS = frozenset({"missing", "unreadable", "mask-size", "no-mask", "no-train"})
 _SHOWN_OF_A_KIND = 5

@@ -13,10 +13,10 @@ from typing import Any
 
 from rlr_fast.config import RLRConfig, TrainConfig
 from rlr_fast.data import Contents, DataSet, changed_contents
-from rlr_fast.files import alone_in, write_atomically
-from rlr_fast.metrics import HEADINGS
-from rlr_fast.run_folder import TrainingError, changed_settings
-from rlr_fast.train import describe_images
+from rlr_fast.data.files import alone_in, write_atomically
+from rlr_fast.inference.metrics import HEADINGS
+from rlr_fast.training.run_dir import TrainingError, changed_settings
+from rlr_fast.training.train import describe_images
 
 SETTINGS_FILE = "settings.json"
 METRICS_FILE = "metrics.json"

@@ -13,10 +13,10 @@ from typing import Any
 
 from rlr_fast.config import RLRConfig, TrainConfig
 from rlr_fast.data import DataSet
-from rlr_fast.files import write_atomically
-from rlr_fast.metrics import HEADINGS
+from rlr_fast.data.files import write_atomically
+from rlr_fast.data.words import counted, one_line
+from rlr_fast.inference.metrics import HEADINGS
 from rlr_fast.paper.tables import CLASSES, Figures, Table, in_words, is_paper_data
-from rlr_fast.words import counted, one_line
 
 REPORT_FILE = "table.md"
 

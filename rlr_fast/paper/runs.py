@@ -11,22 +11,23 @@ from typing import Any, Literal
 
 import torch
 
-from rlr_fast.backbone import BackboneWeightsError
 from rlr_fast.config import RLRConfig, TrainConfig, from_dict, suggest
 from rlr_fast.data import DataSet, read_contents
-from rlr_fast.evaluate import check_masks, evaluate
-from rlr_fast.feature_cache import CacheError, Placement
 from rlr_fast.functional import Backend, BackendError
-from rlr_fast.inference import check_precision
-from rlr_fast.metrics import HEADINGS
-from rlr_fast.model import CheckpointError, RLRModel
+from rlr_fast.inference.batches import check_precision
+from rlr_fast.inference.evaluate import check_masks, evaluate
+from rlr_fast.inference.metrics import HEADINGS
+from rlr_fast.models.backbone import BackboneWeightsError
+from rlr_fast.models.checkpoint import CheckpointError
+from rlr_fast.models.rlr import RLRModel
 from rlr_fast.paper.folder import TableFolder
 from rlr_fast.paper.report import REPORT_FILE, write_report
 from rlr_fast.paper.tables import LEVELS, PER_LEVEL, Row, Table
 from rlr_fast.paper.time_left import RunsBar
-from rlr_fast.progress import progress_bar
-from rlr_fast.run_folder import TrainingError
-from rlr_fast.train import train
+from rlr_fast.training.feature_cache import CacheError, Placement
+from rlr_fast.training.progress import progress_bar
+from rlr_fast.training.run_dir import TrainingError
+from rlr_fast.training.train import train
 
 # What ends a run, and not the table.
 _RUN_ERRORS = (
@@ -125,7 +126,7 @@ def run_table(
         device: Where to train and to evaluate.
         seeds: Runs of each row.
         only: Names of the rows to run; None is all.
-        backend: See `rlr_fast.train.train`, also for the next six.
+        backend: See `rlr_fast.training.train.train`, also for the next six.
         cache_root: Folder of feature caches.
         cache: Where the features lie.
         compiled: Compile the reconstructors.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Figures = Mapping[str, float]
-"""Metrics in percent, by the keys of `rlr_fast.metrics.HEADINGS`; some of them or all."""
+"""Metrics in percent, by the keys of `rlr_fast.inference.metrics.HEADINGS`; some of them or all."""
 
 LEVELS = (1, 2, 3)
 """The stages that the paper reconstructs; a row's values a level stand for these."""

@@ -1,0 +1,353 @@
+"""Evaluation: seven metrics a class on a test set, with memory for one class at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rlr_fast.data import (
+    DataSet,
+    ImageFailure,
+    Sample,
+    UnreadableImageError,
+    iterate_images,
+    load_image,
+    load_sample_mask,
+    pick_samples,
+    read_image_size,
+)
+from rlr_fast.inference.batches import DEFAULT_BATCH, check_precision, score_batches
+from rlr_fast.inference.metrics import class_metrics, format_table, mean_metrics
+from rlr_fast.models.rlr import RLRModel
+from rlr_fast.training.distributed import Processes, processes
+from rlr_fast.training.environment import environment
+from rlr_fast.visualization import SheetRow, sample_sheet
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The figures of a checkpoint on a test set.
+
+    Attributes:
+        classes: Metrics of each class, as `rlr_fast.inference.metrics.class_metrics` gives them.
+        mean: Their means over the classes.
+        protocol: How they were measured, in words and numbers.
+        environment: Versions and device.
+        failures: Files that could not be read and were left out.
+    """
+
+    classes: dict[str, dict[str, float]]
+    mean: dict[str, float]
+    protocol: dict[str, Any]
+    environment: dict[str, Any]
+    failures: list[str]
+
+    def to_json(self) -> str:
+        """Return the content of ``metrics.json``; a metric that is not defined is null."""
+
+        def plain(metrics: dict[str, float]) -> dict[str, float | None]:
+            return {k: v if np.isfinite(v) else None for k, v in metrics.items()}
+
+        values = {
+            "mean": plain(self.mean),
+            "classes": {name: plain(metrics) for name, metrics in self.classes.items()},
+            "protocol": self.protocol,
+            "environment": self.environment,
+            "failures": self.failures,
+        }
+        return json.dumps(values, indent=2, allow_nan=False)
+
+    def table(self) -> str:
+        """Return the figures as a text table, in percent."""
+        return format_table(self.classes, self.mean)
+
+
+@dataclass(frozen=True)
+class FigureOptions:
+    """Which test images `evaluate` shows, and how.
+
+    Attributes:
+        folder: Where the sheets are written, one a class.
+        scale: Fixed colour scale (low, high).
+        per_defect: Images of each kind of defect, and of ``good``.
+    """
+
+    folder: Path
+    scale: tuple[float, float]
+    per_defect: int = 1
+
+
+def evaluate(
+    model: RLRModel,
+    data: DataSet,
+    *,
+    batch_size: int = DEFAULT_BATCH,
+    precision: str = "fp32",
+    workers: int | None = None,
+    figures: FigureOptions | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> Evaluation:
+    """Score the test images of every class and compare with the ground truth.
+
+    Masks are compared at the model's image size. Image files that cannot be read are left out and
+    named in the result.
+
+    Started by torchrun, all processes call this together. The batches of images are dealt out to
+    them; the first process gathers the maps of a class and computes its metrics, and every process
+    returns the same result. The batches are those of a single process, so the numbers are too.
+
+    Args:
+        model: A trained model, on its device.
+        data: Its ``test`` samples are used.
+        batch_size: Images scored at once.
+        precision: ``fp32``, ``bf16``, or ``fp16`` (GPU only); score maps are float32.
+        workers: Threads that decode images.
+        figures: Write a sheet of sample images a class.
+        progress: Called with the number of images done since the last call.
+
+    Raises:
+        ValueError: A class has no test images, a mask does not fit its image, or the precision does
+            not fit the device; found before any image is scored. Or the processes were not given
+            the same model and images.
+        PeerError: Another process met an error.
+    """
+    with processes() as group:
+        with group.together():
+            check_precision(precision, next(model.levels.parameters()).device)
+            data.require_test()
+            if group.leads:
+                check_masks(data)
+        if group.count > 1:
+            group.agree(_decisive(model, data) | {"precision": precision, "batch": batch_size})
+        model.eval()
+        classes: dict[str, dict[str, float]] = {}
+        failures: list[str] = []
+        dealt = 0  # batches of earlier classes: the turn goes on, or the first would have most
+        for name in data.classes:
+            samples = data.test[name]
+            with group.together():
+                mine = _deal(len(samples), batch_size, dealt, group)
+                way = _Way(batch_size, precision, group.workers(workers))
+                share = _score(model, samples, mine, way, progress)
+            dealt += math.ceil(len(samples) / batch_size)
+            if progress is not None:
+                progress(len(samples) - share.done)
+            shares = group.to_leader(share)
+            if sum(group.exchange(len(share.indices))) == 0:
+                raise group.alike(_nothing_read(name, shares))
+            if shares is None:
+                continue
+            scored = _join(samples, shares)
+            failures += [str(failure.error) for failure in scored.failures]
+            labels = np.array([sample.is_anomaly for sample in scored.samples], dtype=bool)
+            classes[name] = class_metrics(scored.scores, labels, scored.maps, scored.masks)
+            if figures is not None:
+                try:
+                    _write_sheet(name, scored, figures, model.config.image_size)
+                except OSError as error:  # a full disk must not cost the metrics
+                    failures.append(f"cannot write the figures of {name}: {error}")
+        return group.from_leader(
+            lambda: Evaluation(
+                classes,
+                mean_metrics(classes),
+                protocol(model, data) | {"precision": precision},
+                environment(next(model.levels.parameters()).device),
+                failures,
+            )
+        )
+
+
+def protocol(model: RLRModel, data: DataSet) -> dict[str, Any]:
+    """Return how the metrics are measured: what must stand beside the numbers."""
+    size, smoothing = model.config.image_size, model.config.smoothing
+    sigma = dict.fromkeys(f"{smoothing * s / 256:.3g}" for s in size)
+    smoothed = f" after a Gaussian, sigma {' x '.join(sigma)} px" if smoothing else ""
+    return {
+        "setting": "one model for all classes",
+        "data": {"root": str(data.root), "layout": data.layout, "classes": list(data.classes)},
+        "image_size": list(size),
+        "mask": "non-zero in the file, nearest-neighbour resize",
+        "pixel_score": "score map, not smoothed",
+        "image_score": f"maximum of the score map{smoothed}",
+        "f1max": "every distinct score as threshold",
+        "aupro": "8-connected regions, FPR up to 0.3",
+        "checkpoint": "last epoch",
+    }
+
+
+class _Way(NamedTuple):
+    """How images are scored, see `evaluate`."""
+
+    batch_size: int
+    precision: str
+    workers: int
+
+
+@dataclass
+class _Share:
+    """What one process found for its images of a class; ``indices`` are their places in it."""
+
+    indices: list[int]
+    scores: np.ndarray
+    maps: np.ndarray
+    masks: np.ndarray
+    failures: list[ImageFailure]
+    done: int
+
+
+@dataclass
+class _Scored:
+    samples: list[Sample]
+    scores: np.ndarray
+    maps: np.ndarray
+    masks: np.ndarray
+    failures: list[ImageFailure]
+
+
+def _decisive(model: RLRModel, data: DataSet) -> dict[str, Any]:
+    """Return by name what all processes must have in common, wherever it lies."""
+    weights, images = hashlib.sha256(model.backbone.fingerprint.encode()), hashlib.sha256()
+    for name, tensor in model.checkpoint_state().items():
+        weights.update(name.encode() + tensor.cpu().numpy().tobytes())
+    for name in data.classes:
+        for sample in data.test[name]:
+            images.update(os.fsencode(f"{name}\0{os.path.relpath(sample.path, data.root)}\n"))
+    config = {f"model {k}": v for k, v in dataclasses.asdict(model.config).items()}
+    del config["model backbone_weights"]  # where they were taken from; the fingerprint decides
+    return config | {
+        "digest of the weights": weights.hexdigest()[:12],
+        "digest of the test images' names": images.hexdigest()[:12],
+    }
+
+
+def check_masks(data: DataSet) -> None:
+    """Look for missing masks, and compare sizes with the images', from the headers alone.
+
+    Raises:
+        ValueError: A mask is missing or of another size than its image.
+    """
+    wrong = []
+    for samples in data.test.values():
+        for sample in samples:
+            if sample.is_anomaly and data.has_masks and not sample.mask_paths:
+                wrong.append(f"{sample.path} shows a defect and has no mask")
+            for mask in sample.mask_paths:
+                try:
+                    size, found = read_image_size(sample.path), read_image_size(mask)
+                except UnreadableImageError:
+                    continue  # reported when its turn comes
+                if found != size:
+                    wrong.append(
+                        f"{mask} is {found[0]} x {found[1]}, its image {sample.path} is "
+                        f"{size[0]} x {size[1]}"
+                    )
+    if wrong:
+        shown = "\n  ".join(wrong[:10])
+        more = f"\n  and {len(wrong) - 10} more" if len(wrong) > 10 else ""
+        raise ValueError(
+            f"masks that are missing or of another size: {len(wrong)}\n  {shown}{more}"
+        )
+
+
+def _deal(images: int, batch: int, dealt: int, processes: Processes) -> list[int]:
+    """Return this process's images of a class: whole batches, in turn after ``dealt`` others."""
+    turns = range(math.ceil(images / batch))
+    mine = [turn for turn in turns if (dealt + turn) % processes.count == processes.rank]
+    return [i for turn in mine for i in range(turn * batch, min((turn + 1) * batch, images))]
+
+
+def _score(
+    model: RLRModel,
+    samples: list[Sample],
+    mine: list[int],
+    way: _Way,
+    progress: Callable[[int], object] | None,
+) -> _Share:
+    """Score the samples at the places ``mine``."""
+    size = model.config.image_size
+    maps = np.empty((len(mine), *size), dtype=np.float32)
+    masks = np.empty((len(mine), *size), dtype=bool)
+    scores: list[float] = []
+    kept: list[int] = []
+    failures: list[ImageFailure] = []
+    batches = iterate_images([samples[i] for i in mine], size, way.batch_size, way.workers)
+    for batch, found in score_batches(model, ((b, b.images) for b in batches), way.precision):
+        failures += [ImageFailure(mine[f.index], f.error) for f in batch.failures]
+        for index, score_map, score in zip(batch.indices, found.maps, found.scores, strict=True):
+            row = len(kept)
+            try:
+                masks[row] = _mask(samples[mine[index]], size)
+            except UnreadableImageError as error:
+                failures.append(ImageFailure(mine[index], error))
+                continue
+            maps[row] = score_map
+            scores.append(score)
+            kept.append(mine[index])
+        if progress is not None:
+            progress(len(batch.indices) + len(batch.failures))
+    count = len(kept)
+    values = np.array(scores, dtype=np.float32)
+    return _Share(kept, values, maps[:count], masks[:count], failures, len(mine))
+
+
+def _nothing_read(name: str, shares: list[_Share] | None) -> ValueError:
+    reasons = [str(failure.error) for share in shares or [] for failure in share.failures]
+    return ValueError(f"no test image of {name} can be read: {'; '.join(reasons[:1])}")
+
+
+def _join(samples: list[Sample], shares: list[_Share]) -> _Scored:
+    """Put the shares together in the order of ``samples``."""
+    indices = np.concatenate([np.array(share.indices, dtype=int) for share in shares])
+    rows = np.split(
+        np.argsort(np.argsort(indices)), np.cumsum([len(share.indices) for share in shares])[:-1]
+    )
+
+    def join(parts: list[np.ndarray]) -> np.ndarray:
+        if len(parts) == 1:
+            return parts[0]
+        whole = np.empty((len(indices), *parts[0].shape[1:]), dtype=parts[0].dtype)
+        for where, part in zip(rows, parts, strict=True):
+            whole[where] = part
+        return whole
+
+    return _Scored(
+        samples=[samples[i] for i in np.sort(indices)],
+        scores=join([share.scores for share in shares]),
+        maps=join([share.maps for share in shares]),
+        masks=join([share.masks for share in shares]),
+        failures=sorted((f for share in shares for f in share.failures), key=lambda f: f.index),
+    )
+
+
+def _mask(sample: Sample, size: tuple[int, int]) -> np.ndarray:
+    """Ground truth (H, W); without masks nothing is marked and pixel metrics are undefined."""
+    if not sample.mask_paths:
+        return np.zeros(size, dtype=bool)
+    return load_sample_mask(sample, size).numpy()
+
+
+def _write_sheet(name: str, scored: _Scored, options: FigureOptions, size: tuple[int, int]) -> None:
+    rows = []
+    for i in pick_samples(scored.samples, options.per_defect):
+        sample = scored.samples[i]
+        rows.append(
+            SheetRow(
+                image=load_image(sample.path, size).permute(1, 2, 0).numpy(),
+                mask=scored.masks[i],
+                score_map=scored.maps[i],
+                category=name,
+                defect=sample.defect,
+                score=float(scored.scores[i]),
+            )
+        )
+    options.folder.mkdir(parents=True, exist_ok=True)
+    sample_sheet(rows, options.scale, options.folder / f"{name}.png")

@@ -1,0 +1,179 @@
+"""Pictures larger than a model's images: scored in overlapping tiles, blended into one map."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rlr_fast.data import resize_image
+from rlr_fast.inference.batches import DEFAULT_BATCH, score_batches
+from rlr_fast.models.rlr import RLRModel
+from rlr_fast.models.scoring import smooth
+
+# Weights are multiples of this: products of two, and their sums to 1, are exact in float32.
+_WEIGHT_STEP = 2.0**-12
+
+Sides = int | tuple[int, int]
+
+
+class TiledOutput(NamedTuple):
+    """What `predict_tiled` says of a picture.
+
+    Attributes:
+        score_map: (H, W) float32 anomaly score of each pixel, not smoothed.
+        score: Anomaly score of the picture: the maximum of the smoothed map.
+    """
+
+    score_map: Tensor
+    score: float
+
+
+class Tiles(NamedTuple):
+    """How pictures are cut, in their own pixels.
+
+    Attributes:
+        size: (h, w) of a tile.
+        overlap: Least (h, w) that two neighbours share.
+    """
+
+    size: tuple[int, int]
+    overlap: tuple[int, int]
+
+    def misfit(self, height: int, width: int) -> str | None:
+        """Return why a picture cannot be cut, or None: a tile must fit into it."""
+        if height >= self.size[0] and width >= self.size[1]:
+            return None
+        return (
+            f"it has {height} x {width} pixels, less than a tile of {self.size[0]} x "
+            f"{self.size[1]} (height x width); score it with a smaller tile, or without tiles"
+        )
+
+
+def checked_tiles(tile: Sides, overlap: Sides | None = None) -> Tiles:
+    """Return how pictures are cut.
+
+    Args:
+        tile: Pixels of a tile: side, or (height, width).
+        overlap: Pixels that neighbours share at least; an eighth of the tile by default.
+
+    Raises:
+        ValueError: A tile is not positive, or an overlap negative or not below the tile.
+    """
+    size = (tile, tile) if isinstance(tile, int) else tuple(tile)
+    if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
+        raise ValueError(f"tile must be a positive side, or height and width, got {tile=}")
+    if overlap is None:
+        shared = tuple(side // 8 for side in size)
+    else:
+        shared = (overlap, overlap) if isinstance(overlap, int) else tuple(overlap)
+    if len(shared) != 2 or not all(
+        isinstance(o, int) and 0 <= o < side for o, side in zip(shared, size, strict=True)
+    ):
+        raise ValueError(f"overlap must be at least 0 and below the tile, got {overlap=}, {tile=}")
+    return Tiles((size[0], size[1]), (shared[0], shared[1]))
+
+
+def predict_tiled(
+    model: RLRModel,
+    image: Tensor,
+    tile: Sides,
+    overlap: Sides | None = None,
+    *,
+    batch_size: int = DEFAULT_BATCH,
+    precision: str = "fp32",
+) -> TiledOutput:
+    """Score a picture of any size at its own resolution.
+
+    It is cut into the fewest tiles that cover it and share ``overlap`` pixels, spread evenly from
+    border to border. Each is resized to the model's image size (Lanczos), scored, and its map
+    resized back (bilinear). Where two tiles meet, the map goes linearly from one to the other;
+    where one tile is alone it is that tile's own map. The score is the maximum after the model's
+    Gaussian, whose sigma is that of an image as large as a tile.
+
+    One batch of tiles is held at a time (two on a GPU).
+
+    Args:
+        model: A trained model, on its device.
+        image: (3, H, W) RGB, uint8, on the host; at least a tile in both directions.
+        tile: Pixels of a tile: side, or (height, width).
+        overlap: Pixels that neighbours share at least; an eighth of the tile by default.
+        batch_size: Tiles scored at once.
+        precision: See `rlr_fast.inference.batches.score_batches`.
+
+    Raises:
+        ValueError: An argument breaks its rule, or the picture is smaller than a tile.
+    """
+    tiles = checked_tiles(tile, overlap)
+    if image.dim() != 3 or image.shape[0] != 3 or image.dtype != torch.uint8:
+        raise ValueError(f"image must be (3, H, W) uint8, got {tuple(image.shape)} {image.dtype}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be positive, got {batch_size=}")
+    height, width = image.shape[1:]
+    misfit = tiles.misfit(height, width)
+    if misfit is not None:
+        raise ValueError(f"image: {misfit}")
+    tops, lefts = (
+        tile_starts(length, side, shared)
+        for length, side, shared in zip((height, width), tiles.size, tiles.overlap, strict=True)
+    )
+    weights = [blend_weights(s, side) for s, side in zip((tops, lefts), tiles.size, strict=True)]
+    cells = [(row, column) for row in range(len(tops)) for column in range(len(lefts))]
+    h, w = tiles.size
+
+    def batches() -> Iterator[tuple[list[tuple[int, int]], Tensor]]:
+        for start in range(0, len(cells), batch_size):
+            some = cells[start : start + batch_size]
+            parts = [
+                image[:, tops[i] : tops[i] + h, lefts[j] : lefts[j] + w].contiguous()
+                for i, j in some
+            ]
+            if tiles.size != model.config.image_size:
+                parts = [resize_image(part, model.config.image_size) for part in parts]
+            yield some, torch.stack(parts)
+
+    score_map = torch.zeros(height, width)
+    for some, found in score_batches(model, batches(), precision):
+        maps = torch.from_numpy(found.maps)
+        for (i, j), tile_map in zip(some, maps, strict=True):
+            if tiles.size != model.config.image_size:
+                tile_map = F.interpolate(
+                    tile_map[None, None], tiles.size, mode="bilinear", antialias=True
+                )[0, 0]
+            part = score_map[tops[i] : tops[i] + h, lefts[j] : lefts[j] + w]
+            part += weights[0][i][:, None] * weights[1][j] * tile_map
+    smoothed = score_map.numpy()
+    for axis, side in enumerate(tiles.size):
+        smoothed = smooth(smoothed, model.config.smoothing, side, axis)
+    return TiledOutput(score_map, float(smoothed.max()))
+
+
+def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
+    """Return where tiles begin along an axis: the fewest, evenly from border to border."""
+    gaps = math.ceil((length - tile) / (tile - overlap))
+    return [round(i * (length - tile) / max(gaps, 1)) for i in range(gaps + 1)]
+
+
+def blend_weights(starts: list[int], tile: int) -> Tensor:
+    """Return the weights (n, tile) of tiles along an axis; at each pixel they sum to exactly 1.
+
+    A ramp leads from each tile to the next, over all that the two share; if they share more than
+    half a tile, over its middle, so that no pixel mixes more than two of many tiles.
+    """
+    weights = torch.ones(len(starts), tile)
+    for i in range(1, len(starts)):
+        step = starts[i] - starts[i - 1]
+        shared = tile - step
+        ramp = shared if len(starts) == 2 else min(shared, step)
+        lead = (shared - ramp) // 2
+        rise = (torch.arange(ramp) + 0.5) / max(ramp, 1)
+        rise = torch.round(rise / _WEIGHT_STEP) * _WEIGHT_STEP
+        weights[i, :lead] = 0
+        weights[i, lead : lead + ramp] = rise
+        weights[i - 1, step + lead : step + lead + ramp] = 1 - rise
+        weights[i - 1, step + lead + ramp :] = 0
+    return weights

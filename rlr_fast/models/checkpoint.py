@@ -1,0 +1,53 @@
+"""A checkpoint folder: ``config.json``, and ``model.safetensors`` with all but the backbone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import safetensors
+from torch import Tensor
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint folder is missing, damaged, or made with another backbone."""
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a checkpoint's ``config.json``.
+
+    Raises:
+        CheckpointError: It is missing or not a JSON object.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{path.parent} is not a checkpoint: it has no {path.name}"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} cannot be read: it holds no JSON object")
+    return values
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a safetensors file: tensors, and its metadata.
+
+    Raises:
+        CheckpointError: It is missing, cut short or damaged.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{path.parent} is not a checkpoint: it has no {path.name}"
+        ) from error
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{path} is damaged or incomplete: {error}") from error

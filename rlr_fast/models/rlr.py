@@ -1,0 +1,427 @@
+"""RLRModel: images → score map and image score, and its checkpoint folder."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import safetensors.torch
+import torch
+from huggingface_hub import ModelHubMixin, hf_hub_download
+from torch import Tensor, nn
+
+from rlr_fast.config import RLRConfig
+from rlr_fast.functional import Backend
+from rlr_fast.models.authors import load_reconstructors
+from rlr_fast.models.backbone import Backbone, neighborhood_mean
+from rlr_fast.models.block import Reconstructor, RLRBlock
+from rlr_fast.models.checkpoint import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    CheckpointError,
+    read_config,
+    read_weights,
+)
+from rlr_fast.models.scoring import ScoreMap, distance, perturb
+
+
+class RLROutput(NamedTuple):
+    """What the model says of a batch of images.
+
+    Attributes:
+        score_map: (B, 1, H, W) anomaly score of each pixel, not smoothed (eq. 16).
+        score: (B,) anomaly score of each image: the maximum of the smoothed score map.
+        level_maps: [(B, 1, h_j, w_j)] token distances of each level.
+    """
+
+    score_map: Tensor
+    score: Tensor
+    level_maps: list[Tensor]
+
+
+class Standardize(nn.Module):
+    """Per-channel standardisation of one level's features, ``(f - mean) / deviation``.
+
+    It is the identity until `fit` stores the training set's figures; they are part of the
+    checkpoint.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("std", torch.ones(channels))
+        self.mean: Tensor
+        self.std: Tensor
+
+    def fit(self, mean: Tensor, std: Tensor) -> None:
+        """Store mean and deviation (C,); a channel that never varies is left unscaled."""
+        self.mean.copy_(mean)
+        self.std.copy_(torch.where(std > 0, std, torch.ones_like(std)))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Standardise tokens (..., C)."""
+        return (tokens - self.mean) / self.std
+
+    def undo(self, tokens: Tensor) -> Tensor:
+        """Return standardised tokens (..., C) in the features' own scale."""
+        return tokens * self.std + self.mean
+
+
+class RLRModel(
+    nn.Module,
+    ModelHubMixin,
+    library_name="rlr_fast",
+    tags=["anomaly-detection", "image-segmentation"],
+    pipeline_tag="image-segmentation",
+):
+    """Multi-class anomaly detector that rebuilds features from a learnable reference (RLR).
+
+    Args:
+        config: The model; default is the paper's.
+        backend: Backend of the attention operators: ``auto``, ``triton``, ``tiled`` or ``dense``.
+
+    Attributes:
+        backbone: Frozen feature network (`Backbone`).
+        levels: One `Reconstructor` a level.
+        compiled_batch: Images in a batch for which
+            `rlr_fast.inference.batches.compile_model` compiled it.
+
+    Raises:
+        ValueError: The configuration does not fit the backbone.
+        BackboneWeightsError: The backbone's weights cannot be had.
+    """
+
+    def __init__(self, config: RLRConfig | None = None, backend: Backend = "auto") -> None:
+        super().__init__()
+        config = RLRConfig() if config is None else config
+        self.config = config
+        self.backend = backend
+        self.compiled_batch: int | None = None
+        self.backbone = Backbone(
+            config.backbone, config.backbone_weights, config.out_indices, config.image_size
+        )
+        self.levels = nn.ModuleList(
+            Reconstructor(
+                channels,
+                hidden,
+                heads,
+                grid,
+                window,
+                blocks=config.blocks,
+                attention=config.attention,
+                alpha=config.alpha,
+                fusion=config.fusion,
+                references=config.references,
+                ffn_ratio=config.ffn_ratio,
+                residual=config.residual,
+                backend=backend,
+            )
+            for channels, grid, hidden, heads, window in zip(
+                self.backbone.channels,
+                self.backbone.grids,
+                config.hidden,
+                config.heads,
+                config.windows,
+                strict=True,
+            )
+        )
+        self.standardize = nn.ModuleList(
+            Standardize(channels) if config.standardize else nn.Identity()
+            for channels in self.backbone.channels
+        )
+        self.score_map = ScoreMap(config.image_size, config.smoothing)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Let training compute each block again in backward: less memory, the same gradients."""
+        for level in self._reconstructors():
+            level.grad_checkpointing = enable
+
+    def prepare_for_inference(self) -> RLRModel:
+        """Compute now, for later calls, what depends on no image; return the model.
+
+        See `Reconstructor.prepare_for_inference`. Scoring (`rlr_fast.inference.score_batches`, and
+        so evaluation and prediction) calls it where it is needed.
+
+        Raises:
+            RuntimeError: A CUDA graph is being captured, or code is being compiled.
+        """
+        for level in self._reconstructors():
+            level.prepare_for_inference()
+        return self
+
+    def is_prepared(self) -> bool:
+        """Return whether a call without gradients would take up what was prepared."""
+        return all(level.is_prepared() for level in self._reconstructors())
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call `forward`, or what `torch.nn.Module.compile` made of it."""
+        # Compiled code cannot look for changes itself.
+        if self._compiled_call_impl is not None and not torch.compiler.is_compiling():
+            for level in self._reconstructors():
+                level.end_stale_preparation()
+        return super().__call__(*args, **kwargs)
+
+    def _reconstructors(self) -> list[Reconstructor]:
+        return cast("list[Reconstructor]", list(self.levels))
+
+    # One way for the data: images → tokens → reconstructed tokens → distance → map and score.
+
+    def tokens(self, images: Tensor) -> list[Tensor]:
+        """Return the pooled feature tokens [(B, N_j, C_j)] of ``images`` (eq. 1-2), as they are.
+
+        Args:
+            images: (B, 3, H, W) RGB: uint8, or floating point in [0, 1].
+
+        Raises:
+            ValueError: Another shape, size or dtype.
+        """
+        maps = self.backbone(images)
+        return [neighborhood_mean(m, self.config.neighborhood).flatten(2).mT for m in maps]
+
+    def feature_identity(self) -> dict[str, Any]:
+        """Return by name what decides `tokens`, as plain values; where equal, so are features."""
+        return {
+            "backbone": self.config.backbone,
+            "fingerprint": self.backbone.fingerprint,
+            "out_indices": list(self.config.out_indices),
+            "image_size": list(self.config.image_size),
+            "neighborhood": self.config.neighborhood,
+        }
+
+    def reconstruct(self, tokens: Sequence[Tensor]) -> list[Tensor]:
+        """Return the reconstructed tokens [(B, N_j, C_j)], in the features' own scale.
+
+        Args:
+            tokens: [(B, N_j, C_j)] as from `tokens`.
+        """
+        found = []
+        for j, standardize in enumerate(self.standardize):
+            _, rebuilt = self._reconstruct_level(j, tokens[j])
+            found.append(
+                standardize.undo(rebuilt) if isinstance(standardize, Standardize) else rebuilt
+            )
+        return found
+
+    def distances(
+        self, tokens: Sequence[Tensor], noise: Sequence[Tensor] | None = None
+    ) -> list[Tensor]:
+        """Return the token distances [(B, N_j)] between the features and their reconstructions.
+
+        Where the model standardises, both are compared standardised.
+
+        Args:
+            tokens: [(B, N_j, C_j)] as from `tokens`.
+            noise: Standard normal numbers in the tokens' shapes for eq. 3; None for no
+                perturbation.
+        """
+        found = []
+        for j in range(len(self.levels)):
+            original, rebuilt = self._reconstruct_level(
+                j, tokens[j], None if noise is None else noise[j]
+            )
+            found.append(distance(rebuilt, original, self.backend))
+        return found
+
+    def _reconstruct_level(
+        self, j: int, tokens: Tensor, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the level's tokens as they are compared, and their reconstruction."""
+        original = self.standardize[j](tokens)
+        seen = original
+        if noise is not None:
+            seen = perturb(original, self.config.perturbation, noise)
+        return original, self.levels[j](seen)
+
+    def predict_tokens(self, tokens: Sequence[Tensor]) -> RLROutput:
+        """Return the output for images whose feature tokens [(B, N_j, C_j)] are known."""
+        level_maps = [
+            d.unflatten(1, grid).unsqueeze(1)
+            for d, grid in zip(self.distances(tokens), self.backbone.grids, strict=True)
+        ]
+        score_map, score = self.score_map(level_maps)
+        return RLROutput(score_map, score, level_maps)
+
+    def forward(self, images: Tensor) -> RLROutput:
+        """Return score map, image score and level maps of ``images`` (B, 3, H, W); see `tokens`."""
+        return self.predict_tokens(self.tokens(images))
+
+    def loss(self, images: Tensor) -> Tensor:
+        """Return the training loss (eq. 13-14), a scalar; perturbed (eq. 3) in training mode.
+
+        With ``diversity`` it has `diversity_loss` added, whatever the mode.
+        """
+        tokens = self.tokens(images)
+        noise = [torch.randn_like(t) for t in tokens] if self.training else None
+        losses = [d.mean() for d in self.distances(tokens, noise)]
+        if self.config.diversity > 0:
+            losses.append(self.diversity_loss())
+        return torch.stack(losses).sum()
+
+    def diversity_loss(self) -> Tensor:
+        """Return ``diversity`` times the similarity of the references, summed over the levels.
+
+        The supplement says that the loss constrains the references' diversity, and not how; this
+        is the simplest term that does, see `Reconstructor.reference_similarity`.
+
+        Raises:
+            ValueError: There is a single reference.
+        """
+        levels = self._reconstructors()
+        similarity = torch.stack([level.reference_similarity() for level in levels]).sum()
+        return self.config.diversity * similarity
+
+    # Checkpoint folder: config.json and model.safetensors (all but the frozen backbone).
+
+    def checkpoint_state(self) -> dict[str, Tensor]:
+        """Return the tensors that a checkpoint keeps: everything but the frozen backbone."""
+        return {k: v for k, v in self.state_dict().items() if not k.startswith("backbone.")}
+
+    def load_checkpoint_state(self, state: dict[str, Tensor]) -> None:
+        """Load what `checkpoint_state` gave.
+
+        Raises:
+            CheckpointError: The tensors are not this model's.
+        """
+        try:
+            missing, unexpected = self.load_state_dict(state, strict=False)
+        except RuntimeError as error:
+            raise CheckpointError(f"the weights do not fit the configuration: {error}") from error
+        wrong = [k for k in missing if not k.startswith("backbone.")] + list(unexpected)
+        if wrong:
+            raise CheckpointError(
+                f"the weights do not fit the configuration: {', '.join(wrong[:5])}"
+            )
+
+    def checkpoint_metadata(self) -> dict[str, str]:
+        """Return what the weights file says of itself."""
+        # One entry: safetensors writes several in no fixed order, and equal runs would differ.
+        return {"backbone_fingerprint": self.backbone.fingerprint}
+
+    def check_backbone(self, metadata: dict[str, str] | None, source: object) -> None:
+        """Refuse weights that were trained on another backbone's features.
+
+        Raises:
+            CheckpointError: The fingerprints differ.
+        """
+        trained_on = (metadata or {}).get("backbone_fingerprint", "")
+        if trained_on != self.backbone.fingerprint:
+            raise CheckpointError(
+                f"{source} was trained on other weights of {self.config.backbone!r} "
+                f"(fingerprint {trained_on[:12] or 'missing'}, here "
+                f"{self.backbone.fingerprint[:12]} from {self.config.backbone_weights!r})"
+            )
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        (save_directory / CONFIG_FILE).write_text(self.config.to_json(), encoding="utf-8")
+        safetensors.torch.save_file(
+            {k: v.contiguous() for k, v in self.checkpoint_state().items()},
+            save_directory / WEIGHTS_FILE,
+            metadata=self.checkpoint_metadata(),
+        )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> RLRModel:
+        """Load a checkpoint from a folder, or by its name on the hub; returned in eval mode.
+
+        Args:
+            pretrained_model_name_or_path: Folder of a run, or name of a repository.
+            options: ``backend`` of the attention; ``backbone_weights``, where to take the
+                backbone's weights from now; and the hub's ``revision``, ``token``, ``cache_dir``,
+                ``force_download``, ``local_files_only``.
+
+        Raises:
+            CheckpointError: A file is missing or damaged, or was trained on other backbone weights.
+            BackboneWeightsError: The backbone's weights cannot be had.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        if folder.is_dir():
+            read_config(folder / CONFIG_FILE)  # the mixin would meet a broken one with a traceback
+        elif folder.exists():
+            raise CheckpointError(f"a checkpoint is a folder, {str(folder)!r} is a file")
+        elif str(pretrained_model_name_or_path).count("/") != 1:  # no OWNER/NAME of the hub either
+            raise CheckpointError(f"there is no checkpoint folder {str(folder)!r}")
+        model: RLRModel = super().from_pretrained(pretrained_model_name_or_path, **options)
+        return model
+
+    @classmethod
+    def _from_pretrained(
+        cls,
+        *,
+        model_id: str,
+        revision: str | None,
+        cache_dir: str | Path | None,
+        force_download: bool,
+        local_files_only: bool,
+        token: str | bool | None,
+        config: Any = None,
+        backend: Backend = "auto",
+        backbone_weights: str | None = None,
+        **unused: Any,
+    ) -> RLRModel:
+        def file(name: str) -> Path:
+            if Path(model_id).is_dir():
+                return Path(model_id, name)
+            return Path(
+                hf_hub_download(
+                    model_id,
+                    name,
+                    revision=revision,
+                    cache_dir=cache_dir,
+                    force_download=force_download,
+                    local_files_only=local_files_only,
+                    token=token,
+                )
+            )
+
+        values = read_config(file(CONFIG_FILE))
+        if backbone_weights is not None:
+            values["backbone_weights"] = backbone_weights
+        state, metadata = read_weights(file(WEIGHTS_FILE))
+        model = cls(RLRConfig.from_dict(values), backend=backend)
+        model.check_backbone(metadata, model_id)
+        model.load_checkpoint_state(state)
+        return model.eval()
+
+    @classmethod
+    def from_authors(
+        cls, path: str | Path, config: RLRConfig | None = None, backend: Backend = "auto"
+    ) -> RLRModel:
+        """Build a model around the reconstructors of an authors' checkpoint.
+
+        Args:
+            path: The checkpoint, see `rlr_fast.models.authors.load_reconstructors`.
+            config: Backbone, levels and image size; hidden widths, heads, windows and number of
+                blocks are taken from the checkpoint, and the block is the paper's. Default: the
+                ``authors`` preset.
+            backend: See the class.
+
+        Raises:
+            ValueError: The checkpoint's levels are not the backbone's.
+        """
+        loaded = load_reconstructors(path, backend=backend)
+        model = cls(RLRConfig.preset("authors") if config is None else config, backend=backend)
+        levels = cast("list[Reconstructor]", list(loaded))
+        ours = list(zip(model.backbone.channels, model.backbone.grids, strict=True))
+        theirs = [(level.channels, level.grid) for level in levels]
+        if ours != theirs:
+            raise ValueError(
+                f"config: the backbone gives levels of (channels, grid) {ours}, {path} has {theirs}"
+            )
+        model.levels = loaded
+        model.config = dataclasses.replace(
+            model.config,
+            hidden=tuple(level.hidden for level in levels),
+            heads=tuple(level.heads for level in levels),
+            windows=tuple(level.window for level in levels),
+            blocks=len(levels[0].blocks),
+            ffn_ratio=cast(RLRBlock, levels[0].blocks[0]).fc1.out_features // levels[0].hidden,
+            attention=("mlka", "lca"),
+            residual=False,
+            alpha=2.0,
+            fusion="fixed",
+            references=1,
+            diversity=0.0,
+        )
+        return model.eval()

@@ -1,0 +1,292 @@
+"""Feature cache: a frozen backbone's tokens of a list of images, computed once and kept."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, get_args
+
+import psutil
+import torch
+from torch import Tensor
+
+from rlr_fast.data.files import write_atomically
+from rlr_fast.data.images import (
+    ImageFailure,
+    UnreadableImageError,
+    iterate_images,
+    load_image,
+)
+from rlr_fast.data.layouts import Sample
+from rlr_fast.data.threads import Writer
+from rlr_fast.models.rlr import RLRModel
+
+Placement = Literal["auto", "gpu", "ram", "disk"]
+PLACEMENTS: tuple[str, ...] = get_args(Placement)
+
+_FORMAT = 1
+_META = "meta.json"
+_BATCH = 8
+# A placement may take this share of what is free; the rest is for the model and everybody else.
+_SHARE = 0.5
+_STALE_SECONDS = 3600.0
+
+
+class CacheError(RuntimeError):
+    """The feature cache cannot be written or read; the message says where and why."""
+
+
+@dataclass(frozen=True)
+class FeatureCache:
+    """Pooled feature tokens of a list of images, in bfloat16.
+
+    Attributes:
+        levels: [(n, N_j, C_j)] tokens of all images, as `RLRModel.tokens` gives them.
+        failures: Images of the list that could not be read; they have no row in ``levels``.
+        placement: Where the tokens lie: ``gpu``, ``ram`` or ``disk`` (a memory-mapped file).
+        folder: Where the cache lies on disk.
+    """
+
+    levels: list[Tensor]
+    failures: list[ImageFailure]
+    placement: str
+    folder: Path
+
+    def __len__(self) -> int:
+        return self.levels[0].shape[0]
+
+    def batch(self, rows: Tensor, device: torch.device) -> list[Tensor]:
+        """Return the tokens [(B, N_j, C_j)] of the rows (B,), float32 on ``device``."""
+        # Gathered where they lie, so that only a batch of them travels.
+        rows = rows.to(self.levels[0].device)
+        return [
+            level.index_select(0, rows).to(device, non_blocking=True).float()
+            for level in self.levels
+        ]
+
+    def batches(self, rows: Sequence[Tensor], device: torch.device) -> Iterator[list[Tensor]]:
+        """Yield `batch` of each group of rows."""
+        return (self.batch(group, device) for group in rows)
+
+
+def default_cache_root() -> Path:
+    """Where caches lie by default: ``rlr_fast`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "rlr_fast" / "features"
+
+
+def cached_features(
+    model: RLRModel,
+    samples: Sequence[Sample],
+    root: Path | None = None,
+    placement: Placement = "auto",
+    *,
+    workers: int | None = None,
+    progress: Callable[[int], object] | None = None,
+    sharers: int = 1,
+) -> FeatureCache:
+    """Return the features of ``samples``, computed now or taken from an earlier run.
+
+    A cache is known by everything that decides its numbers: backbone and fingerprint of its
+    weights, levels, image size, neighbourhood, and path, size and time of change of each file. It
+    appears under its name only when complete, so half a cache is never read. Of several processes
+    each asks for the images of its own share, and keeps a cache of them.
+
+    Args:
+        model: Its backbone and neighbourhood give the features, on the device where it lies.
+        samples: The images.
+        root: Folder of all caches; default `default_cache_root`.
+        placement: ``gpu``, ``ram``, ``disk``, or ``auto``: the first of them with room.
+        workers: Threads that decode images.
+        progress: Called with the number of images done since the last call.
+        sharers: Processes that divide this machine's memory among them.
+
+    Raises:
+        ValueError: The placement does not fit the model's device.
+        CacheError: The disk is full, the folder cannot be written, or the GPU's memory is too
+            small.
+    """
+    device = next(model.levels.parameters()).device
+    if placement == "gpu" and device.type != "cuda":
+        raise ValueError(f"cache placement 'gpu' needs the model on a GPU, it is on {device}")
+    root = default_cache_root() if root is None else root
+    identity = _identity(model, samples)
+    folder = root / identity["key"][:20]
+    meta = _read_meta(folder, identity)
+    if meta is not None and any(_readable(samples[f["index"]]) for f in meta["failures"]):
+        shutil.rmtree(folder, ignore_errors=True)  # what was wrong with a file is put right
+        meta = None
+    if meta is None:
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            _remove_stale(root, folder.name)
+            meta = _build(model, samples, folder, identity, workers, progress)
+        except OSError as error:
+            raise CacheError(f"cannot write the feature cache in {str(root)!r}: {error}") from error
+        except torch.OutOfMemoryError as error:
+            height, width = model.config.image_size
+            raise CacheError(
+                f"out of GPU memory while the backbone sees {_BATCH} images of {height} x {width} "
+                f"pixels ({str(error).splitlines()[0]}); a smaller --image-size or --backbone "
+                "needs less"
+            ) from error
+    failures = [
+        ImageFailure(f["index"], UnreadableImageError(f["path"], f["reason"]))
+        for f in meta["failures"]
+    ]
+    count = len(samples) - len(failures)
+    levels = [
+        _map(folder / f"level_{j}.bf16", (count, tokens, channels))
+        for j, (tokens, channels) in enumerate(meta["levels"])
+    ]
+    where = _choose(placement, sum(level.nbytes for level in levels), device, sharers)
+    if where == "gpu":
+        levels = [level.to(device) for level in levels]
+    elif where == "ram":
+        levels = [level.clone() for level in levels]
+    return FeatureCache(levels, failures, where, folder)
+
+
+def _map(file: Path, shape: tuple[int, int, int]) -> Tensor:
+    if shape[0] == 0:  # no file of no bytes can be mapped
+        return torch.empty(shape, dtype=torch.bfloat16)
+    return torch.from_file(str(file), size=math.prod(shape), dtype=torch.bfloat16).view(shape)
+
+
+def _readable(sample: Sample) -> bool:
+    try:
+        load_image(sample.path, (1, 1))
+    except UnreadableImageError:
+        return False
+    return True
+
+
+def _identity(model: RLRModel, samples: Sequence[Sample]) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    for sample in samples:
+        try:
+            stat = sample.path.stat()
+            state = f"{stat.st_size} {stat.st_mtime_ns}"
+        except OSError:
+            state = "missing"  # reported as unreadable when its turn comes
+        digest.update(os.fsencode(f"{sample.path.resolve()}\0{state}\n"))
+    identity: dict[str, Any] = {
+        "format": _FORMAT,
+        **model.feature_identity(),
+        "files": len(samples),
+        "files_digest": digest.hexdigest(),
+    }
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    return identity | {"key": key}
+
+
+def _read_meta(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """Return what a complete cache of this identity says of itself, or None."""
+    try:
+        meta = json.loads((folder / _META).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise CacheError(
+            f"{folder / _META} cannot be read ({error}); delete {str(folder)!r}"
+        ) from error
+    if meta.get("identity") != identity:
+        raise CacheError(f"{str(folder)!r} holds another cache than its name says; delete it")
+    count = identity["files"] - len(meta["failures"])
+    for j, (tokens, channels) in enumerate(meta["levels"]):
+        file = folder / f"level_{j}.bf16"
+        size = file.stat().st_size if file.exists() else 0
+        if size != count * tokens * channels * 2:
+            raise CacheError(
+                f"{str(file)!r} has {size} bytes, not as written; delete {str(folder)!r}"
+            )
+    return dict(meta)
+
+
+def _build(
+    model: RLRModel,
+    samples: Sequence[Sample],
+    folder: Path,
+    identity: dict[str, Any],
+    workers: int | None,
+    progress: Callable[[int], object] | None,
+) -> dict[str, Any]:
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    device = next(model.levels.parameters()).device
+    failures: list[dict[str, Any]] = []
+    try:
+        with contextlib.ExitStack() as stack:
+            names = [f"level_{j}.bf16" for j in range(len(model.levels))]
+            files = [stack.enter_context(open(partial / name, "wb")) for name in names]
+            # One batch is written while the next is computed.
+            writer = stack.enter_context(Writer(threads=1, jobs=1))
+            for batch in iterate_images(samples, model.config.image_size, _BATCH, workers):
+                failures += [
+                    {"index": f.index, "path": str(f.error.path), "reason": f.error.reason}
+                    for f in batch.failures
+                ]
+                if len(batch.images):
+                    found = model.tokens(batch.images.to(device))
+                    stored = [tokens.to(torch.bfloat16).contiguous() for tokens in found]
+                    writer.submit(functools.partial(_append, files, stored))
+                if progress is not None:
+                    progress(len(batch.images) + len(batch.failures))
+            writer.finish()
+            for file in files:
+                file.flush()
+                os.fsync(file.fileno())
+        meta = {
+            "identity": identity,
+            "levels": [
+                (h * w, channels)
+                for (h, w), channels in zip(
+                    model.backbone.grids, model.backbone.channels, strict=True
+                )
+            ],
+            "failures": failures,
+        }
+        write_atomically(partial / _META, json.dumps(meta, indent=2))
+        try:
+            partial.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process made the same cache meanwhile
+                raise
+            shutil.rmtree(partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return meta
+
+
+def _append(files: Sequence[BinaryIO], stored: Sequence[Tensor]) -> None:
+    for file, tokens in zip(files, stored, strict=True):
+        file.write(tokens.cpu().view(torch.uint8).numpy().data)
+
+
+def _remove_stale(root: Path, name: str) -> None:
+    """Remove what a killed process left of this cache."""
+    for partial in root.glob(f".{name}-*"):
+        with contextlib.suppress(FileNotFoundError):  # another process was quicker
+            # A folder's own time stands still while its files grow.
+            written = max(p.stat().st_mtime for p in (partial, *partial.iterdir()))
+            if time.time() - written > _STALE_SECONDS:
+                shutil.rmtree(partial, ignore_errors=True)
+
+
+def _choose(placement: Placement, size: int, device: torch.device, sharers: int) -> str:
+    if placement != "auto":
+        return placement
+    if device.type == "cuda" and size < _SHARE * torch.cuda.mem_get_info(device)[0]:
+        return "gpu"
+    memory = psutil.virtual_memory().available / sharers
+    return "ram" if size < _SHARE * memory else "disk"

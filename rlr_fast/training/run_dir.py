@@ -1,0 +1,275 @@
+"""A run's folder: its settings, and the checkpoint of its last written epoch.
+
+Each file is whole at any time, and the training state alone suffices to resume.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor
+
+from rlr_fast.data.files import check_writable, write_atomically, write_tensors
+from rlr_fast.data.threads import Writer
+from rlr_fast.models.checkpoint import CONFIG_FILE, WEIGHTS_FILE, CheckpointError, read_weights
+
+RUN_FILE = "run.json"
+STATE_FILE = "training_state.safetensors"
+HISTORY_FILE = "history.jsonl"
+
+_log = logging.getLogger(__name__)
+
+_PARTS = ("model", "recipe", "data")
+_DIGESTS = {
+    "files_digest": "the training images have other names or sizes",
+    "test_files_digest": "the test images have other names or sizes",
+}
+
+Row = dict[str, float]
+
+
+class TrainingError(RuntimeError):
+    """Training cannot start or go on; the message says why, and what is kept."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What an epoch leaves.
+
+    Attributes:
+        epoch: Finished epochs.
+        model: Tensors of `RLRModel.checkpoint_state`.
+        optimizer: Of each parameter, by its number, the optimizer's tensors by name.
+        progress: What else a resumed run needs, as plain values.
+        metadata: Of `RLRModel.checkpoint_metadata`.
+        history: Rows of the log so far.
+    """
+
+    epoch: int
+    model: Mapping[str, Tensor]
+    optimizer: Mapping[int, Mapping[str, Tensor]]
+    progress: Mapping[str, Any]
+    metadata: Mapping[str, str]
+    history: Sequence[Row]
+
+
+def read_run(out: Path) -> dict[str, Any] | None:
+    """Return the settings of the run in ``out``, or None where there is none.
+
+    Raises:
+        TrainingError: The record is missing beside a training state, or damaged.
+    """
+    path = out / RUN_FILE
+    if not path.exists() and not (out / STATE_FILE).exists():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(record, dict):
+            raise ValueError(f"it must be an object of {', '.join(_PARTS)}")
+        for part in _PARTS:
+            if part not in record:
+                raise ValueError(f"it has no {part!r}")
+            if not isinstance(record[part], dict):
+                raise ValueError(f"{part} must be an object")
+        return record
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"{path} cannot be read: {error}") from error
+
+
+def check_folder(out: Path, record: Mapping[str, Any], resume: bool) -> None:
+    """Refuse a folder that holds another run, before any work.
+
+    Raises:
+        TrainingError: ``out`` cannot be written, holds a run that is not to be resumed, or one of
+            other settings.
+    """
+    if out.exists() and not out.is_dir():
+        raise TrainingError(f"{out} is a file; a run needs a folder")
+    try:
+        check_writable(out)
+    except OSError as error:
+        raise TrainingError(f"cannot write the run in {str(out)!r}: {error}") from error
+    if not (out / STATE_FILE).exists():  # what finished no epoch leaves the folder free
+        return
+    previous = read_run(out)
+    assert previous is not None
+    if not resume:
+        raise TrainingError(
+            f"{out} already holds a run; go on with it by --resume, or choose another --out"
+        )
+    changed = changed_settings(previous, record)
+    if changed:
+        raise TrainingError(f"{out} cannot be resumed with other settings: {'; '.join(changed)}")
+    begun, now = previous.get("processes", 1), record["processes"]
+    if begun != now:
+        _log.warning(
+            "%s was begun by %s process(es) and goes on with %d: other images share a step, so the "
+            "result is not that of one uninterrupted run",
+            out,
+            begun,
+            now,
+        )
+
+
+def changed_settings(previous: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:
+    """Say which settings of a run's record are others now, wherever the data lie."""
+    return [
+        _DIGESTS.get(name, f"{name} was {old!r}, now {new!r}")
+        for part in _PARTS
+        for name, old in previous[part].items()
+        if (new := json.loads(json.dumps(record[part].get(name)))) != old and name != "root"
+    ]
+
+
+def write_settings(out: Path, config: str, record: Mapping[str, Any]) -> None:
+    """Write what the run is, before its first step; not over what is to be resumed.
+
+    Raises:
+        TrainingError: The files cannot be written.
+    """
+    if (out / STATE_FILE).exists():
+        return
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(out / CONFIG_FILE, config)
+        write_atomically(out / RUN_FILE, json.dumps(record, indent=2))
+    except OSError as error:
+        raise TrainingError(f"cannot write the run in {str(out)!r}: {error}") from error
+
+
+def read_checkpoint(out: Path) -> Checkpoint | None:
+    """Return the last written epoch's checkpoint, if there is one; ``metadata`` is in ``progress``.
+
+    Raises:
+        TrainingError: It is damaged.
+    """
+    path = out / STATE_FILE
+    if not path.exists():
+        return None
+    try:
+        tensors, metadata = read_weights(path)
+    except CheckpointError as error:
+        raise TrainingError(
+            f"cannot resume: {error}. Delete it to start the run anew; "
+            f"{WEIGHTS_FILE} beside it can still be used"
+        ) from error
+    if "progress" not in metadata:
+        raise TrainingError(f"cannot resume: {path} holds no training state")
+    model: dict[str, Tensor] = {}
+    optimizer: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        part, _, name = key.partition(".")
+        if part == "model":
+            model[name] = value
+        else:
+            index, name = name.split(".")
+            optimizer.setdefault(int(index), {})[name] = value
+    progress = json.loads(metadata["progress"])
+    history: list[Row] = []
+    try:
+        rows = (out / HISTORY_FILE).read_text(encoding="utf-8").splitlines()
+        history = [row for row in map(json.loads, rows) if row["step"] <= progress["steps"]]
+    except FileNotFoundError:
+        _log.warning("%s is missing: the curve begins anew", out / HISTORY_FILE)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TrainingError(
+            f"{out / HISTORY_FILE} cannot be read: {error}. Delete it to resume: nothing but the "
+            "curve of the loss is lost"
+        ) from error
+    return Checkpoint(progress["epoch"], model, optimizer, progress, progress, history)
+
+
+def write_checkpoint(out: Path, checkpoint: Checkpoint) -> None:
+    """Write history, training state and weights, in this order.
+
+    Raises:
+        OSError: One cannot be written; it and those after it are as they were.
+    """
+    tensors = {f"model.{k}": v for k, v in checkpoint.model.items()}
+    for index, state in checkpoint.optimizer.items():
+        tensors |= {f"optimizer.{index}.{k}": v for k, v in state.items()}
+    progress = {"epoch": checkpoint.epoch, **checkpoint.progress, **checkpoint.metadata}
+    history = "".join(json.dumps(row) + "\n" for row in checkpoint.history)
+    write_atomically(out / HISTORY_FILE, history)
+    write_tensors(out / STATE_FILE, tensors, {"progress": json.dumps(progress)})
+    write_tensors(out / WEIGHTS_FILE, checkpoint.model, checkpoint.metadata)
+
+
+class CheckpointWriter:
+    """Writes checkpoints in a thread of its own while training goes on.
+
+    Leaving it as a context waits for the last of them.
+
+    Args:
+        out: The run's folder.
+        epoch: The epoch whose checkpoint is there already; 0 for none.
+    """
+
+    def __init__(self, out: Path, epoch: int) -> None:
+        self._out, self._epoch = out, epoch
+        self._writer = Writer(1, 1)
+
+    @property
+    def busy(self) -> bool:
+        """Whether the disk is still at the last one."""
+        return self._writer.busy
+
+    def write(self, checkpoint: Checkpoint) -> None:
+        """Begin to write a checkpoint, once the one before is written.
+
+        Raises:
+            TrainingError: The one before could not be written.
+        """
+        self._writer.submit(lambda: self._write(checkpoint))
+
+    def wait(self) -> None:
+        """Wait until everything is written.
+
+        Raises:
+            TrainingError: It could not be written.
+        """
+        self._writer.finish()
+
+    def kept(self) -> str:
+        """Say which epoch's checkpoint is whole."""
+        with contextlib.suppress(TrainingError):  # then the one before is
+            self.wait()
+        return self._kept()
+
+    def _kept(self) -> str:
+        if self._epoch == 0:
+            return "no epoch was finished"
+        return f"the checkpoint of epoch {self._epoch} is intact"
+
+    def _write(self, checkpoint: Checkpoint) -> None:
+        try:
+            write_checkpoint(self._out, checkpoint)
+        except OSError as error:
+            raise TrainingError(
+                f"cannot write the checkpoint of epoch {checkpoint.epoch} in {str(self._out)!r}: "
+                f"{error}; {self._kept()}: make room and resume"
+            ) from error
+        self._epoch = checkpoint.epoch
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._writer.__exit__(kind, error, traceback)
+        if error is not None:
+            try:
+                self.wait()
+            except TrainingError as unwritten:
+                _log.warning("%s", unwritten)

@@ -1,0 +1,286 @@
+"""Training: one model on all classes, checkpointed each epoch and resumable to the bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+
+from rlr_fast.config import RLRConfig, TrainConfig
+from rlr_fast.data import DataSet, ImageFailure, Sample
+from rlr_fast.data.files import write_atomically
+from rlr_fast.functional import Backend
+from rlr_fast.models.rlr import RLRModel, Standardize
+from rlr_fast.training.calibration import CALIBRATION_FILE, calibrate
+from rlr_fast.training.distributed import Processes, processes
+from rlr_fast.training.environment import environment
+from rlr_fast.training.feature_cache import PLACEMENTS, Placement, cached_features
+from rlr_fast.training.features import Features, FreshFeatures
+from rlr_fast.training.progress import progress_bar
+from rlr_fast.training.run_dir import TrainingError, check_folder, write_settings
+from rlr_fast.training.trainer import Loop
+from rlr_fast.visualization import loss_curve
+
+CURVE_FILE = "loss.png"
+
+# Where the features of the training images lie; "none" makes them again in every epoch.
+CACHES: tuple[str, ...] = (*PLACEMENTS, "none")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a training run leaves.
+
+    Attributes:
+        out: The run's folder, a checkpoint for `RLRModel.from_pretrained`.
+        history: Rows of the log: step, epoch, loss, level_0 …, grad_norm, lr, images_per_s; and
+            diversity, that term of the loss, where it has one.
+        failures: Training images that could not be read and were left out.
+        images_per_s: Median over the run; NaN where the history is lost.
+    """
+
+    out: Path
+    history: list[dict[str, float]]
+    failures: list[ImageFailure]
+    images_per_s: float
+
+
+def train(
+    config: RLRConfig,
+    recipe: TrainConfig,
+    data: DataSet,
+    out: Path,
+    *,
+    device: torch.device,
+    resume: bool = False,
+    backend: Backend = "auto",
+    cache_root: Path | None = None,
+    cache: Placement | Literal["none"] = "auto",
+    compiled: bool = False,
+    grad_checkpointing: bool = False,
+    piece: int | None = None,
+    workers: int | None = None,
+    quiet: bool = False,
+    progress: Callable[[str, int], object] = lambda what, images: None,
+) -> TrainResult:
+    """Train one model on the normal images of all classes and leave a checkpoint in ``out``.
+
+    Minimises eq. 13-14 with Adam. The features of the frozen backbone are computed once. Images are
+    shuffled and perturbed by numbers that depend on seed, epoch, step and process alone, so that a
+    resumed run sees what an uninterrupted one sees.
+
+    Started by torchrun, all processes call this together. Process r of W computes and holds the
+    features of images r, r + W, r + 2W, … and shuffles them by itself, so each number of processes
+    has its own order of images and its own noise. A step is exact whatever their number: the
+    gradient is that of the mean loss over the images that all of them took, ``batch_size`` of them.
+
+    Args:
+        config: The model.
+        recipe: Epochs, batch size, learning rate, precision, seed.
+        data: Its ``train`` samples are used.
+        out: Folder of the run: ``config.json``, ``model.safetensors``,
+            ``training_state.safetensors``, ``run.json``, ``history.jsonl``, a TensorBoard log,
+            ``loss.png``, ``calibration.json``. The first process alone reads and writes it.
+        device: Where to train.
+        resume: Go on from the last finished epoch of the run in ``out``, if there is one. Another
+            number of processes may go on; the result is then not that of one uninterrupted run.
+        backend: Backend of the attention operators.
+        cache_root: Folder of feature caches.
+        cache: Where the cached features lie while training; ``none`` keeps none and makes them
+            from the files in every epoch.
+        compiled: Compile the reconstructors; with CUDA graphs on a GPU. Off by default: it pays
+            for runs of many epochs, and changes rounding.
+        grad_checkpointing: Less memory for more time, see `RLRModel.set_grad_checkpointing`.
+        piece: Images of a step whose activations lie in memory at once; their gradients add up to
+            those of the whole step, to rounding. Halved where a GPU's memory is too small.
+        workers: Threads that decode images.
+        quiet: No progress bar.
+        progress: Called with ``"features"`` or ``"train"`` and the number of images done since the
+            last call; a resumed run first tells those of its finished epochs.
+
+    Raises:
+        ValueError: A class has no training images, an option does not fit the device, or the
+            processes were not given the same run.
+        TrainingError: ``out`` holds another run, the disk is full, the loss is not finite, or there
+            are more processes than images.
+        CacheError: The feature cache cannot be written.
+        PeerError: Another process met one of these.
+    """
+    with processes() as group:
+        with group.together():
+            _check_request(recipe, data, device, piece, group)
+            record = {
+                "model": dataclasses.asdict(config),
+                "recipe": dataclasses.asdict(recipe),
+                "data": describe_images(data, data.train),
+                "processes": group.count,
+            }
+            if group.leads:
+                check_folder(out, record, resume)
+            torch.manual_seed(recipe.seed)
+            model = RLRModel(config, backend=backend).to(device)
+            model.set_grad_checkpointing(grad_checkpointing)
+        group.agree(_decisive(record, model))
+        features, samples, failures = _features(
+            model, data, cache_root, cache, workers, quiet, progress, group
+        )
+        if config.standardize:
+            _fit_standardization(model, features, group)
+        loop = Loop(
+            model, recipe, features, out, group, compiled, piece, partial(progress, "train")
+        )
+        with group.together():
+            if group.leads:
+                record["environment"] = environment(device)
+                record["way"] = {
+                    "backend": backend,
+                    "compiled": compiled,
+                    "grad_checkpointing": grad_checkpointing,
+                    "piece": piece,
+                }
+                write_settings(out, config.to_json(), record)
+        loop.go(quiet)
+        calibration = calibrate(model, features, [s.category for s in samples], group)
+        with group.together():
+            if group.leads:
+                write_atomically(out / CALIBRATION_FILE, json.dumps(calibration, indent=2))
+                if loop.history:
+                    loss_curve(loop.history, out / CURVE_FILE)
+        speeds = [row["images_per_s"] for row in loop.history]
+        speed = statistics.median(speeds) if speeds else math.nan
+        return TrainResult(out, loop.history, failures, speed)
+
+
+def describe_images(data: DataSet, images: Mapping[str, Sequence[Sample]]) -> dict[str, Any]:
+    """Say which of a set's images a run takes, by names and sizes, wherever the folder lies."""
+    digest, count = hashlib.sha256(), 0
+    for samples in images.values():
+        for sample in samples:
+            name = os.path.relpath(sample.path, data.root)
+            size = sample.path.stat().st_size if sample.path.exists() else None
+            digest.update(os.fsencode(f"{name}\0{size}\n"))
+            count += 1
+    return {
+        "root": str(data.root),
+        "layout": data.layout,
+        "classes": list(data.classes),
+        "images": count,
+        "files_digest": digest.hexdigest(),
+    }
+
+
+def _check_request(
+    recipe: TrainConfig,
+    data: DataSet,
+    device: torch.device,
+    piece: int | None,
+    processes: Processes,
+) -> None:
+    data.require_train()
+    if piece is not None and piece < 1:
+        raise ValueError(f"piece must be positive, got {piece=}")
+    if recipe.precision == "fp16" and device.type != "cuda":
+        raise ValueError(f"precision fp16 needs a CUDA device, got device={str(device)!r}")
+    if processes.count > 1 and device.type not in ("cpu", "cuda"):
+        raise ValueError(f"several processes need device cpu or cuda, got {str(device)!r}")
+    images = sum(map(len, data.train.values()))
+    if images < processes.count:
+        raise TrainingError(
+            f"{images} training images cannot be shared among {processes.count} processes; "
+            f"start {images} at most"
+        )
+
+
+def _decisive(record: dict[str, Any], model: RLRModel) -> dict[str, Any]:
+    """Return by name what all processes of a run must have in common."""
+    values = {f"{p} {k}": v for p in ("model", "recipe", "data") for k, v in record[p].items()}
+    # Each machine may keep images and weights where it likes; their digests decide.
+    del values["data root"], values["model backbone_weights"]
+    return values | {"fingerprint of the backbone": model.backbone.fingerprint}
+
+
+def _features(
+    model: RLRModel,
+    data: DataSet,
+    root: Path | None,
+    cache: Placement | Literal["none"],
+    workers: int | None,
+    quiet: bool,
+    progress: Callable[[str, int], object],
+    processes: Processes,
+) -> tuple[Features, list[Sample], list[ImageFailure]]:
+    """Return the features of this process's share, their samples, and all processes' failures."""
+    samples = [sample for group in data.train.values() for sample in group]
+    mine = samples[processes.rank :: processes.count]
+    with (
+        processes.together(),
+        progress_bar("features", len(mine), quiet or not processes.leads) as bar,
+    ):
+        threads = processes.workers(workers)
+
+        def done(images: int) -> None:
+            bar.update(images)
+            progress("features", images)
+
+        features: Features
+        if cache == "none":
+            features = FreshFeatures(model, mine, threads, done)
+        else:
+            features = cached_features(
+                model,
+                mine,
+                root,
+                cache,
+                workers=threads,
+                progress=done,
+                sharers=processes.here,
+            )
+    shares = processes.exchange(features.failures)
+    failures = sorted(
+        (
+            ImageFailure(rank + processes.count * failure.index, failure.error)
+            for rank, share in enumerate(shares)
+            for failure in share
+        ),
+        key=lambda failure: failure.index,
+    )
+    failed = {failure.index for failure in failures}
+    readable = {sample.category for i, sample in enumerate(samples) if i not in failed}
+    empty = set(data.classes) - readable
+    if empty:
+        reason = next(f.error for f in failures if samples[f.index].category in empty)
+        raise processes.alike(
+            TrainingError(f"no training image of {', '.join(sorted(empty))} can be read: {reason}")
+        )
+    mine_failed = {failure.index for failure in features.failures}
+    return features, [s for i, s in enumerate(mine) if i not in mine_failed], failures
+
+
+@torch.no_grad()
+def _fit_standardization(model: RLRModel, features: Features, processes: Processes) -> None:
+    """Set each level's channel mean and deviation over all processes' tokens, in float64."""
+    device = next(model.levels.parameters()).device
+    modules = [cast(Standardize, module) for module in model.standardize]
+    sums = [torch.zeros(2, len(m.mean), dtype=torch.float64, device=device) for m in modules]
+    with processes.together():
+        for tokens in features.batches(torch.arange(len(features)).split(64), device):
+            for total, level in zip(sums, tokens, strict=True):
+                values = level.flatten(0, 1).double()
+                total += torch.stack((values.sum(0), values.square().sum(0)))
+    shares = processes.exchange((len(features), [total.cpu() for total in sums]))
+    images = sum(count for count, _ in shares)
+    for j, (module, (height, width)) in enumerate(zip(modules, model.backbone.grids, strict=True)):
+        total = torch.stack([share[j] for _, share in shares]).sum(0)
+        mean, mean_square = total / (images * height * width)
+        std = (mean_square - mean.square()).clamp_min(0).sqrt()
+        module.fit(mean.float(), std.float())

@@ -1,0 +1,333 @@
+"""The training loop: the same steps to the bit, however often a run is stopped and resumed."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from rlr_fast.config import TrainConfig
+from rlr_fast.models.rlr import RLRModel
+from rlr_fast.training.distributed import Processes
+from rlr_fast.training.features import Features
+from rlr_fast.training.run_dir import (
+    Checkpoint,
+    CheckpointWriter,
+    Row,
+    TrainingError,
+    read_checkpoint,
+)
+
+_log = logging.getLogger(__name__)
+
+_LOG_EVERY = 20  # steps between two looks at the loss: each look waits for the device
+
+
+def step_shares(counts: Sequence[int], rank: int, batch_size: int) -> list[int]:
+    """Return how many images process ``rank`` takes in each step of an epoch.
+
+    The processes' images are interleaved evenly and cut into batches. So a step has ``batch_size``
+    images over all processes, the last one the rest, and each process has its part of them.
+
+    Args:
+        counts: Images of each process.
+        rank: The process.
+        batch_size: Images in a step, over all processes.
+    """
+    places = np.concatenate([(np.arange(count) + 0.5) / count for count in counts])
+    owners = np.repeat(np.arange(len(counts)), counts)[np.argsort(places, kind="stable")]
+    starts = range(0, len(owners), batch_size)
+    return [int((owners[i : i + batch_size] == rank).sum()) for i in starts]
+
+
+@dataclass
+class Loop:
+    """Training of one model on features, from the run's last checkpoint to its last epoch.
+
+    Attributes:
+        model: On its device.
+        recipe: Epochs, batch size, learning rate, precision, seed.
+        features: This process's share of the training images.
+        out: The run's folder.
+        processes: Those that train together.
+        compiled: Compile the reconstructors (`torch.compile`; CUDA graphs on a GPU).
+        piece: Images of a step whose activations lie in memory at once; None is all of them.
+        progress: Called with the images of the epochs that are done already, then of each step.
+        history: Rows of the log.
+        epoch: Finished epochs.
+    """
+
+    model: RLRModel
+    recipe: TrainConfig
+    features: Features
+    out: Path
+    processes: Processes
+    compiled: bool = False
+    piece: int | None = None
+    progress: Callable[[int], object] = lambda _: None
+    history: list[Row] = field(default_factory=list)
+    epoch: int = 0
+
+    def __post_init__(self) -> None:
+        self.device = next(self.model.levels.parameters()).device
+        self.level_parameters = [list(level.parameters()) for level in self.model.levels]
+        self.parameters = [p for group in self.level_parameters for p in group]
+        self.optimizer = torch.optim.Adam(self.parameters, lr=self.recipe.lr, fused=True)
+        self.scaler = torch.amp.GradScaler(
+            self.device.type, enabled=self.recipe.precision == "fp16"
+        )
+        counts = self.processes.exchange(len(self.features))
+        self.images = sum(counts)
+        self.shares = step_shares(counts, self.processes.rank, self.recipe.batch_size)
+        self.steps = len(self.shares)
+        self.noise = torch.Generator(self.device)
+        self.pending: list[tuple[Tensor, Tensor]] = []
+        self.terms = [f"level_{j}" for j in range(len(self.level_parameters))]
+        if self.model.config.diversity > 0:
+            self.terms.append("diversity")
+        self.since = (0, 0.0)  # images seen and time of the last look at the loss
+        self.distances: Callable[..., list[Tensor]] = self.model.distances
+        if self.compiled:
+            mode = "reduce-overhead" if self.device.type == "cuda" else "default"
+            self.distances = torch.compile(self.model.distances, mode=mode, dynamic=False)
+
+    def go(self, quiet: bool) -> None:
+        """Train to the last epoch.
+
+        Raises:
+            TrainingError: The disk is full, or the loss is not finite.
+            PeerError: Another process met one of these.
+        """
+        self._load()
+        self.progress(self.epoch * self.images)
+        if self.epoch >= self.recipe.epochs:
+            with self.processes.together():
+                if self.processes.leads:  # it may have been killed before its last file
+                    with CheckpointWriter(self.out, self.epoch) as checkpoints:
+                        checkpoints.write(self._checkpoint())
+            return
+        bar = tqdm(
+            total=self.recipe.epochs * self.images,
+            initial=self.epoch * self.images,
+            unit="img",
+            desc="train",
+            disable=quiet or not self.processes.leads,
+        )
+        self.model.train()
+        with bar, CheckpointWriter(self.out, self.epoch) as checkpoints:
+            log = None
+            with self.processes.together():
+                if self.processes.leads:
+                    log = SummaryWriter(str(self.out), purge_step=self.epoch * self.steps + 1)
+            while self.epoch < self.recipe.epochs:
+                self._train_epoch(bar, log, checkpoints)
+                self.epoch += 1
+                with self.processes.together():
+                    if self.processes.leads:
+                        self._save(checkpoints)
+        if log is not None:
+            log.close()
+
+    def _train_epoch(
+        self, bar: Any, log: SummaryWriter | None, checkpoints: CheckpointWriter
+    ) -> None:
+        order = torch.randperm(
+            len(self.features), generator=torch.Generator().manual_seed(self._seed(-1 - self.epoch))
+        )
+        self.since = (0, time.perf_counter())
+        batches = self.features.batches(order.split(self.shares), self.device)
+        for i, tokens in enumerate(batches):
+            step = self.epoch * self.steps + i
+            self._step(step, tokens)
+            bar.update(self._count(step))
+            self.progress(self._count(step))
+            self.since = (self.since[0] + self._count(step), self.since[1])
+            if len(self.pending) == _LOG_EVERY or i + 1 == self.steps:
+                self._look(step, bar, log, checkpoints)
+
+    # A step; nothing in it waits for the device.
+
+    def _step(self, step: int, tokens: list[Tensor]) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.lr * self._schedule(step)
+        losses = self._gradients(step, tokens)
+        self.processes.add_gradients(self.parameters)
+        self.processes.add(losses)
+        self.scaler.unscale_(self.optimizer)
+        norms = torch.stack([self._clip(group) for group in self.level_parameters])
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.pending.append((losses, norms))
+
+    def _gradients(self, step: int, tokens: list[Tensor]) -> Tensor:
+        """Leave this process's part of the gradients; return its part of each term of the loss.
+
+        The processes' parts, and those of the pieces of a share, add up to the whole.
+        """
+        noise = self._noise(step, tokens)
+        while True:
+            self.optimizer.zero_grad(set_to_none=True)
+            try:
+                losses = torch.zeros(len(self.terms), device=self.device)
+                for some, its_noise in self._pieces(tokens, noise):
+                    part = self._losses(step, some, its_noise)
+                    self.scaler.scale(part.sum()).backward()
+                    losses += part.detach()
+                return losses
+            except torch.OutOfMemoryError:
+                images = min(len(tokens[0]), self.piece or len(tokens[0]))
+                if images == 1:
+                    raise
+                self.piece = math.ceil(images / 2)
+                _log.warning(
+                    "out of memory with %d images at once; going on with %d at once, which changes "
+                    "no more than rounding",
+                    images,
+                    self.piece,
+                )
+
+    def _noise(self, step: int, tokens: list[Tensor]) -> list[Tensor] | None:
+        if self.model.config.perturbation == 0:
+            return None
+        self.noise.manual_seed(self._seed(step))
+        return [torch.randn(t.shape, generator=self.noise, device=self.device) for t in tokens]
+
+    def _pieces(
+        self, tokens: list[Tensor], noise: list[Tensor] | None
+    ) -> Iterator[tuple[list[Tensor], list[Tensor] | None]]:
+        images = len(tokens[0])
+        piece = self.piece or images
+        for start in range(0, images, max(1, piece)):
+            some = slice(start, start + piece)
+            yield [t[some] for t in tokens], None if noise is None else [n[some] for n in noise]
+
+    def _losses(self, step: int, tokens: list[Tensor], noise: list[Tensor] | None) -> Tensor:
+        if self.compiled:
+            torch.compiler.cudagraph_mark_step_begin()
+        precision = self.recipe.precision
+        with torch.autocast(
+            self.device.type,
+            torch.float16 if precision == "fp16" else torch.bfloat16,
+            enabled=precision != "fp32",
+        ):
+            distances = self.distances(tokens, noise)
+        losses = [d.mean(1).sum() / self._count(step) for d in distances]
+        if self.model.config.diversity > 0:  # by the images: the parts of a step add up to one
+            losses.append(self.model.diversity_loss() * (len(tokens[0]) / self._count(step)))
+        return torch.stack(losses)
+
+    def _count(self, step: int) -> int:
+        """Return the images of a step over all processes."""
+        size = self.recipe.batch_size
+        return min(size, self.images - step % self.steps * size)
+
+    def _clip(self, parameters: Sequence[Tensor]) -> Tensor:
+        """Return the gradient norm of one level, after limiting it where the recipe says so."""
+        limit = self.recipe.clip_grad
+        return torch.nn.utils.clip_grad_norm_(parameters, limit if limit > 0 else math.inf)
+
+    def _schedule(self, step: int) -> float:
+        progress = step / (self.steps * self.recipe.epochs)
+        if self.recipe.schedule == "step":
+            return 1.0 if progress < 0.8 else 0.1
+        if self.recipe.schedule == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * progress))
+        return 1.0
+
+    def _seed(self, index: int) -> int:
+        """A seed of this process for each step (index from 0) and each epoch (index -1 - epoch)."""
+        # Hashed: a CPU's generator takes the low 32 bits alone.
+        name = f"{self.recipe.seed} {self.processes.rank} {index}".encode()
+        return int.from_bytes(hashlib.blake2b(name, digest_size=7).digest(), "little")
+
+    # What the user sees
+
+    def _look(
+        self, step: int, bar: Any, log: SummaryWriter | None, checkpoints: CheckpointWriter
+    ) -> None:
+        """Read the losses since the last look; stop at the first that is not finite."""
+        losses = torch.stack([loss for loss, _ in self.pending]).double().cpu()
+        norms = torch.stack([norm for _, norm in self.pending]).double().cpu()
+        first = step + 1 - len(self.pending)
+        self.pending.clear()
+        skipped = self.scaler.is_enabled()  # fp16 skips steps whose gradients overflow
+        bad = ~losses.isfinite()
+        if not skipped:
+            bad[:, : norms.shape[1]] |= ~norms.isfinite()
+        if bad.any():
+            row, term = (int(i) for i in bad.nonzero()[0])
+            what = "loss" if not losses[row, term].isfinite() else "gradient"
+            name = self.terms[term].replace("_", " ")
+            message = (
+                f"the {what} of {name} is not finite at step {first + row} "
+                f"(epoch {self.epoch + 1}); {checkpoints.kept()}. In another --out, a smaller "
+                "--lr, --clip-grad 1 or --precision fp32 may help"
+            )
+            raise self.processes.alike(TrainingError(message))
+        images, start = self.since
+        speed = images / max(time.perf_counter() - start, 1e-9)
+        row_values = {
+            "step": step + 1,
+            "epoch": (step + 1) / self.steps,
+            "loss": float(losses.sum(1).mean()),
+            **{name: float(v) for name, v in zip(self.terms, losses.mean(0), strict=True)},
+            "grad_norm": float(norms.square().sum(1).sqrt().mean()),
+            "lr": self.recipe.lr * self._schedule(step),
+            "images_per_s": speed,
+        }
+        self.history.append(row_values)
+        bar.set_postfix(loss=f"{row_values['loss']:.4f}", refresh=False)
+        if log is not None:
+            for name, value in row_values.items():
+                if name != "step":
+                    log.add_scalar(f"train/{name}", value, step + 1)
+        self.since = (0, time.perf_counter())
+
+    # The checkpoint
+
+    def _save(self, checkpoints: CheckpointWriter) -> None:
+        """Write this epoch's checkpoint behind the next epoch; not each, where the disk is slow."""
+        last = self.epoch == self.recipe.epochs
+        if last or not checkpoints.busy:
+            checkpoints.write(self._checkpoint())
+        if last:
+            checkpoints.wait()
+
+    def _checkpoint(self) -> Checkpoint:
+        """Copy what the next step will change."""
+
+        def copy(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+        state = self.optimizer.state_dict()["state"]
+        return Checkpoint(
+            epoch=self.epoch,
+            model=copy(self.model.checkpoint_state()),
+            optimizer={index: copy(tensors) for index, tensors in state.items()},
+            progress={"steps": self.epoch * self.steps, "scaler": self.scaler.state_dict()},
+            metadata=self.model.checkpoint_metadata(),
+            history=list(self.history),
+        )
+
+    def _load(self) -> None:
+        saved = self.processes.from_leader(lambda: read_checkpoint(self.out))
+        if saved is None:
+            return
+        self.model.check_backbone(dict(saved.metadata), self.out)
+        self.model.load_checkpoint_state(dict(saved.model))
+        optimizer = self.optimizer.state_dict()
+        optimizer["state"] = {index: dict(state) for index, state in saved.optimizer.items()}
+        self.optimizer.load_state_dict(optimizer)
+        self.scaler.load_state_dict(saved.progress["scaler"])
+        self.epoch, self.history = saved.epoch, list(saved.history)

@@ -1,0 +1,26 @@
+"""Pictures: score maps, sample sheets, sheets of reconstructions, loss curves.
+
+Nothing here uses pyplot: no window, no global state, safe in a server and in threads.
+"""
+
+from __future__ import annotations
+
+from rlr_fast.visualization.comparisons import ComparisonRow, RunView, comparison_sheet
+from rlr_fast.visualization.curves import loss_curve
+from rlr_fast.visualization.heat_maps import Scale, heat_map, overlay, prediction_picture
+from rlr_fast.visualization.principal import PrincipalColours
+from rlr_fast.visualization.sheets import SheetRow, sample_sheet
+
+__all__ = [
+    "ComparisonRow",
+    "PrincipalColours",
+    "RunView",
+    "Scale",
+    "SheetRow",
+    "comparison_sheet",
+    "heat_map",
+    "loss_curve",
+    "overlay",
+    "prediction_picture",
+    "sample_sheet",
+]

@@ -1,0 +1,195 @@
+"""Score maps on one fixed colour scale.
+
+Every picture of scores takes its colour scale from the caller, the same for all images. Scaling
+each map by its own range would paint the least normal spot of a normal image in the colour of a
+defect.
+
+The colours are matplotlib's "inferno": its lightness grows evenly with the score, so that equal
+steps in score look equal, no edge appears where the data has none (as in "jet" and, less, "turbo"),
+and the order survives grey print and colour blindness. It contains no cyan, which is left for the
+outline of the ground truth.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image, ImageDraw
+
+from rlr_fast.visualization.fonts import INK, PAPER, number, typeface
+
+Scale = tuple[float, float]
+
+_COLOURS = np.round(255 * matplotlib.colormaps["inferno"](np.arange(256))[:, :3]).astype(np.uint8)
+_STRIP = 256  # rows of a picture that are painted at once
+
+
+def heat_map(score_map: ArrayLike | torch.Tensor, scale: Scale) -> Image.Image:
+    """Paints a score map, a pixel a score; scores outside the scale get the colour of its end.
+
+    Args:
+        score_map: Pixel scores, (H, W).
+        scale: The scores of the first and the last colour, ``low < high``.
+
+    Returns:
+        An RGB picture, W x H.
+
+    Raises:
+        ValueError: For a wrong scale or shape, or a score that is NaN or infinite.
+    """
+    return Image.fromarray(paint(position(_read_map(score_map), scale)))
+
+
+def overlay(
+    image: ArrayLike, score_map: ArrayLike | torch.Tensor, scale: Scale, alpha: float = 0.7
+) -> Image.Image:
+    """Paints a score map over its image, the more opaque the higher the score.
+
+    With u twice the position of a score in the scale, clipped to [0, 1], the opacity is
+    ``alpha * (3 u^2 - 2 u^3)``: zero at and below ``low``, where the image stays as it is, small
+    for the low scores of a normal image, full from the middle of the scale. The dark rim that this
+    leaves around a defect sets it off from an image of any colour.
+
+    Args:
+        image: The picture, (H, W, 3), uint8.
+        score_map: Pixel scores, (h, w); resized to the image (bilinear) if the sizes differ.
+        scale: The scores of the first and the last colour, ``low < high``.
+        alpha: Opacity from the middle of the scale, in [0, 1].
+
+    Returns:
+        An RGB picture, W x H.
+
+    Raises:
+        ValueError: For a wrong scale, shape, dtype or alpha, or a score that is NaN or infinite.
+    """
+    picture = read_image(image)
+    return Image.fromarray(blend(picture, map_of(picture, score_map), scale, alpha))
+
+
+def prediction_picture(
+    image: ArrayLike, score_map: ArrayLike | torch.Tensor, scale: Scale, alpha: float = 0.7
+) -> Image.Image:
+    """Puts image, score map and overlay side by side, with a bar that says what a colour means.
+
+    Args:
+        image: The picture, (H, W, 3), uint8.
+        score_map: Pixel scores, (h, w); resized to the image (bilinear) if the sizes differ.
+        scale: The scores of the first and the last colour, ``low < high``.
+        alpha: Opacity of the overlay from the middle of the scale, in [0, 1].
+
+    Returns:
+        An RGB picture of the image's height; the three panels have the image's own resolution.
+
+    Raises:
+        ValueError: For a wrong scale, shape, dtype or alpha, or a score that is NaN or infinite.
+    """
+    check_scale(scale)
+    picture = read_image(image)
+    scores = map_of(picture, score_map)
+    height, width = scores.shape
+    gap = max(2, round(height / 64))
+    bar = _vertical_bar(height, scale)
+    sheet = Image.new("RGB", (3 * (width + gap) + bar.width, height), PAPER)
+    for y in range(0, height, _STRIP):  # a large picture need not fit in memory as floats
+        image, part = picture[y : y + _STRIP], scores[y : y + _STRIP]
+        panels = (image, paint(position(part, scale)), blend(image, part, scale, alpha))
+        for i, panel in enumerate(panels):
+            sheet.paste(Image.fromarray(panel), (i * (width + gap), y))
+    sheet.paste(bar, (3 * (width + gap), 0))
+    return sheet
+
+
+def _vertical_bar(height: int, scale: Scale) -> Image.Image:
+    """A colour bar with the numbers of the scale, of the given height."""
+    font = typeface(min(max(height // 18, 9), 48))
+    low, high = scale
+    width = max(6, height // 28)
+    texts = [number(value) for value in (high, (low + high) / 2, low)]
+    text_left = width + max(3, height // 80)
+    total = math.ceil(text_left + max(font.getlength(text) for text in texts)) + 2
+    bar = Image.new("RGB", (total, height), PAPER)
+    ramp = np.linspace(1, 0, height, dtype=np.float32)
+    bar.paste(Image.fromarray(paint(np.tile(ramp[:, None], (1, width)))), (0, 0))
+    draw = ImageDraw.Draw(bar)
+    for text, y, anchor in zip(texts, (0, height / 2, height - 1), ("la", "lm", "ld"), strict=True):
+        draw.text((text_left, y), text, INK, font, anchor=anchor)
+    return bar
+
+
+def blend(
+    picture: NDArray[np.uint8], scores: NDArray[np.float32], scale: Scale, alpha: float
+) -> NDArray[np.uint8]:
+    """Scores (H, W) painted over a picture (H, W, 3), see `overlay`."""
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must be in [0, 1], got {alpha=}")
+    place = position(scores, scale)
+    ramp = np.minimum(2 * place, 1)
+    opacity = (alpha * ramp * ramp * (3 - 2 * ramp))[:, :, None]
+    below, above = picture.astype(np.float32), paint(place).astype(np.float32)
+    mixed: NDArray[np.float32] = below + opacity * (above - below)
+    return np.rint(mixed).astype(np.uint8)
+
+
+def position(scores: NDArray[np.float32], scale: Scale) -> NDArray[np.float32]:
+    """Where each score lies between the ends of the scale, in [0, 1]."""
+    low, high = check_scale(scale)
+    place = (scores.astype(np.float64) - low) / (high - low)
+    return np.clip(place, 0, 1).astype(np.float32)
+
+
+def paint(place: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """The colours (H, W, 3) of positions (H, W) in the scale."""
+    return _COLOURS[np.rint(255 * place).astype(np.intp)]
+
+
+def map_of(picture: NDArray[np.uint8], score_map: ArrayLike | torch.Tensor) -> NDArray[np.float32]:
+    """A score map at the resolution of its picture (H, W, 3)."""
+    scores = _read_map(score_map)
+    height, width = picture.shape[:2]
+    if scores.shape == (height, width):
+        return scores
+    resized = Image.fromarray(scores).resize((width, height), Image.Resampling.BILINEAR)
+    return np.asarray(resized)
+
+
+def _read_map(score_map: ArrayLike | torch.Tensor) -> NDArray[np.float32]:
+    scores = read(score_map)
+    if scores.ndim != 2 or scores.size == 0:
+        raise ValueError(f"score_map must have shape (H, W), got {scores.shape}")
+    scores = scores.astype(np.float32)
+    if not np.isfinite(scores).all():
+        raise ValueError("score_map must be finite, got NaN or infinite values")
+    return np.ascontiguousarray(scores)
+
+
+def read_image(image: ArrayLike) -> NDArray[np.uint8]:
+    """The picture as array (H, W, 3) of uint8; ValueError if it is none."""
+    picture = np.asarray(image)
+    if picture.ndim != 3 or picture.shape[2] != 3 or picture.size == 0:
+        raise ValueError(f"image must have shape (H, W, 3), got {picture.shape}")
+    if picture.dtype != np.uint8:
+        raise ValueError(f"image must be uint8, got {picture.dtype}")
+    return np.ascontiguousarray(picture)
+
+
+def read(values: ArrayLike | torch.Tensor) -> NDArray[Any]:
+    """An array or tensor as array; bfloat16, which NumPy lacks, as float32."""
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu()
+        return (values.float() if values.is_floating_point() else values).numpy()
+    return np.asarray(values)
+
+
+def check_scale(scale: Scale) -> Scale:
+    """The scale itself, if it is two finite numbers in order; ValueError otherwise."""
+    if len(scale) != 2:
+        raise ValueError(f"scale must be (low, high), got {scale=}")
+    low, high = float(scale[0]), float(scale[1])
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise ValueError(f"scale must be finite with low < high, got {scale=}")
+    return low, high

@@ -1,0 +1,234 @@
+"""The machine code of the headline kernels: no spills, warp-group products, no more to issue.
+
+In float32 they are held to the first alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+pytest.importorskip("triton", reason="compiling the kernels needs Triton")
+
+SHAPES = ("64x64-d16-w11", "32x32-d32-w7", "16x16-d64-w5")
+KERNELS = (
+    "mlka-forward",
+    "mlka-backward-key",
+    "mlka-backward-query-deterministic",
+    "lca-forward",
+    "lca-backward",
+)
+CASES = [pytest.param(k, s, id=f"{k}-{s}") for k in KERNELS for s in SHAPES]
+DTYPES = ("bf16", "fp32")
+# Counts vary a little with the order of a schedule; a lost fusion or pipeline costs more.
+MARGIN = 1.10
+
+
+def run(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+    """Run the command in a process of its own, with Triton's compiler and not its interpreter."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | more
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks.codegen", *arguments],
+        cwd=ROOT, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("codegen")
+    done = run(
+        "--arch", "90", "--dtype", *DTYPES, "--kernel", *KERNELS, "--shape", *SHAPES, "--jobs", "2",
+        "--json", str(folder / "report.json"), TRITON_CACHE_DIR=str(folder / "cache"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / "report.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def record(report):
+    """The counts recorded for the Triton that compiled the report."""
+    known = json.loads((ROOT / "benchmarks" / "codegen.json").read_text())
+    version = ".".join(report["triton"].split(".")[:2])
+    if version not in known:
+        pytest.skip(f"no counts are recorded for Triton {version}, only for {', '.join(known)}")
+    return known[version]
+
+
+def find(report, kernel, shape, dtype="bf16"):
+    sought = (kernel, shape, dtype)
+    (row,) = (r for r in report["rows"] if (r["kernel"], r["shape"], r["dtype"]) == sought)
+    return row
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("kernel", "shape"), CASES)
+def test_registers_do_not_spill(report, kernel, shape, dtype):
+    row = find(report, kernel, shape, dtype)
+    assert (row["stack"], row["spill"]) == (0, 0), row["tiles"]
+    assert row["programs"] >= 1
+
+
+@pytest.mark.parametrize(("kernel", "shape"), CASES)
+def test_products_are_those_of_warp_groups(report, kernel, shape):
+    row = find(report, kernel, shape)
+    names = {loop["name"] for loop in row["loops"]}
+    plain = {"plain", "windowed"}
+    online = {f"online {name}" for name in plain}
+    expected = {"halo"} if "lca" in kernel else plain | (online if "forward" in kernel else set())
+    assert names == expected
+    # A warp group's product has 64 rows. In LCA's backward the keys of a part of the halo are the
+    # rows of dK and dV, so a part of fewer keys has to take the products of single warps.
+    parts = [int(part) for part in row["tiles"].partition("halo ")[2].split("+") if part]
+    exempt = kernel == "lca-backward" and min(parts) < 64
+    for loop in row["loops"]:
+        assert loop["hgmma"] > 0, loop["name"]
+        assert loop["mma"] == 0 or exempt, loop["name"]
+
+
+@pytest.mark.parametrize(("kernel", "shape"), CASES)
+def test_issue_slots_stay_within_the_record(report, record, kernel, shape):
+    row, known = find(report, kernel, shape), record[f"{kernel} {shape}"]["loops"]
+    for loop in row["loops"]:
+        most = MARGIN * known[loop["name"]]["issue"]
+        assert loop["issue"] <= most, f"{loop['name']}, tiles {row['tiles']}"
+
+
+def test_limits_are_those_of_the_design():
+    """The table of limits for 64 images in bfloat16, in microseconds."""
+    script = (
+        "import json\n"
+        "from benchmarks.codegen import SHAPES, limits\n"
+        "names = ('64x64-d16-w11', '32x32-d32-w7', '16x16-d64-w5', '256x256-d16-w11-b4')\n"
+        "print(json.dumps([[limits(SHAPES[name], operator, backward, 2) for name in names]\n"
+        "    for operator in ('lca', 'mlka') for backward in (False, True)]))\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    lca, lca_backward, mlka, mlka_backward = json.loads(done.stdout)
+    assert lca[0] == pytest.approx({"memory": 45.4, "tensor": 19, "exp": 63}, rel=0.03)
+    assert lca_backward[0] == pytest.approx({"memory": 69.2, "tensor": 47, "exp": 63}, rel=0.03)
+    assert mlka[0] == pytest.approx({"memory": 70, "tensor": 669, "exp": 2255}, rel=0.01)
+    assert mlka_backward[0] == pytest.approx({"memory": 141, "tensor": 1672, "exp": 2255}, rel=0.01)
+    assert mlka_backward[1] == pytest.approx({"memory": 69, "tensor": 206, "exp": 139}, rel=0.02)
+    assert mlka[3] == pytest.approx({"memory": 76, "tensor": 10975, "exp": 37013}, rel=0.01)
+
+
+@pytest.mark.parametrize("channels", [40, 72, 200])
+def test_token_distance_is_bound_by_memory(channels):
+    """Of the levels of EfficientNet-B6, for 64 x 4096 tokens as autocast leaves them."""
+    script = f"""
+import json, torch
+from benchmarks import codegen, sass
+from rlr_fast.kernels import _launch, distance
+
+def meta(*shape, dtype=torch.float32):
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+r, o = meta(64, 4096, {channels}, dtype=torch.bfloat16), meta(64, 4096, {channels})
+d = meta(64, 4096)
+with _launch.recorded() as records:
+    distance.launch(distance.forward_kernel, r, o, (r, o, d))
+    distance.launch(distance.backward_kernel, r, o, (d, r, o, r), d.stride())
+rows = []
+for launch in records:
+    compiled = codegen.compile_launch(launch, "90")
+    used, counts = sass.resources(compiled), sass.count(sass.instructions(compiled))
+    slots = counts.issue * launch.options["num_warps"] * launch.programs
+    rows.append([used.stack + used.stores_local, slots / codegen._CLOCKS,
+                 codegen.moved(launch) / codegen._BYTES])
+print(json.dumps(rows))
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    for spilled, issue, memory in json.loads(done.stdout):
+        assert spilled == 0
+        assert issue < MARGIN * memory  # 72 channels are 128 lanes
+
+
+def test_interpreter_is_refused_in_one_line():
+    done = run("--shape", SHAPES[0], TRITON_INTERPRET="1")
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert "unset TRITON_INTERPRET" in line
+
+
+def run_script(script: str) -> Any:
+    """Run Python with Triton's compiler and not its interpreter; return what it prints as JSON."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+SPECIALIZATIONS = """
+import dataclasses, json, torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+from benchmarks import codegen
+from benchmarks.launches import SHAPES, launches
+from rlr_fast.kernels import _launch, distance
+
+backend = make_backend(GPUTarget("cuda", 90, 32))
+
+def of(batch):
+    made = launches(dataclasses.replace(SHAPES["31x37-d32-w7"], batch=batch), torch.bfloat16)
+    x = torch.empty(batch, 31 * 37, 48, device="meta")
+    with _launch.recorded() as records:
+        distance.launch(distance.forward_kernel, x, x, (x, x, x[..., 0]))
+        distance.launch(distance.backward_kernel, x, x, (x[..., 0], x, x, x), x[..., 0].stride())
+    made |= {f"distance {i}": record for i, record in enumerate(records)}
+    found = {}
+    for name, launch in made.items():
+        kernel = launch.kernel
+        bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+        signature, constants, divisible = codegen.specialization(launch)
+        ours = [
+            ["constexpr", constants[n]] if n in constants
+            else [signature[n], "D" if n in divisible else ""]
+            for n in kernel.arg_names
+        ]
+        found[name] = [bind(*launch.arguments, **launch.constants)[1], ours]
+    return found
+
+print(json.dumps([of(batch) for batch in (64, 63, 17)]))
+"""
+
+
+@pytest.fixture(scope="module")
+def specializations():
+    """What Triton and `benchmarks.codegen` specialise of each launch, for three batches."""
+    return run_script(SPECIALIZATIONS)
+
+
+def test_batches_of_every_size_share_their_kernels(specializations):
+    """The last batch of an epoch compiles nothing."""
+    full, *others = specializations
+    assert len(full) >= 10
+    for other in others:
+        assert {n: by_triton for n, (by_triton, _) in other.items()} == {
+            n: by_triton for n, (by_triton, _) in full.items()
+        }
+
+
+def test_kernels_are_compiled_offline_as_a_launch_compiles_them(specializations):
+    for launches in specializations:
+        for name, (by_triton, ours) in launches.items():
+            # None is what Triton did not look at, "" what it found nothing special about.
+            known = [[kind, "" if value is None else value] for kind, value in by_triton]
+            assert ours == known, name

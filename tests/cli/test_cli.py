@@ -1,0 +1,482 @@
+"""The command line: what a user meets, mistakes included."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+
+import pytest
+import safetensors.torch
+import torch
+from conftest import make_tree
+from PIL import Image
+from torch._inductor.exc import InductorError
+
+from rlr_fast.cli import common, main
+from rlr_fast.data.files import write_atomically
+from rlr_fast.visualization import comparison_sheet, reconstructions
+
+FLAGS = [
+    *("--preset", "tiny", "--backbone-weights", "random", "--image-size", "32", "--blocks", "1"),
+    *("--hidden", "16", "--heads", "2", "--windows", "3", "--device", "cpu", "--quiet"),
+    *("--epochs", "2", "--batch-size", "4"),
+]
+
+PREDICT = ["predict", "DATA", "--checkpoint", "RUN", "--out", "OUT"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A data set and a run trained on it by the command."""
+    root = tmp_path_factory.mktemp("cli")
+    data = make_tree(root / "data")
+    arguments = ["train", str(data), "--out", str(root / "run"), "--cache-dir", str(root / "cache")]
+    assert main([*arguments, *FLAGS]) == 0
+    return root
+
+
+def refused(capsys, *argv):
+    """Run a command that must fail; return its message, which must not be a traceback."""
+    assert main([str(word) for word in argv]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("rlr-fast: error: ") and "Traceback" not in message
+    return message
+
+
+def test_train_eval_predict(trained, tmp_path, capsys):
+    run, out = str(trained / "run"), str(tmp_path / "out")
+    data = str(trained / "data")
+    assert main(["eval", data, "--checkpoint", run, "--out", out, "--figures", "--quiet"]) == 0
+    printed = capsys.readouterr().out
+    assert "I-AUROC" in printed and "mean" in printed
+    assert json.loads((tmp_path / "out/metrics.json").read_text())["mean"]
+    assert (tmp_path / "out/figures/bolt.png").exists()
+    paths = [f"{data}/bolt/test", f"{data}/cloth/test/hole/000.png"]
+    assert main(["predict", *paths, "--checkpoint", run, "--out", out, "--quiet"]) == 0
+    assert "5 of 5 images scored" in capsys.readouterr().out
+
+
+def test_predict_with_a_corrupt_image_exits_with_1(trained, tmp_path, capsys):
+    images = tmp_path / "images"
+    shutil.copytree(trained / "data/bolt/test/good", images)
+    (images / "000.png").write_bytes(b"no image")
+    out = str(tmp_path / "out")
+    arguments = ["predict", str(images), "--checkpoint", str(trained / "run"), "--out", out]
+    assert main([*arguments, "--quiet"]) == 1
+    captured = capsys.readouterr()
+    assert "1 of 2 images scored" in captured.out
+    assert "left out" in captured.err and "000.png" in captured.err
+
+
+def test_predict_in_tiles(trained, tmp_path, capsys):
+    argv = ["predict", str(trained / "data/bolt/test"), "--checkpoint", str(trained / "run")]
+    argv += ["--out", str(tmp_path / "out"), "--quiet", "--tile", "32x40", "--overlap", "8"]
+    assert main([*argv, "--batch-size", "2", "--precision", "bf16"]) == 0
+    assert "4 of 4 images scored" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", ["predict", "eval"])
+def test_compile_is_for_batches_of_the_given_size(trained, tmp_path, verb, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(common, "compile_model", lambda _, size: compiled.append(size))
+    argv = [verb, str(trained / "data"), "--checkpoint", str(trained / "run"), "--quiet"]
+    assert main([*argv, "--out", str(tmp_path / "plain")]) == 0
+    assert main([*argv, "--out", str(tmp_path), "--compile", "--batch-size", "3"]) == 0
+    assert compiled == [3]
+
+
+def test_a_machine_that_cannot_compile_is_told_in_a_line(trained, tmp_path, capsys, monkeypatch):
+    def no_compiler(*_):
+        raise InductorError(RuntimeError("No working C++ compiler found"), None)
+
+    monkeypatch.setattr(common, "compile_model", no_compiler)
+    argv = ["predict", trained / "data", "--checkpoint", trained / "run", "--out", tmp_path]
+    message = refused(capsys, *argv, "--compile")
+    assert "cannot compile here" in message and "C++ compiler" in message
+    assert "\n" not in message.strip()
+
+
+def test_predict_names_the_file_that_is_smaller_than_a_tile(trained, tmp_path, capsys):
+    argv = ["predict", str(trained / "data/bolt/test/good"), "--checkpoint", str(trained / "run")]
+    assert main([*argv, "--out", str(tmp_path / "out"), "--quiet", "--tile", "64"]) == 1
+    captured = capsys.readouterr()
+    assert "0 of 2 images scored" in captured.out
+    assert "001.png" in captured.err and "48 x 64 pixels, less than a tile" in captured.err
+
+
+def test_metrics_name_the_precision(trained, tmp_path):
+    argv = ["eval", str(trained / "data"), "--checkpoint", str(trained / "run"), "--quiet"]
+    assert main([*argv, "--out", str(tmp_path), "--precision", "bf16", "--batch-size", "3"]) == 0
+    values = json.loads((tmp_path / "metrics.json").read_text())
+    assert values["protocol"]["precision"] == "bf16"
+
+
+@pytest.mark.parametrize("verb", ["eval", "predict"])
+def test_a_gpu_out_of_memory_says_what_needs_less(verb, trained, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
+
+    monkeypatch.setattr("rlr_fast.models.rlr.RLRModel.tokens", full)
+    argv = (verb, trained / "data", "--checkpoint", trained / "run", "--out", tmp_path / "out")
+    message = refused(capsys, *argv, "--quiet")
+    assert "out of GPU memory" in message and "a smaller --batch-size needs less" in message
+    assert len(message.splitlines()) == 1
+
+
+def test_a_cache_out_of_gpu_memory_says_what_needs_less(trained, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr("rlr_fast.models.rlr.RLRModel.tokens", full)
+    places = ("--out", tmp_path / "run", "--cache-dir", tmp_path / "cache")
+    message = refused(capsys, "train", trained / "data", *places, *FLAGS)
+    assert "8 images of 32 x 32 pixels" in message and "smaller --image-size" in message
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_resume_needs_no_settings(trained, capsys):
+    arguments = ["train", str(trained / "data"), "--out", str(trained / "run"), "--resume"]
+    assert main([*arguments, "--quiet", "--cache-dir", str(trained / "cache")]) == 0
+    assert "trained 2 epochs" in capsys.readouterr().out
+
+
+def test_resume_with_another_preset_is_refused(trained, capsys):
+    arguments = ["train", trained / "data", "--out", trained / "run", "--resume", "--quiet"]
+    message = refused(capsys, *arguments, "--preset", "paper")
+    assert "cannot be resumed with other settings: backbone was" in message
+
+
+def test_resume_of_a_run_that_finished_no_epoch_takes_its_settings(trained, tmp_path, capsys):
+    shutil.copytree(trained / "run", tmp_path / "run")
+    (tmp_path / "run/training_state.safetensors").unlink()
+    places = ["--out", str(tmp_path / "run"), "--cache-dir", str(trained / "cache")]
+    assert main(["train", str(trained / "data"), *places, "--resume", "--quiet"]) == 0
+    assert "trained 2 epochs" in capsys.readouterr().out
+
+
+def test_resume_of_nothing_says_that_a_new_run_begins(trained, tmp_path, caplog):
+    places = ["--out", str(tmp_path / "run"), "--cache-dir", str(trained / "cache")]
+    assert main(["train", str(trained / "data"), *places, "--resume", *FLAGS]) == 0
+    assert f"there is no run in {tmp_path / 'run'} to resume; a new one begins" in caplog.text
+
+
+def test_predict_takes_a_name_that_is_no_text(trained, tmp_path):
+    images = tmp_path / "images"
+    shutil.copytree(trained / "data/bolt/test/good", images)
+    try:
+        (images / "000.png").rename(os.fsdecode(os.fsencode(images) + b"/\xff.png"))
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    argv = ["predict", str(images), "--checkpoint", str(trained / "run"), "--quiet"]
+    assert main([*argv, "--out", str(tmp_path / "out")]) == 0
+    assert b"/\xff.png," in (tmp_path / "out/results.csv").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("image-size: []", "--image-size takes one value or more, got []"),
+        ("scale: [0, 1, 2]", "--scale takes 2 values, got [0, 1, 2]"),
+        ("batch-size: 2020-13-45", "is not YAML: month must be in 1..12"),
+    ],
+)
+def test_a_files_mistake_is_one_line(text, message, trained, tmp_path, capsys):
+    (tmp_path / "flags.yaml").write_text(text)
+    verb = ["train", trained / "data", "--out", tmp_path / "run"]
+    if text.startswith("scale"):
+        verb = ["predict", trained / "data", "--checkpoint", trained / "run", "--out", tmp_path]
+    told = refused(capsys, *verb, "--config", tmp_path / "flags.yaml")
+    assert message in told and len(told.splitlines()) == 1
+
+
+def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path, capsys):
+    (tmp_path / "flags.yaml").write_text("alpha: 5\nimage-size: 64\nwindows: [3, 3x5]\nblocks: 1\n")
+    arguments = ["--config", str(tmp_path / "flags.yaml"), "--preset", "tiny", "--blocks", "3"]
+    assert main(["info", *arguments, "--backbone-weights", "random", "--json"]) == 0
+    config = json.loads(capsys.readouterr().out)["model"]["config"]
+    assert (config["alpha"], config["blocks"], config["image_size"]) == (5, 3, [64, 64])
+    assert config["windows"] == [3, [3, 5]] and config["backbone"] == "tf_efficientnet_lite0"
+
+
+def test_the_file_may_hold_every_flag_that_is_needed(trained, tmp_path):
+    (tmp_path / "flags.yaml").write_text(
+        f"checkpoint: {trained / 'run'}\nout: {tmp_path / 'out'}\n"
+    )
+    data = str(trained / "data")
+    assert main(["eval", data, "--quiet", "--config", str(tmp_path / "flags.yaml")]) == 0
+    assert (tmp_path / "out/metrics.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("alfa: 5", "did you mean 'alpha'"),
+        ("alpha: many", "--alpha does not take 'many'"),
+        ("preset: papr", "known: paper"),
+        ("quiet: 3", "--quiet is true or false"),
+        ("[1, 2", "is not YAML"),
+        ("- 1", "must hold flags and values"),
+    ],
+)
+def test_mistakes_in_the_file_are_told(content, message, trained, tmp_path, capsys):
+    (tmp_path / "flags.yaml").write_text(content)
+    argv = ("train", trained / "data", "--out", tmp_path, "--config", tmp_path / "flags.yaml")
+    assert message in refused(capsys, *argv)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["train", "DATA", "--out", "OUT", "--alfa", "3"], "did you mean '--alpha'"),
+        (["train", "DATA", "--out", "OUT", "--epochs", "few"], "invalid int value: 'few'"),
+        (["train", "DATA", "--out", "OUT", "--windows", "4"], "odd and positive"),
+        (["train", "DATA", "--out", "OUT", "--preset", "papr"], "paper"),
+        (["train", "DATA"], "--out is needed"),
+        (["train", "DATA", "extra", "--out", "OUT"], "unexpected argument 'extra'"),
+        (["train", "nowhere", "--out", "OUT"], "nowhere"),
+        (["train", "DATA", "--out", "OUT", "--layout", "mvtek"], "mvtec"),
+        (["train", "DATA", "--out", "OUT", "--classes", "bold"], "bolt"),
+        (["train", "DATA", "--out", "OUT", "--device", "cuda:9"], "device must be one"),
+        (["train", "DATA", "--out", "OUT", "--backend", "triton", *FLAGS], "triton"),
+        (["train", "DATA", "--out", "OUT", "--backbone-weights", "no.pth"], "Three ways out"),
+        (
+            ["eval", "DATA", "--checkpoint", "nowhere", "--out", "OUT"],
+            "no checkpoint folder 'nowhere'",
+        ),
+        (["eval", "DATA", "--checkpoint", "DATA", "--out", "OUT"], "not a checkpoint"),
+        (["predict", "nothing.png", "--checkpoint", "RUN", "--out", "OUT"], "nothing.png"),
+        (
+            ["predict", "DATA", "--checkpoint", "RUN", "--out", "OUT", "--scale", "2", "1"],
+            "below HIGH",
+        ),
+        ([*PREDICT, "--tile", "64", "--overlap", "64"], "overlap must be at least 0 and below"),
+        ([*PREDICT, "--tile", "0"], "tile must be a positive side"),
+        ([*PREDICT, "--tile", "-8"], "must be a side, or height x width"),
+        ([*PREDICT, "--tile", "1x2x3"], "must be a side, or height x width"),
+        ([*PREDICT, "--tile", "big"], "invalid sides value: 'big'"),
+        ([*PREDICT, "--overlap", "8"], "--overlap needs --tile"),
+        ([*PREDICT, "--batch-size", "0"], "must be a whole number of at least 1, got '0'"),
+        ([*PREDICT, "--precision", "fp8"], "fp8"),
+        ([*PREDICT, "--precision", "fp16", "--device", "cpu"], "fp16 needs a CUDA device"),
+        (["eval", *PREDICT[1:], "--precision", "fp16", "--device", "cpu"], "fp16 needs a CUDA"),
+        (["demp"], "demo"),
+    ],
+    ids=lambda value: " ".join(value[2:])[:40] if isinstance(value, list) else None,
+)
+def test_a_users_mistake_is_one_message_and_exit_code_2(argv, message, trained, tmp_path, capsys):
+    places = {"DATA": trained / "data", "RUN": trained / "run", "OUT": tmp_path / "out"}
+    assert message in refused(capsys, *(places.get(word, word) for word in argv))
+
+
+def test_checkpoint_cut_by_a_byte_is_told(trained, tmp_path, capsys):
+    shutil.copytree(trained / "run", tmp_path / "run")
+    file = tmp_path / "run/model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    argv = ("eval", trained / "data", "--checkpoint", tmp_path / "run", "--out", tmp_path / "out")
+    assert "model.safetensors is damaged or incomplete" in refused(capsys, *argv)
+
+
+def test_an_empty_class_is_told_before_training(tmp_path, capsys):
+    data = make_tree(tmp_path / "data")
+    for path in (data / "cloth/train/good").iterdir():
+        path.unlink()
+    message = refused(capsys, "train", data, "--out", tmp_path / "run", *FLAGS)
+    assert "cloth" in message and not (tmp_path / "run").exists()
+
+
+def test_data_check_exits_with_1_if_a_run_would_fail(tmp_path, capsys):
+    data = make_tree(tmp_path / "data")
+    assert main(["data", "check", str(data)]) == 0
+    (data / "bolt/train/good/000.png").write_bytes(b"no image")
+    assert main(["data", "check", str(data)]) == 1
+    assert "000.png" in capsys.readouterr().out
+
+
+def test_data_make_writes_a_set_that_passes_the_check(tmp_path, capsys):
+    data = str(tmp_path / "data")
+    arguments = ["--size", "48", "--train", "2", "--classes", "washer", "--quiet"]
+    assert main(["data", "make", data, *arguments]) == 0
+    assert main(["data", "check", data]) == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the kernels")
+def test_info_tells_why_a_backend_is_missing(capsys, monkeypatch):
+    monkeypatch.setattr("rlr_fast.kernels._launch.INTERPRETING", False)
+    assert main(["info", "--preset", "tiny", "--backbone-weights", "random"]) == 0
+    printed = capsys.readouterr().out
+    assert "triton  " in printed and "NVIDIA GPU" in printed
+
+
+def test_atomic_write_keeps_the_old_file_when_the_new_cannot_be_written(tmp_path, monkeypatch):
+    write_atomically(tmp_path / "a", "old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_atomically(tmp_path / "a", "new")
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_text() == "old"
+
+
+@pytest.fixture(scope="module")
+def decoder(trained):
+    """A decoder trained by the command."""
+    argv = ["decoder", "train", str(trained / "data"), "--checkpoint", str(trained / "run")]
+    file = trained / "decoder.safetensors"
+    assert main([*argv, "--out", str(file), "--epochs", "2", "--quiet"]) == 0
+    rows = [json.loads(row) for row in file.with_suffix(".jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2] and rows[1]["loss"] < rows[0]["loss"]
+    return file
+
+
+def test_figures_of_one_run_and_of_two(trained, decoder, tmp_path, capsys):
+    shutil.copytree(trained / "run", tmp_path / "again")
+    argv = ["figures", str(trained / "data"), "--out", str(tmp_path / "out"), "--quiet"]
+    argv += ["--checkpoint", str(trained / "run")]
+    assert main([*argv, "--level", "3"]) == 0
+    assert "2 sheets" in capsys.readouterr().out
+    with Image.open(tmp_path / "out/bolt.png") as sheet:
+        size = sheet.size
+    assert main([*argv, str(tmp_path / "again"), "--decoder", str(decoder)]) == 0
+    with Image.open(tmp_path / "out/bolt.png") as sheet:
+        assert sheet.width > 1.8 * size[0] and sheet.height >= size[1]
+    capsys.readouterr()
+    assert main([*argv, "--classes", "cloth", "--per-defect", "2"]) == 0
+    assert capsys.readouterr().out.startswith("1 sheet: ")
+    with Image.open(tmp_path / "out/cloth.png") as sheet:
+        assert sheet.height > 1.5 * size[1]
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """The runs' names and the rows of each sheet that is written."""
+    sheets = {}
+
+    def spy(rows, runs, title, *rest):
+        sheets[title] = [name for name, _ in runs], rows
+        return comparison_sheet(rows, runs, title, *rest)
+
+    monkeypatch.setattr(reconstructions, "comparison_sheet", spy)
+    return sheets
+
+
+def test_figures_name_runs_by_as_much_of_their_paths_as_tells_them_apart(
+    trained, tmp_path, shown, monkeypatch, capsys
+):
+    for name in ("one", "two"):
+        shutil.copytree(trained / "run", tmp_path / name / "run")
+    argv = ["figures", str(trained / "data"), "--out", str(tmp_path / "out"), "--quiet"]
+    argv += ["--classes", "bolt", "--checkpoint"]
+    monkeypatch.chdir(tmp_path / "two/run")
+    assert main([*argv, ".", str(tmp_path / "one/run")]) == 0
+    assert shown["bolt"][0] == ["two/run", "one/run"]
+    assert main([*argv, "."]) == 0
+    assert shown["bolt"][0] == ["run"]
+    assert "names the same run twice" in refused(capsys, *argv, ".", tmp_path / "two/run/")
+
+
+def test_figures_show_each_runs_own_maps_and_scores(trained, tmp_path, shown, capsys):
+    shutil.copytree(trained / "run", tmp_path / "other")
+    state = safetensors.torch.load_file(tmp_path / "other/model.safetensors")
+    with safetensors.safe_open(tmp_path / "other/model.safetensors", "pt") as file:
+        metadata = file.metadata()
+    state = {k: v + 0.1 if v.is_floating_point() else v for k, v in state.items()}
+    safetensors.torch.save_file(state, tmp_path / "other/model.safetensors", metadata)
+    argv = ["figures", str(trained / "data"), "--out", str(tmp_path / "out"), "--quiet"]
+    runs = [str(trained / "run"), str(tmp_path / "other")]
+    found = {}
+    for order in (runs[:1], runs[1:], runs, runs[::-1]):
+        assert main([*argv, "--checkpoint", *order]) == 0
+        names, rows = shown["bolt"]
+        for i, name in enumerate(names):
+            scores = [row.runs[i].score for row in rows]
+            assert scores == pytest.approx(found.setdefault(name, scores))
+    assert found["run"] != found["other"]
+
+
+def test_figures_show_the_next_image_for_an_unreadable_one(trained, tmp_path, shown, capsys):
+    shutil.copytree(trained / "data", tmp_path / "data")
+    (tmp_path / "data/bolt/test/hole/000.png").write_bytes(b"no image")
+    (tmp_path / "data/cloth/ground_truth/hole/000_mask.png").write_bytes(b"no mask")
+    argv = ["figures", str(tmp_path / "data"), "--checkpoint", str(trained / "run"), "--quiet"]
+    assert main([*argv, "--out", str(tmp_path / "out")]) == 1
+    told = capsys.readouterr().err
+    assert "bolt/test/hole/000.png" in told and "cloth/ground_truth/hole/000_mask.png" in told
+    for name in ("bolt", "cloth"):
+        assert [row.defect for row in shown[name][1]] == ["good", "hole"]
+
+
+def test_figures_find_what_stops_them_before_any_sheet(trained, tmp_path, capsys):
+    shutil.copytree(trained / "data", tmp_path / "data")
+    argv = ["figures", tmp_path / "data", "--checkpoint", trained / "run", "--quiet"]
+    argv += ["--out", tmp_path / "out"]
+    mask = tmp_path / "data/cloth/ground_truth/hole/000_mask.png"
+    Image.new("L", (8, 8)).save(mask)
+    assert "a mask must have the size of its image" in refused(capsys, *argv)
+    for path in (tmp_path / "data/cloth/test").glob("*/*"):
+        path.write_bytes(b"no image")
+    assert "no test image of cloth can be read" in refused(capsys, *argv)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("[]", "{}", '{"pixel": 3}', '{"pixel": {"0.5": 1}}'),
+        '{"pixel": {"0.5": "low", "0.999": 2}}',
+        '{"pixel": {"0.5": 2, "0.999": 2}}',
+        '{"pixel": {"0.5": [1], "0.999": 2}}',
+    ],
+)
+def test_a_damaged_calibration_is_named(text, trained, tmp_path, capsys):
+    shutil.copytree(trained / "run", tmp_path / "run")
+    (tmp_path / "run/calibration.json").write_text(text)
+    argv = ("figures", trained / "data", "--checkpoint", tmp_path / "run", "--out", tmp_path / "o")
+    assert "calibration.json cannot be read" in refused(capsys, *argv)
+
+
+def test_figures_refuse_runs_of_other_features_and_unknown_levels(trained, tmp_path, capsys):
+    shutil.copytree(trained / "run", tmp_path / "pooled")
+    values = json.loads((tmp_path / "pooled/config.json").read_text())
+    write_atomically(tmp_path / "pooled/config.json", json.dumps(values | {"neighborhood": 1}))
+    argv = ("figures", trained / "data", "--out", tmp_path / "out", "--checkpoint", trained / "run")
+    message = refused(capsys, *argv, tmp_path / "pooled")
+    assert "features of run and pooled differ: neighborhood 3 and 1" in message
+    assert "one or two runs, got 3" in refused(capsys, *argv, trained / "run", trained / "run")
+    assert "level must be one of the runs' out_indices (2, 3)" in refused(
+        capsys, *argv, "--level", "7"
+    )
+    assert "is no decoder" in refused(capsys, *argv, "--decoder", trained / "run/model.safetensors")
+    assert not (tmp_path / "out").exists()
+
+
+def test_decoder_train_refuses_a_wrong_file_before_any_work(trained, tmp_path, capsys):
+    argv = ("decoder", "train", trained / "data", "--checkpoint", trained / "run", "--out")
+    assert "named *.safetensors" in refused(capsys, *argv, tmp_path / "decoder.pt")
+    assert "lr must be positive" in refused(
+        capsys, *argv, tmp_path / "d.safetensors", "--lr", "0", "--quiet"
+    )
+    assert "something else" in refused(capsys, *argv, trained / "run/model.safetensors")
+    assert "/proc/none" in refused(capsys, *argv, "/proc/none/d.safetensors")
+
+
+def test_decoders_of_one_seed_are_equal_to_the_byte(trained, tmp_path):
+    argv = ["decoder", "train", str(trained / "data"), "--checkpoint", str(trained / "run")]
+    argv += ["--quiet", "--epochs", "1", "--device", "cpu"]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for out, *options in (
+            ("a", "--workers", "1"),
+            ("b", "--workers", "3"),
+            ("c", "--seed", "1"),
+        ):
+            file = str(tmp_path / f"{out}.safetensors")
+            assert main([*argv, "--out", file, *options]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    one, again, other = ((tmp_path / f"{out}.safetensors").read_bytes() for out in "abc")
+    assert one == again and one != other

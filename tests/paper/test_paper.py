@@ -1,0 +1,617 @@
+"""The paper's tables: what a row is, what is run again and what not, what stands in the table."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from conftest import BRIEF, SMALL, save_picture
+from PIL import Image
+
+from rlr_fast import RLRConfig, TrainConfig
+from rlr_fast.cli import main
+from rlr_fast.data import DataSet, read_dataset
+from rlr_fast.data.files import alone_in, write_atomically
+from rlr_fast.inference.metrics import HEADINGS
+from rlr_fast.paper import configure, folder, run_table, runs
+from rlr_fast.paper.report import summary, to_csv, to_markdown
+from rlr_fast.paper.tables import CLASSES, LEVELS, PER_LEVEL, TABLES, Row
+from rlr_fast.paper.time_left import TimeLeft
+from rlr_fast.training import run_dir
+from rlr_fast.training.run_dir import TrainingError
+from rlr_fast.training.trainer import Loop
+
+CPU = torch.device("cpu")
+SHORT = dataclasses.replace(BRIEF, epochs=2)
+TABLE = TABLES["perturbation"]
+FIELDS = {item.name for item in dataclasses.fields(RLRConfig)}
+
+
+def run(dataset, out, tmp_path, table=TABLE, config=SMALL, recipe=SHORT, **options):
+    options = {"seeds": 1, "quiet": True, "cache_root": tmp_path / "cache"} | options
+    options = {"tell": lambda line: None, "device": CPU} | options
+    return run_table(table, config, recipe, dataset, out, **options)
+
+
+def content(out):
+    return json.loads((out / "table.json").read_text())
+
+
+# The data
+
+
+@pytest.mark.parametrize("table", TABLES.values(), ids=lambda table: table.name)
+def test_every_row_is_a_model(table):
+    configs = [configure(table, row, RLRConfig()) for row in table.rows]
+    assert len(set(configs)) == len({row.name for row in table.rows}) == len(configs)
+
+
+@pytest.mark.parametrize("table", TABLES.values(), ids=lambda table: table.name)
+def test_published_figures_are_percents_of_known_metrics_and_classes(table):
+    published = [row.paper for row in table.rows] + [peer.figures for peer in table.peers]
+    published += table.classes.values()
+    assert set(table.classes) <= CLASSES[table.data]
+    for figures in published:
+        assert figures.keys() <= HEADINGS.keys()
+        assert all(30 < value <= 100 for value in figures.values())
+    assert all(peer.source for peer in table.peers)
+    assert bool(table.source) == any(row.paper for row in table.rows)
+
+
+def test_class_figures_of_visa_average_to_the_papers_mean():
+    table = TABLES["2"]
+    for key, mean in table.rows[0].paper.items():
+        values = [figures[key] for figures in table.classes.values()]
+        assert math.fsum(values) / 12 == pytest.approx(mean, abs=0.1)
+
+
+def test_the_model_itself_is_a_row_of_each_ablation():
+    for name in ("3", "4", "5", "windows", "perturbation"):
+        assert any(
+            configure(TABLES[name], r, RLRConfig()) == RLRConfig() for r in TABLES[name].rows
+        )
+
+
+def test_stages_take_their_own_values_from_the_base():
+    row = TABLES["4"].rows[1]
+    config = configure(TABLES["4"], row, RLRConfig())
+    assert config.out_indices == (2, 3)
+    assert (config.hidden, config.heads, config.windows) == ((256, 512), (8, 8), (7, 11))
+
+
+def test_windows_of_the_bases_levels_are_taken():
+    rows = TABLES["windows"].rows
+    found = [configure(TABLES["windows"], row, SMALL).windows for row in rows]
+    assert SMALL.out_indices == (2, 3) and found == [(7, 11), (7, 5)]
+    assert all(len(row.changes["windows"]) == len(LEVELS) for row in rows)
+    assert set(PER_LEVEL) <= FIELDS
+
+
+def test_a_stage_that_the_base_does_not_describe_is_refused():
+    with pytest.raises(ValueError, match=r"stages-1-2: hidden .*\(1, 2\), .*\(2, 3\)"):
+        configure(TABLES["4"], TABLES["4"].rows[0], SMALL)
+
+
+def test_a_field_that_the_model_lacks_is_refused():
+    with pytest.raises(ValueError, match="no field 'colour'"):
+        configure(TABLE, Row("red", "red", {"colour": "red"}), SMALL)
+
+
+# Running
+
+
+def test_a_table_is_the_mean_and_deviation_of_its_runs(dataset, tmp_path):
+    told: list[str] = []
+    result = run(dataset, tmp_path / "out", tmp_path, seeds=2, tell=told.append)
+    assert not result.failed and not result.left_out
+    assert [line.split(":")[0] for line in told] == [
+        *("on, seed 0", "off, seed 0", "on, seed 1", "off, seed 1")
+    ]
+    metrics = [
+        json.loads((tmp_path / f"out/runs/off-seed{seed}/metrics.json").read_text())
+        for seed in (0, 1)
+    ]
+    row = content(tmp_path / "out")["rows"][1]
+    values = [100 * m["mean"]["pixel_auroc"] for m in metrics]
+    assert row["seeds"] == [0, 1]
+    assert row["mean"]["pixel_auroc"]["mean"] == pytest.approx(sum(values) / 2)
+    assert row["mean"]["pixel_auroc"]["std"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
+    text = (tmp_path / "out/table.md").read_text()
+    assert "±" in text and "2 of 2" in text and "last of 2 epochs" in text
+    assert len(list((tmp_path / "cache").iterdir())) == 1  # features once, for all runs
+    assert result.seconds["features"] > 0
+
+
+def test_what_is_finished_is_not_run_again(dataset, tmp_path, monkeypatch):
+    run(dataset, tmp_path / "out", tmp_path)
+    before = (tmp_path / "out/table.json").read_text()
+
+    def never(*_, **__):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(runs, "train", never)
+    told: list[str] = []
+    run(dataset, tmp_path / "out", tmp_path, tell=told.append)
+    assert told == ["finished before: 2 of 2 runs"]
+    assert (tmp_path / "out/table.json").read_text() == before
+
+
+def test_an_interrupted_table_ends_as_an_uninterrupted_one(dataset, tmp_path, monkeypatch):
+    run(dataset, tmp_path / "whole", tmp_path)
+    save = Loop._save
+
+    def stop_in_the_second_run(self, checkpoints):
+        save(self, checkpoints)
+        if self.model.config.perturbation == 0 and self.epoch == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Loop, "_save", stop_in_the_second_run)
+    with pytest.raises(KeyboardInterrupt):
+        run(dataset, tmp_path / "halves", tmp_path)
+    assert [row["seeds"] for row in content(tmp_path / "halves")["rows"]] == [[0], []]
+    monkeypatch.setattr(Loop, "_save", save)
+    run(dataset, tmp_path / "halves", tmp_path)
+    for name in ("table.json", "table.csv", "table.md"):
+        assert (tmp_path / "whole" / name).read_text() == (tmp_path / "halves" / name).read_text()
+    one, other = (
+        safetensors.torch.load_file(tmp_path / out / "runs/off-seed0/model.safetensors")
+        for out in ("whole", "halves")
+    )
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param(lambda values: "{", "", id="cut"),
+        pytest.param(lambda values: {"mean": {}}, "it must be an object of settings", id="part"),
+        pytest.param(lambda values: [values], "it must be an object", id="list"),
+        pytest.param(lambda values: 7, "it must be an object", id="number"),
+        pytest.param(
+            lambda values: values | {"settings": []},
+            r"settings must be an object, got \[\]",
+            id="settings",
+        ),
+        pytest.param(
+            lambda values: values | {"settings": {"model": {}, "recipe": 1, "data": {}}},
+            "recipe must be an object, got 1",
+            id="recipe",
+        ),
+        pytest.param(
+            lambda values: values | {"mean": dict.fromkeys(HEADINGS, "0.5")},
+            "image_auroc of the mean must be a number or null",
+            id="text-for-a-number",
+        ),
+        pytest.param(
+            lambda values: values | {"mean": dict.fromkeys(HEADINGS, math.nan)},
+            "image_auroc of the mean must be a number or null",
+            id="nan",
+        ),
+        pytest.param(
+            lambda values: values | {"classes": {k: [0.5] for k in values["classes"]}},
+            "bolt must be an object",
+            id="class",
+        ),
+        pytest.param(
+            lambda values: values | {"classes": {"nut": {}}}, "classes must be bolt", id="classes"
+        ),
+        pytest.param(
+            lambda values: values | {"protocol": None}, "protocol must be an object", id="protocol"
+        ),
+        pytest.param(
+            lambda values: {k: v for k, v in values.items() if k != "environment"},
+            "must be an object of .*environment",
+            id="environment",
+        ),
+        pytest.param(
+            lambda values: values | {"failures": [1]}, "failures must be texts", id="failures"
+        ),
+    ],
+)
+def test_a_damaged_result_is_named_and_measured_again(change, message, dataset, tmp_path, caplog):
+    run(dataset, tmp_path / "out", tmp_path, only=["on"])
+    before = (tmp_path / "out/table.json").read_text()
+    file = tmp_path / "out/runs/on-seed0/metrics.json"
+    changed = change(json.loads(file.read_text()))
+    file.write_text(changed if isinstance(changed, str) else json.dumps(changed))
+    run(dataset, tmp_path / "out", tmp_path, only=["on"])
+    assert (tmp_path / "out/table.json").read_text() == before
+    [told] = [r.getMessage() for r in caplog.records if r.name == folder.__name__]
+    assert str(file) in told and re.search(message, told)
+
+
+def test_a_failed_run_is_told_and_the_others_go_on(dataset, tmp_path, monkeypatch):
+    def full(path, text):
+        if path == tmp_path / "out/runs/on-seed0/metrics.json":
+            raise OSError(28, "No space left on device")
+        write_atomically(path, text)
+
+    monkeypatch.setattr(folder, "write_atomically", full)
+    told: list[str] = []
+    result = run(dataset, tmp_path / "out", tmp_path, tell=told.append)
+    assert result.failed == ["on, seed 0"]
+    assert "on, seed 0: failed" in told[0] and "No space left" in told[0]
+    assert [row["seeds"] for row in content(tmp_path / "out")["rows"]] == [[], [0]]
+    monkeypatch.undo()
+    assert not run(dataset, tmp_path / "out", tmp_path).failed
+    assert [row["seeds"] for row in content(tmp_path / "out")["rows"]] == [[0], [0]]
+
+
+def test_only_some_rows_and_more_seeds_later(dataset, tmp_path):
+    run(dataset, tmp_path / "out", tmp_path, only=["off"])
+    text = (tmp_path / "out/table.md").read_text()
+    assert "| with perturbation | – |" in text and "0 of 1" in text
+    run(dataset, tmp_path / "out", tmp_path, only=["off"], seeds=2)
+    run(dataset, tmp_path / "out", tmp_path, only=["on"])
+    assert [row["seeds"] for row in content(tmp_path / "out")["rows"]] == [[0], [0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            {"config": dataclasses.replace(SMALL, alpha=5.0)},
+            TrainingError,
+            "alpha was 2.0, now 5.0",
+        ),
+        ({"recipe": BRIEF}, TrainingError, "epochs was 2, now 3"),
+        ({"table": TABLES["5"]}, TrainingError, "holds table perturbation"),
+        ({"only": ["of"]}, ValueError, "did you mean 'off'"),
+        (
+            {"config": dataclasses.replace(SMALL, perturbation=0.0)},
+            ValueError,
+            "on and off are the same model",
+        ),
+    ],
+    ids=["model", "recipe", "table", "row", "equal-rows"],
+)
+def test_other_settings_are_refused_before_any_run(dataset, tmp_path, change, error, message):
+    out = tmp_path / "out"
+    record = run(dataset, out, tmp_path, only=["on"])
+    assert not record.failed
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    with pytest.raises(error, match=message):
+        run(dataset, out, tmp_path, **change)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+def test_other_test_images_are_refused(tree, tmp_path):
+    run(read_dataset(tree), tmp_path / "out", tmp_path, only=["on"])
+    (tree / "bolt/test/good/000.png").unlink()
+    with pytest.raises(TrainingError, match="test_images was 8, now 7"):
+        run(read_dataset(tree), tmp_path / "out", tmp_path)
+
+
+def paint_over(path):
+    """Change a picture's pixels, and not its size in bytes, as far as anything can tell."""
+    with Image.open(path) as image:
+        Image.fromarray(255 - np.asarray(image)).save(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("file", "what"),
+    [
+        ("bolt/ground_truth/hole/000_mask.png", "the test masks of bolt are others"),
+        ("cloth/test/hole/001.png", "the test images of cloth are others"),
+        ("cloth/train/good/001.png", "the training images of cloth are others"),
+    ],
+    ids=["mask", "test", "train"],
+)
+def test_other_pixels_are_refused_before_any_run(tree, tmp_path, monkeypatch, file, what):
+    run(read_dataset(tree), tmp_path / "out", tmp_path, only=["on"])
+    paint_over(tree / file)
+    # Of equal sizes: the names and sizes of the images tell nothing.
+    monkeypatch.setattr(folder, "describe_images", lambda *_: {"images": 4, "files_digest": ""})
+    record = json.loads((tmp_path / "out/settings.json").read_text())
+    record["data"] = {"contents": record["data"]["contents"]}
+    (tmp_path / "out/settings.json").write_text(json.dumps(record))
+    with pytest.raises(
+        TrainingError, match=f"out was made with other settings or data: {what}. Choose"
+    ):
+        run(read_dataset(tree), tmp_path / "out", tmp_path)
+
+
+def test_changed_sizes_are_told_without_digests(tree, tmp_path):
+    run(read_dataset(tree), tmp_path / "out", tmp_path, only=["on"])
+    save_picture(tree / "cloth/test/good/000.png", 7, (64, 64))
+    with pytest.raises(TrainingError, match="data: the test images have other names or"):
+        run(read_dataset(tree), tmp_path / "out", tmp_path)
+
+
+def test_a_table_without_a_record_of_contents_goes_on_and_gets_one(tree, tmp_path):
+    out = tmp_path / "out"
+    run(read_dataset(tree), out, tmp_path, only=["on"])
+    for file, settings in (("settings.json", None), ("runs/on-seed0/metrics.json", "settings")):
+        values = json.loads((out / file).read_text())
+        record = values[settings] if settings else values
+        del record["data"]["contents"], record["model"]["diversity"]
+        (out / file).write_text(json.dumps(values))
+    told: list[str] = []
+    run(read_dataset(tree), out, tmp_path, only=["on"], tell=told.append)
+    assert told == ["finished before: 1 of 1 runs"]
+    paint_over(tree / "bolt/ground_truth/hole/000_mask.png")
+    with pytest.raises(TrainingError, match="the test masks of bolt are others"):
+        run(read_dataset(tree), out, tmp_path)
+
+
+def test_a_table_elsewhere_of_equal_data_goes_on(tree, tmp_path):
+    run(read_dataset(tree), tmp_path / "out", tmp_path, only=["on"])
+    tree.rename(tmp_path / "moved")
+    assert not run(read_dataset(tmp_path / "moved"), tmp_path / "out", tmp_path).failed
+
+
+def test_unreadable_files_are_told_before_any_run_and_stand_in_the_table(tree, tmp_path):
+    broken = [
+        *(tree / "bolt/ground_truth/hole/001_mask.png", tree / "cloth/test/good/000.png"),
+        tree / "cloth/train/good/002.png",
+    ]
+    for path in broken:
+        path.write_bytes(path.read_bytes()[:60])
+    told: list[str] = []
+    result = run(read_dataset(tree), tmp_path / "out", tmp_path, tell=told.append)
+    assert str(broken[0]) in told[0] and "and 2 more" in told[0]
+    text = (tmp_path / "out/table.md").read_text()
+    for path in broken:
+        assert str(path) in text and any(str(path) in line for line in result.left_out)
+    assert len(content(tmp_path / "out")["data"]["left_out"]) == len(result.left_out) == 3
+
+
+@pytest.mark.parametrize(
+    ("folder", "what"),
+    [("train/good", "training"), ("ground_truth/hole", "test"), ("test/*", "test")],
+    ids=["train", "masks", "test"],
+)
+def test_a_class_that_cannot_be_read_is_refused_before_any_run(tree, tmp_path, folder, what):
+    if folder.startswith("ground"):
+        for path in (tree / "bolt/test/good").iterdir():
+            path.unlink()
+    for path in (tree / "bolt").glob(f"{folder}/*"):
+        path.write_bytes(b"no image")
+    with pytest.raises(ValueError, match=f"no {what} image of bolt can be read: .*not an image"):
+        run(read_dataset(tree), tmp_path / "out", tmp_path)
+    assert not (tmp_path / "out/settings.json").exists()
+
+
+def test_a_second_command_in_the_folder_is_refused(dataset, tmp_path):
+    with alone_in(tmp_path / "out"), pytest.raises(TrainingError, match="another command works in"):
+        run(dataset, tmp_path / "out", tmp_path)
+    assert not run(dataset, tmp_path / "out", tmp_path, only=["on"]).failed
+
+
+def test_a_folder_that_cannot_be_made_is_told(dataset, tmp_path):
+    with pytest.raises(TrainingError, match="cannot write the table in '/proc/none'"):
+        run(dataset, Path("/proc/none"), tmp_path)
+
+
+def test_a_killed_command_leaves_the_folder_free(dataset, tmp_path):
+    code = (
+        "import pathlib, sys; from rlr_fast.data.files import alone_in\n"
+        "with alone_in(pathlib.Path(sys.argv[1])):\n"
+        "    print('in', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "out")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"in\n"
+        with pytest.raises(TrainingError, match="another command works in"):
+            run(dataset, tmp_path / "out", tmp_path)
+        other.kill()
+    assert not run(dataset, tmp_path / "out", tmp_path, only=["on"]).failed
+
+
+def test_a_folder_that_cannot_be_locked_is_told(dataset, tmp_path, monkeypatch, caplog):
+    def no_locks(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    assert not run(dataset, tmp_path / "out", tmp_path, only=["on"]).failed
+    assert "let no other command work there" in caplog.text
+
+
+def test_a_full_disk_names_the_table_and_what_to_do(dataset, tmp_path, monkeypatch):
+    run(dataset, tmp_path / "out", tmp_path, only=["on"])
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(TrainingError, match=r"No space .*table\.json.* the same command goes on"):
+        run(dataset, tmp_path / "out", tmp_path, only=["on"])
+
+
+def test_a_full_disk_in_training_asks_for_no_flag_that_the_command_lacks(
+    dataset, tmp_path, monkeypatch
+):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run_dir, "write_tensors", full)
+    told: list[str] = []
+    assert run(dataset, tmp_path / "out", tmp_path, only=["on"], tell=told.append).failed
+    assert "make room and resume" in told[0] and "--resume" not in told[0]
+
+
+def test_the_command(tree, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    argv = ["paper", "perturbation", str(tree), "--out", out, "--preset", "tiny", "--epochs", "1"]
+    argv += ["--backbone-weights", "random", "--image-size", "32", "--hidden", "16", "--heads", "2"]
+    argv += ["--cache-dir", str(tmp_path / "cache"), "--device", "cpu", "--seeds", "1", "--quiet"]
+    assert main(argv) == 0
+    printed = capsys.readouterr().out
+    assert "off, seed 0: I-AUROC" in printed and "table.md" in printed and "features" in printed
+    assert main([*argv, "--epochs", "2"]) == 2
+    assert "epochs was 1, now 2" in capsys.readouterr().err
+    assert main(["paper", "6", str(tree), "--out", out]) == 2
+    assert "'perturbation'" in capsys.readouterr().err
+
+
+# The table
+
+
+def told(table, classes, seeds=(0, 1)):
+    data = DataSet(Path("data"), "mvtec", {c: [] for c in classes}, {c: [] for c in classes})
+    metrics = dict.fromkeys(HEADINGS, 0.5)
+    one = {
+        "mean": metrics,
+        "classes": dict.fromkeys(classes, metrics),
+        "protocol": {"image_score": "the maximum"},
+        "environment": {},
+    }
+    finished = {row.name: dict.fromkeys(seeds, one) for row in table.rows}
+    return summary(table, RLRConfig(), TrainConfig(), data, seeds, finished, [])
+
+
+def test_the_papers_figures_stand_only_beside_its_data():
+    table = TABLES["5"]
+    on_it = to_markdown(told(table, sorted(CLASSES["MVTec-AD"])))
+    assert "| α = 1 | 50.0 ± 0.0 | 98.3 | 50.0 ± 0.0 | 98.4 |" in on_it
+    assert "MVTec-AD, 15 classes" in on_it and "Settings: the paper's." in on_it
+    for classes in (sorted(CLASSES["VisA"]), ["bolt"], sorted(CLASSES["MVTec-AD"])[:14]):
+        elsewhere = told(table, classes)
+        text = to_markdown(elsewhere)
+        assert "98.3" not in text and "| paper |" not in text and "98.3" not in to_csv(elsewhere)
+        assert "measured this table on MVTec-AD" in text
+
+
+def test_a_table_without_published_figures_claims_none():
+    for classes in (["bolt"], sorted(CLASSES["MVTec-AD"])):
+        text = to_markdown(told(TABLES["windows"], classes))
+        assert "no figures" in text and "measured this table" not in text and "paper |" not in text
+
+
+def test_the_data_are_named_by_folder_and_classes():
+    known = sorted(CLASSES["MVTec-AD"])
+    for classes, about in (
+        (known, "MVTec-AD, 15 classes; "),
+        (
+            [name for name in known if name != "pill"],
+            "14 of the 15 classes of MVTec-AD, without pill; ",
+        ),
+        (["bolt"], "1 class, not those of the paper's data sets; "),
+    ):
+        assert f"\nData: {Path('data').absolute()}: {about}" in to_markdown(
+            told(TABLES["5"], classes)
+        )
+
+
+@pytest.mark.parametrize("classes", [["bolt"], sorted(CLASSES["VisA"])], ids=["own", "VisA"])
+def test_titles_claim_no_data_set(classes):
+    text = to_markdown(told(TABLES["1"], classes))
+    assert text.startswith("# Table 1: the model itself\n")
+    assert all(data not in table.title for table in TABLES.values() for data in CLASSES)
+
+
+def test_the_strength_of_the_perturbation_that_ran_is_told():
+    base = RLRConfig(perturbation=1.5)
+    data = DataSet(Path("data"), "mvtec", {"bolt": []}, {"bolt": []})
+    finished = {row.name: {} for row in TABLE.rows}
+    text = to_markdown(summary(TABLE, base, TrainConfig(), data, [0], finished, []))
+    assert "strength s = 1.5 (eq. 3)" in text
+    assert "- perturbation 1.5 (paper: 4.0)" in text
+    assert "strength s = 4 (eq. 3)" in to_markdown(told(TABLE, ["bolt"]))
+
+
+def test_names_of_classes_break_neither_markdown_nor_csv():
+    classes = ["a|b", "c\nd", 'e,"f"', "mean"]
+    content = told(TABLES["1"], classes)
+    lines = to_markdown(content).splitlines()
+    start = lines.index("## By class") + 2
+    grid = lines[start : start + 2 + len(classes) + 1]
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in grid} == {2 + len(HEADINGS)}
+    assert grid[2].startswith("| a\\|b | ") and grid[3].startswith("| c d | ")
+    assert grid[5].startswith("| mean | ") and grid[6].startswith("| mean | ")
+    read = list(csv.DictReader(io.StringIO(to_csv(content))))
+    assert [line["class"] for line in read] == ["mean", *classes]
+
+
+def test_one_epoch_is_not_the_last_of_some():
+    data = DataSet(Path("data"), "mvtec", {"bolt": []}, {"bolt": []})
+    finished = {row.name: {} for row in TABLE.rows}
+    text = to_markdown(summary(TABLE, RLRConfig(), TrainConfig(epochs=1), data, [0], finished, []))
+    assert "Ours: after one epoch, in percent" in text
+
+
+def test_tables_1_and_2_show_classes_and_peers():
+    for name, peer in (("1", "| OmniAL | 97.2 |"), ("2", "| JNLD | 87.1 |")):
+        table = TABLES[name]
+        text = to_markdown(told(table, sorted(CLASSES[table.data])))
+        assert peer in text and "second hand" in text
+        for category, figures in table.classes.items():
+            line = next(t for t in text.splitlines() if t.startswith(f"| {category} |"))
+            assert line.endswith(f"| {figures['image_auroc']:.1f} | {figures['pixel_auroc']:.1f} |")
+    text = to_markdown(told(TABLES["1"], ["bolt"]))
+    assert "| bolt | 50.0 ± 0.0 |" in text and "OmniAL" not in text
+
+
+def test_csv_has_a_line_for_each_row_class_and_source():
+    table = TABLES["1"]
+    lines = list(csv.DictReader(to_csv(told(table, sorted(CLASSES["MVTec-AD"]))).splitlines()))
+    ours = [line for line in lines if line["source"] == "this table"]
+    assert len(ours) == 16 and ours[0]["class"] == "mean" and ours[0]["aupro"] == "50.0"
+    assert len(lines) == 16 + 1 + len(table.classes) + len(table.peers)
+
+
+def test_one_seed_has_no_deviation():
+    assert "±" not in to_markdown(told(TABLES["5"], ["bolt"], seeds=(3,))).split("row |", 1)[1]
+
+
+# The time left
+
+
+def test_time_left_is_unknown_then_measured():
+    now = [0.0]
+
+    def after(seconds):
+        now[0] += seconds
+
+    left = TimeLeft(["slow", "fast", "slow"], 100, lambda: now[0])
+    left.begin()
+    after(30)
+    left.did("features", 50)
+    assert left.left() is None
+    after(5)
+    left.did("train", 0)
+    assert left.left() is None
+    after(20)
+    left.did("train", 10)
+    assert left.left() == (90 * 2 + 200 * 2, False)  # two seconds an image, evaluation unknown
+    after(180)
+    left.did("train", 90)
+    after(15)
+    left.end(finished=True)
+    assert left.left() == (2 * 200 + 2 * 20, True)  # the features do not come again
+    left.begin()
+    left.did("train", 40)  # an earlier call's
+    after(10)
+    left.did("train", 10)
+    assert left.left() == (50 * 1 + 100 * 2 + 2 * 20, True)
+    assert left.seconds() == {"features": 30, "train": 210, "rest": 20}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("{}", "[]", "{", "7", "null"),
+        '{"table": "perturbation", "model": [], "recipe": {}, "data": {}}',
+        '{"table": "perturbation", "model": {}, "recipe": 5, "data": {}}',
+        '{"table": "perturbation", "model": {}, "recipe": {}, "data": "here"}',
+        '{"table": 3, "model": {}, "recipe": {}, "data": {}}',
+    ],
+)
+def test_a_damaged_record_of_the_table_is_named(text, dataset, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "settings.json").write_text(text)
+    with pytest.raises(TrainingError, match=r"settings\.json cannot be read"):
+        run(dataset, out, tmp_path)
