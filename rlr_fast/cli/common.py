@@ -6,12 +6,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from rlr_fast.cli.options import Parser, UsageError, add_fields, positive
-from rlr_fast.config import PRECISIONS, PRESETS, RLRConfig, TrainConfig
+from rlr_fast.config import PRESETS, Precision, RLRConfig, TrainConfig
 from rlr_fast.data import LAYOUTS, DataSet, read_dataset
 from rlr_fast.functional import unsupported_reason
 from rlr_fast.inference.batches import DEFAULT_BATCH, check_precision, compile_model
@@ -154,7 +154,7 @@ def add_inference(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--precision",
         default="fp32",
-        choices=PRECISIONS,
+        choices=get_args(Precision),
         help="of backbone and reconstructors: fp32, bf16, or fp16 (GPU only); score maps are fp32",
     )
     group.add_argument(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rlr_fast.config import PRECISIONS, suggest
+from rlr_fast.config import Precision, suggest
 from rlr_fast.models.rlr import RLRModel
 
 DEFAULT_BATCH = 8
@@ -40,8 +40,9 @@ def check_precision(precision: str, device: torch.device) -> None:
     Raises:
         ValueError: So it is.
     """
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision has no choice {precision!r}; {suggest(precision, PRECISIONS)}")
+    known = get_args(Precision)
+    if precision not in known:
+        raise ValueError(f"precision has no choice {precision!r}; {suggest(precision, known)}")
     if precision == "fp16" and device.type != "cuda":
         raise ValueError(f"precision fp16 needs a CUDA device, got device={str(device)!r}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import math
@@ -221,7 +220,7 @@ def _decisive(model: RLRModel, data: DataSet) -> dict[str, Any]:
     for name in data.classes:
         for sample in data.test[name]:
             images.update(os.fsencode(f"{name}\0{os.path.relpath(sample.path, data.root)}\n"))
-    config = {f"model {k}": v for k, v in dataclasses.asdict(model.config).items()}
+    config = {f"model {k}": v for k, v in model.config.to_dict().items()}
     del config["model backbone_weights"]  # where they were taken from; the fingerprint decides
     return config | {
         "digest of the weights": weights.hexdigest()[:12],

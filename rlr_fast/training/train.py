@@ -120,7 +120,7 @@ def train(
         with group.together():
             _check_request(recipe, data, device, piece, group)
             record = {
-                "model": dataclasses.asdict(config),
+                "model": config.to_dict(),
                 "recipe": dataclasses.asdict(recipe),
                 "data": describe_images(data, data.train),
                 "processes": group.count,

@@ -87,13 +87,13 @@ def test_stages_take_their_own_values_from_the_base():
     row = TABLES["4"].rows[1]
     config = configure(TABLES["4"], row, RLRConfig())
     assert config.out_indices == (2, 3)
-    assert (config.hidden, config.heads, config.windows) == ((256, 512), (8, 8), (7, 11))
+    assert (config.hidden, config.heads, config.windows) == ((256, 512), (8, 8), ((7, 7), (11, 11)))
 
 
 def test_windows_of_the_bases_levels_are_taken():
     rows = TABLES["windows"].rows
     found = [configure(TABLES["windows"], row, SMALL).windows for row in rows]
-    assert SMALL.out_indices == (2, 3) and found == [(7, 11), (7, 5)]
+    assert SMALL.out_indices == (2, 3) and found == [((7, 7), (11, 11)), ((7, 7), (5, 5))]
     assert all(len(row.changes["windows"]) == len(LEVELS) for row in rows)
     assert set(PER_LEVEL) <= FIELDS
 

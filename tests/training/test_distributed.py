@@ -54,12 +54,13 @@ BROKEN = "cloth/train/good/002.png"  # the 8th of 11 training images, so in the 
 
 def flags(config: RLRConfig | TrainConfig) -> list[str]:
     words: list[str] = []
-    for name, value in dataclasses.asdict(config).items():
+    values = config.to_dict() if isinstance(config, RLRConfig) else dataclasses.asdict(config)
+    for name, value in values.items():
         flag = "--" + name.replace("_", "-")
         if isinstance(value, bool):
             words += [flag if value else flag.replace("--", "--no-", 1)]
         else:
-            words += [flag, *map(str, value if isinstance(value, tuple) else [value])]
+            words += [flag, *map(str, value if isinstance(value, (list, tuple)) else [value])]
     return words
 
 

@@ -507,3 +507,16 @@ def test_an_unwritten_checkpoint_is_told_after_an_interruption(tmp_path, monkeyp
         checkpoints.write(checkpoint)
         raise KeyboardInterrupt
     assert "No space left on device; the checkpoint of epoch 2 is intact" in caplog.text
+
+
+def test_settings_written_with_other_windows_of_the_same_meaning_are_the_same():
+    record = {"model": SMALL.to_dict(), "recipe": {}, "data": {}}
+    assert record["model"]["windows"] == [3, (3, 5)]
+    for windows in ([3, [3, 5]], [[3, 3], [3, 5]]):
+        assert not run_dir.changed_settings(
+            {"model": {"windows": windows}, "recipe": {}, "data": {}}, record
+        )
+    (changed,) = run_dir.changed_settings(
+        {"model": {"windows": [3, 5]}, "recipe": {}, "data": {}}, record
+    )
+    assert changed == "windows was [3, 5], now [3, [3, 5]]"
