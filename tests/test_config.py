@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 
-from rlr_fast.config import PRESETS, RLRConfig, TrainConfig, from_dict
+from rlr_fast.config import (
+    PRESETS,
+    ExecutionConfig,
+    InferenceExecution,
+    RLRConfig,
+    TrainConfig,
+    TrainExecution,
+    from_dict,
+)
 
 
 def test_defaults_are_the_papers_recipe():
@@ -15,7 +24,7 @@ def test_defaults_are_the_papers_recipe():
     assert config.image_size == (256, 256)
     assert config.out_indices == (1, 2, 3)
     assert config.hidden == (128, 256, 512)
-    assert config.windows == (5, 7, 11)
+    assert config.windows == ((5, 5), (7, 7), (11, 11))
     assert (config.alpha, config.blocks, config.neighborhood) == (2.0, 4, 3)
     assert config.attention == ("mlka", "lca") and not config.residual
     assert (config.fusion, config.references, config.diversity) == ("fixed", 1, 0.0)
@@ -23,7 +32,7 @@ def test_defaults_are_the_papers_recipe():
 
 
 def test_authors_preset_pairs_the_largest_window_with_the_finest_grid():
-    assert RLRConfig.preset("authors").windows == (11, 7, 5)
+    assert RLRConfig.preset("authors").windows == ((11, 11), (7, 7), (5, 5))
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -34,13 +43,14 @@ def test_json_round_trip_gives_the_same_configuration(name):
 
 def test_window_pairs_survive_json():
     config = RLRConfig(windows=((3, 5), 7, 11))
-    assert RLRConfig.from_dict(json.loads(config.to_json())).windows == ((3, 5), 7, 11)
+    assert RLRConfig.from_dict(json.loads(config.to_json())).windows == ((3, 5), (7, 7), (11, 11))
+    assert json.loads(config.to_json())["windows"] == [[3, 5], 7, 11]
 
 
 def test_single_values_are_repeated_for_every_level():
     config = RLRConfig(hidden=64, heads=4, windows=5, image_size=128)
     assert config.hidden == (64,) * 3 and config.heads == (4,) * 3
-    assert config.windows == (5,) * 3 and config.image_size == (128, 128)
+    assert config.windows == ((5, 5),) * 3 and config.image_size == (128, 128)
 
 
 @pytest.mark.parametrize(
@@ -112,3 +122,27 @@ def test_unknown_field_suggests_the_nearest():
 def test_wrong_type_names_the_field(field, value):
     with pytest.raises(ValueError, match=field):
         from_dict(RLRConfig, {field: value})
+
+
+@pytest.mark.parametrize(
+    ("cls", "field", "value"),
+    [
+        (ExecutionConfig, "backend", "fast"),
+        (ExecutionConfig, "workers", 0),
+        (TrainExecution, "workers", -1),
+        (TrainExecution, "cache", "tape"),
+        (TrainExecution, "micro_batch_size", 0),
+        (InferenceExecution, "batch_size", 0),
+        (InferenceExecution, "precision", "fp8"),
+    ],
+)
+def test_execution_names_the_field_and_the_value(cls, field, value):
+    with pytest.raises(ValueError, match=rf"{field}.*{value}"):
+        cls(**{field: value})
+
+
+@pytest.mark.parametrize("cls", [RLRConfig, TrainConfig, TrainExecution, InferenceExecution])
+def test_every_field_is_described(cls):
+    described = "".join(base.__doc__ for base in cls.__mro__ if base is not object)
+    for field in dataclasses.fields(cls):
+        assert f"        {field.name}: " in described, field.name

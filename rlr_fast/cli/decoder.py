@@ -11,7 +11,6 @@ from rlr_fast.cli.common import (
     add_dataset,
     add_machine,
     add_verb,
-    chosen_device,
     read_data,
     read_model,
     report_failures,
@@ -59,7 +58,7 @@ def _decoder_train(args: argparse.Namespace) -> int:
         check_decoder_file(args.out)
     except (ValueError, CheckpointError) as error:
         raise UsageError(f"--out: {error}") from error
-    model = read_model(args, args.checkpoint, chosen_device(args))
+    model = read_model(args, args.checkpoint)
     total = args.epochs * sum(len(samples) for samples in data.train.values())
     with progress_bar("decoder", total, args.quiet) as bar:
 

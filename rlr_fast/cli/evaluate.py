@@ -11,12 +11,14 @@ from rlr_fast.cli.common import (
     add_inference,
     add_machine,
     add_verb,
+    execution_from,
     given_scale,
     load_model,
     read_data,
     report_failures,
 )
 from rlr_fast.cli.options import positive
+from rlr_fast.config import InferenceExecution
 from rlr_fast.data.files import write_atomically
 from rlr_fast.inference.evaluate import FigureOptions, evaluate
 from rlr_fast.training.distributed import processes
@@ -62,9 +64,7 @@ def _eval(args: argparse.Namespace) -> int:
             result = evaluate(
                 model,
                 data,
-                batch_size=args.batch_size,
-                precision=args.precision,
-                workers=args.workers,
+                execution_from(args, InferenceExecution),
                 figures=figures,
                 progress=bar.update,
             )

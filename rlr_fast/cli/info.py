@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from rlr_fast.cli.common import add_machine, add_verb, chosen_device
+from rlr_fast.cli.common import add_machine, add_verb, execution_from
 from rlr_fast.cli.options import add_fields, config_from
-from rlr_fast.config import PRESETS, RLRConfig
+from rlr_fast.config import PRESETS, ExecutionConfig, RLRConfig, short_windows
 from rlr_fast.functional import resolve_backend, unsupported_reason
 from rlr_fast.models.backbone import BackboneWeightsError
 from rlr_fast.models.checkpoint import CONFIG_FILE, read_config
 from rlr_fast.models.rlr import RLRModel
-from rlr_fast.training.environment import environment
+from rlr_fast.training.environment import environment, start_device
 
 
 def describe(config: RLRConfig, device: torch.device) -> tuple[dict[str, Any], str]:
@@ -57,7 +57,7 @@ def _model(config: RLRConfig) -> dict[str, Any]:
             "tokens": grid[0] * grid[1],
             "hidden": level.hidden,
             "heads": level.heads,
-            "window": level.window,
+            "window": short_windows([level.window])[0],
             "parameters": sum(p.numel() for p in level.parameters()),
         }
         for index, channels, grid, level in zip(
@@ -65,7 +65,7 @@ def _model(config: RLRConfig) -> dict[str, Any]:
         )
     ]
     return {
-        "config": dataclasses.asdict(config),
+        "config": config.to_dict(),
         "backbone_weights": weights,
         "backbone_parameters": sum(p.numel() for p in backbone.parameters()),
         "levels": levels,
@@ -130,6 +130,6 @@ def _info(args: argparse.Namespace) -> int:
     if args.checkpoint is not None:
         base = read_config(args.checkpoint / CONFIG_FILE)
     config = config_from(args, RLRConfig, base)
-    values, text = describe(config, chosen_device(args))
+    values, text = describe(config, start_device(execution_from(args, ExecutionConfig)))
     print(json.dumps(values, indent=2) if args.json else text)
     return 0

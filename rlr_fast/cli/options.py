@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
+import re
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any, NoReturn, TypeVar
 
 import yaml
 
-from rlr_fast.config import RLRConfig, TrainConfig, Window, from_dict, suggest
+from rlr_fast.config import RLRConfig, TrainConfig, Window, from_dict, short_windows, suggest
 
 
 class UsageError(Exception):
@@ -56,13 +58,14 @@ def flag(name: str) -> str:
 def add_fields(parser: argparse.ArgumentParser, cls: type[RLRConfig] | type[TrainConfig]) -> None:
     """Add a flag for each field of a configuration dataclass; what is not given is absent."""
     group = parser.add_argument_group("model" if cls is RLRConfig else "recipe")
-    hints = typing.get_type_hints(cls)
+    hints, texts = typing.get_type_hints(cls), _attributes(cls)
     for item in dataclasses.fields(cls):
-        text = item.metadata["help"]
-        default = item.default
+        default: Any = item.default
+        if item.name == "windows":
+            default = tuple(short_windows(default))
         if isinstance(default, tuple):
             default = " ".join(map(str, default))
-        text = f"{text} (paper: {default})".replace("%", "%%")
+        text = f"{texts[item.name]} (paper: {default})".replace("%", "%%")
         options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
         hint = hints[item.name]
         if hint is bool:
@@ -71,12 +74,22 @@ def add_fields(parser: argparse.ArgumentParser, cls: type[RLRConfig] | type[Trai
             options |= {"nargs": "+", "type": _reader(typing.get_args(hint)[0])}
             options["metavar"] = item.name.upper()
         else:
-            options |= {"type": hint, "metavar": hint.__name__.upper()}
+            kind = _reader(hint)
+            options |= {"type": kind, "metavar": kind.__name__.upper()}
         group.add_argument(flag(item.name), dest=item.name, **options)
 
 
-def _reader(part: Any) -> Any:
-    return window if part == Window else part
+def _attributes(cls: type) -> dict[str, str]:
+    """Return what a dataclass's docstring says of each field."""
+    section = inspect.getdoc(cls).partition("Attributes:\n")[2].partition("\n\n")[0]  # type: ignore[union-attr]
+    entries = re.split(r"^    (\w+): ", section, flags=re.MULTILINE)[1:]
+    return {n: " ".join(t.split()) for n, t in zip(entries[::2], entries[1::2], strict=True)}
+
+
+def _reader(hint: Any) -> Any:
+    if hint == Window:
+        return window
+    return str if typing.get_origin(hint) is typing.Literal else hint
 
 
 def window(text: str) -> Window:
@@ -84,7 +97,7 @@ def window(text: str) -> Window:
     sides = [int(side) for side in text.lower().split("x")]
     if len(sides) > 2:
         raise ValueError(text)
-    return sides[0] if len(sides) == 1 else (sides[0], sides[1])
+    return sides[0], sides[-1]
 
 
 def positive(text: str) -> int:

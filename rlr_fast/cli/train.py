@@ -13,12 +13,12 @@ from rlr_fast.cli.common import (
     add_machine,
     add_training,
     add_verb,
-    chosen_device,
+    execution_from,
     read_data,
     report_failures,
 )
 from rlr_fast.cli.options import config_from
-from rlr_fast.config import PRESETS, RLRConfig, TrainConfig
+from rlr_fast.config import PRESETS, RLRConfig, TrainConfig, TrainExecution
 from rlr_fast.data.words import counted
 from rlr_fast.training.distributed import processes
 from rlr_fast.training.run_dir import read_run
@@ -61,21 +61,14 @@ def _train(args: argparse.Namespace) -> int:
             if args.resume and previous is None and group.leads:
                 _log.warning("there is no run in %s to resume; a new one begins", args.out)
             data = read_data(args)
-            device = chosen_device(args)
+            execution = execution_from(args, TrainExecution)
         result = train(
             model,
             recipe,
             data,
             args.out,
-            device=device,
+            execution,
             resume=args.resume,
-            backend=args.backend,
-            cache_root=args.cache_dir,
-            cache=args.cache,
-            compiled=args.compile,
-            grad_checkpointing=args.grad_checkpointing,
-            piece=args.piece,
-            workers=args.workers,
             quiet=args.quiet,
         )
         if not group.leads:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from rlr_fast.cli.common import add_machine, add_verb
 from rlr_fast.cli.options import UsageError, add_fields, config_from, positive
-from rlr_fast.config import PRECISIONS, PRESETS, RLRConfig
+from rlr_fast.config import PRESETS, Precision, RLRConfig
 from rlr_fast.data.files import write_atomically
 from rlr_fast.functional import kernels, unsupported_reason, window_pair
 from rlr_fast.models.rlr import RLRModel
@@ -89,7 +89,7 @@ def add_tune(verbs: Any) -> None:
         "--preset", default="paper", choices=tuple(PRESETS), help="the configuration"
     )
     parser.add_argument("--batch-size", type=positive, default=64, metavar="N", help="images")
-    parser.add_argument("--precision", default="bf16", choices=tuple(PRECISIONS), help="of a run")
+    parser.add_argument("--precision", default="bf16", choices=get_args(Precision), help="of a run")
     add_fields(parser, RLRConfig)
     add_machine(parser)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rlr_fast.config import Window
-from rlr_fast.functional import Backend
+from rlr_fast.functional import Backend, window_pair
 from rlr_fast.models.reconstructor import Reconstructor
 
 _WINDOW_OF_GRID = {64: 11, 32: 7, 16: 5}
@@ -33,7 +33,7 @@ def load_reconstructors(
     path: str | Path,
     *,
     heads: int = 8,
-    windows: list[Window] | None = None,
+    windows: Sequence[int | Window] | None = None,
     backend: Backend = "auto",
 ) -> nn.ModuleList:
     """Return the `Reconstructor` of each level of an authors' checkpoint; no backbone is needed.
@@ -44,8 +44,8 @@ def load_reconstructors(
         path: File written by ``torch.save``: a dict whose ``state_dict`` is a list, one entry a
             level.
         heads: Attention heads; the tensors do not tell them, the authors use 8.
-        windows: Window of each level; by default the authors' rule: 64×64 → 11, 32×32 → 7, 16×16 →
-            5.
+        windows: Odd side, or (height, width), of each level's window; by default the authors' rule:
+            64×64 → 11, 32×32 → 7, 16×16 → 5.
         backend: Backend of the attention operators.
 
     Raises:
@@ -69,9 +69,9 @@ def load_reconstructors(
         if side * side != tokens:
             raise ValueError(f"path: level {j} of {path} has {tokens} tokens, not a square grid")
         if windows is not None:
-            window = windows[j]
+            window = window_pair(windows[j])
         elif side in _WINDOW_OF_GRID:
-            window = _WINDOW_OF_GRID[side]
+            window = window_pair(_WINDOW_OF_GRID[side])
         else:
             raise ValueError(
                 f"windows must be given: the authors have no rule for a grid of {side}"

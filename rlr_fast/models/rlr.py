@@ -135,6 +135,11 @@ class RLRModel(
         )
         self.score_map = ScoreMap(config.image_size, config.smoothing)
 
+    @property
+    def device(self) -> torch.device:
+        """The device on which the model lies."""
+        return next(self.levels.parameters()).device
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Let training compute each block again in backward: less memory, the same gradients."""
         for level in self._reconstructors():

@@ -158,7 +158,7 @@ class TableFolder:
     def _record(self) -> dict[str, Any]:
         recipe = dataclasses.asdict(self.recipe)
         del recipe["seed"]  # other seeds may be added
-        model = dataclasses.asdict(self.base)
+        model = self.base.to_dict()
         return _plain({"table": self.table, "model": model, "recipe": recipe, "data": self.data})
 
     def _previous(self) -> dict[str, Any] | None:
@@ -181,7 +181,7 @@ class TableFolder:
 
     def _settings(self, row: str, seed: int) -> dict[str, Any]:
         return {
-            "model": dataclasses.asdict(self.configs[row]),
+            "model": self.configs[row].to_dict(),
             "recipe": dataclasses.asdict(dataclasses.replace(self.recipe, seed=seed)),
             "data": self.data,
         }
@@ -202,7 +202,7 @@ def _refuse_changes(place: Path, previous: Mapping[str, Any], now: Mapping[str, 
 
 def _filled(previous: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
     """Add what was not recorded: the defaults of settings that came later, and the data of now."""
-    model, recipe = (_plain(dataclasses.asdict(c)) for c in (RLRConfig(), TrainConfig()))
+    model, recipe = _plain(RLRConfig().to_dict()), _plain(dataclasses.asdict(TrainConfig()))
     del recipe["seed"]
     return {
         **previous,

@@ -103,10 +103,10 @@ def summary(
             "test_images": sum(map(len, data.test.values())),
             "left_out": list(left_out),
         },
-        "model": dataclasses.asdict(base),
+        "model": base.to_dict(),
         "recipe": dataclasses.asdict(recipe),
         "unlike_the_paper": _unlike_the_paper(table, base, recipe),
-        "note": table.note.format(**dataclasses.asdict(base)),
+        "note": table.note.format(**base.to_dict()),
         "protocol": None if first is None else first["protocol"],
         "environment": None if first is None else first["environment"],
         "rows": rows,
@@ -135,9 +135,11 @@ def _unlike_the_paper(table: Table, base: RLRConfig, recipe: TrainConfig) -> lis
     varied = set.intersection(*(set(row.changes) for row in table.rows))
     varied |= {"backbone_weights", "seed"}
     found = []
-    for ours, paper in ((base, RLRConfig()), (recipe, TrainConfig())):
-        before = dataclasses.asdict(paper)
-        for name, value in dataclasses.asdict(ours).items():
+    for ours, before in (
+        (base.to_dict(), RLRConfig().to_dict()),
+        (dataclasses.asdict(recipe), dataclasses.asdict(TrainConfig())),
+    ):
+        for name, value in ours.items():
             if value != before[name] and name not in varied:
                 found.append(f"{name} {_plain(value)} (paper: {_plain(before[name])})")
     if base.backbone_weights == "random":
@@ -146,7 +148,7 @@ def _unlike_the_paper(table: Table, base: RLRConfig, recipe: TrainConfig) -> lis
 
 
 def _plain(value: Any) -> str:
-    return ", ".join(map(_plain, value)) if isinstance(value, tuple) else str(value)
+    return ", ".join(map(_plain, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 # CSV: a line for each row, class and source

@@ -39,7 +39,7 @@ def calibrate(
         the scores are those of `RLRModel.forward`. Pixel quantiles are means over the images' own.
     """
     model.eval().prepare_for_inference()
-    device = next(model.levels.parameters()).device
+    device = model.device
     wanted = torch.tensor(_QUANTILES, device=device)
     pixels, scores = [], []
     with processes.together():

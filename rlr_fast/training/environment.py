@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 
+from rlr_fast.config import ExecutionConfig
+from rlr_fast.functional import resolve_backend
+
 _PACKAGES = ("rlr_fast", "torch", "triton", "timm", "numpy", "scipy", "scikit-learn", "pillow")
 
 
@@ -49,6 +52,20 @@ def choose_device(name: str = "auto") -> torch.device:
         raise ValueError(
             f"device must be one that is available, got {name!r} ({first_line})"
         ) from error
+    return device
+
+
+def start_device(execution: ExecutionConfig) -> torch.device:
+    """Return the device of an execution, made this process's own and able to run the backend.
+
+    Raises:
+        ValueError: See `choose_device`.
+        BackendError: The backend cannot run on the device.
+    """
+    device = choose_device(execution.device)
+    resolve_backend(execution.backend, device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # nothing of this process shall lie on another's GPU
     return device
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from rlr_fast.config import short_windows
 from rlr_fast.data.files import check_writable, write_atomically, write_tensors
 from rlr_fast.data.threads import Writer
 from rlr_fast.models.checkpoint import CONFIG_FILE, WEIGHTS_FILE, CheckpointError, read_weights
@@ -120,12 +121,15 @@ def check_folder(out: Path, record: Mapping[str, Any], resume: bool) -> None:
 
 def changed_settings(previous: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:
     """Say which settings of a run's record are others now, wherever the data lie."""
-    return [
-        _DIGESTS.get(name, f"{name} was {old!r}, now {new!r}")
-        for part in _PARTS
-        for name, old in previous[part].items()
-        if (new := json.loads(json.dumps(record[part].get(name)))) != old and name != "root"
-    ]
+    changed = []
+    for part in _PARTS:
+        for name, old in previous[part].items():
+            new = json.loads(json.dumps(record[part].get(name)))
+            if name == "windows":  # once written as they were given, a side or a pair
+                old, new = (json.loads(json.dumps(short_windows(w))) for w in (old, new))
+            if new != old and name != "root":
+                changed.append(_DIGESTS.get(name, f"{name} was {old!r}, now {new!r}"))
+    return changed
 
 
 def write_settings(out: Path, config: str, record: Mapping[str, Any]) -> None:

@@ -174,7 +174,7 @@ def train_decoder(
     check_seed(seed)
     data.require_train()
     samples = [sample for group in data.train.values() for sample in group]
-    device = next(model.levels.parameters()).device
+    device = model.device
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         decoder = _decoder_for(model).to(device)
@@ -304,4 +304,4 @@ def load_decoder(path: Path, model: RLRModel) -> Decoder:
         decoder.load_state_dict(state)
     except RuntimeError as error:
         raise CheckpointError(f"{path} does not fit this version: {error}") from error
-    return decoder.to(next(model.levels.parameters()).device).eval()
+    return decoder.to(model.device).eval()

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rlr_fast.config import InferenceExecution
 from rlr_fast.data import (
     DataSet,
     Sample,
@@ -20,7 +21,6 @@ from rlr_fast.data import (
     load_sample_mask,
     pick_samples,
 )
-from rlr_fast.inference.batches import DEFAULT_BATCH
 from rlr_fast.models.rlr import RLRModel
 from rlr_fast.visualization import ComparisonRow, PrincipalColours, RunView, Scale, comparison_sheet
 from rlr_fast.visualization.decoder import Decoder
@@ -183,9 +183,11 @@ def _rows(
     runs: Sequence[Run], shown: Sequence[_Shown], place: int, decoder: Decoder | None
 ) -> list[ComparisonRow]:
     first = runs[0].model
-    device = next(first.levels.parameters()).device
+    device = first.device
     images = torch.stack([one.image for one in shown])
-    tokens = [first.tokens(batch.to(device)) for batch in images.split(DEFAULT_BATCH)]
+    tokens = [
+        first.tokens(batch.to(device)) for batch in images.split(InferenceExecution.batch_size)
+    ]
 
     def compared(batches: list[list[Tensor]]) -> Tensor:  # (n, N, C) of the shown level
         return torch.cat([first.standardize[place](levels[place]).cpu() for levels in batches])

@@ -105,7 +105,7 @@ def checkpoint(states, tmp_path):
 
 def test_levels_reproduce_the_authors_forward_with_their_windows(checkpoint, states):
     levels = load_reconstructors(checkpoint)
-    assert [level.window for level in levels] == [7, 5]
+    assert [level.window for level in levels] == [(7, 7), (5, 5)]
     assert [(level.channels, level.hidden, level.grid, len(level.blocks)) for level in levels] == [
         (24, 32, (32, 32), 2),
         (40, 64, (16, 16), 2),
@@ -128,7 +128,7 @@ def test_model_around_an_authors_checkpoint_saves_and_loads(checkpoint, states, 
         windows=(3, 3),
     )
     model = RLRModel.from_authors(checkpoint, config)
-    assert model.config.hidden == HIDDEN and model.config.windows == (7, 5)
+    assert model.config.hidden == HIDDEN and model.config.windows == ((7, 7), (5, 5))
     model.save_pretrained(tmp_path / "saved")
     images = torch.rand(1, 3, 128, 128)
     again = RLRModel.from_pretrained(tmp_path / "saved")
@@ -147,7 +147,7 @@ def test_a_grid_without_a_rule_asks_for_windows(tmp_path):
     torch.save({"state_dict": [authors_level(8, 16, 12)]}, tmp_path / "a.pth")
     with pytest.raises(ValueError, match="no rule for a grid of 12"):
         load_reconstructors(tmp_path / "a.pth")
-    assert load_reconstructors(tmp_path / "a.pth", windows=[5])[0].window == 5
+    assert load_reconstructors(tmp_path / "a.pth", windows=[5])[0].window == (5, 5)
 
 
 class Evil:

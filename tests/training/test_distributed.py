@@ -23,6 +23,7 @@ import torch
 from conftest import make_tree, save_picture
 
 from rlr_fast import RLRConfig, RLRModel, TrainConfig, cli
+from rlr_fast.config import TrainExecution
 from rlr_fast.data import read_dataset
 from rlr_fast.functional import unsupported_reason
 from rlr_fast.inference.evaluate import evaluate
@@ -30,7 +31,7 @@ from rlr_fast.training import run_dir
 from rlr_fast.training.distributed import PeerError, Processes, processes
 from rlr_fast.training.environment import choose_device
 from rlr_fast.training.train import train
-from rlr_fast.training.trainer import Loop, step_shares
+from rlr_fast.training.trainer import Trainer, step_shares
 
 CPU = torch.device("cpu")
 MODEL = RLRConfig(
@@ -54,12 +55,13 @@ BROKEN = "cloth/train/good/002.png"  # the 8th of 11 training images, so in the 
 
 def flags(config: RLRConfig | TrainConfig) -> list[str]:
     words: list[str] = []
-    for name, value in dataclasses.asdict(config).items():
+    values = config.to_dict() if isinstance(config, RLRConfig) else dataclasses.asdict(config)
+    for name, value in values.items():
         flag = "--" + name.replace("_", "-")
         if isinstance(value, bool):
             words += [flag if value else flag.replace("--", "--no-", 1)]
         else:
-            words += [flag, *map(str, value if isinstance(value, tuple) else [value])]
+            words += [flag, *map(str, value if isinstance(value, (list, tuple)) else [value])]
     return words
 
 
@@ -188,11 +190,12 @@ def found(folder):
 @pytest.fixture(scope="module")
 def alone(folder):
     """A run of one process with all images in a step, on as many threads as torchrun gives."""
-    options = {"device": CPU, "quiet": True, "cache_root": folder / "cache"}
+    execution = TrainExecution(device="cpu", cache_dir=folder / "cache")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the number of threads decides how features are rounded
     try:
-        return train(MODEL, WHOLE, read_dataset(folder / "data"), folder / "alone", **options)
+        data = read_dataset(folder / "data")
+        return train(MODEL, WHOLE, data, folder / "alone", execution, quiet=True)
     finally:
         torch.set_num_threads(threads)
 
@@ -316,7 +319,8 @@ def test_another_number_of_processes_may_resume_and_is_told(folder, tmp_path, ca
     shutil.copytree(folder / "steps", tmp_path / "run")
     recipe = NOISY, STEPS, read_dataset(folder / "data"), tmp_path / "run"
     with caplog.at_level(logging.WARNING):
-        train(*recipe, device=CPU, quiet=True, resume=True, cache_root=folder / "cache")
+        execution = TrainExecution(device="cpu", cache_dir=folder / "cache")
+        train(*recipe, execution, quiet=True, resume=True)
     assert "begun by 2 process(es) and goes on with 1" in caplog.text
 
 
@@ -339,7 +343,7 @@ def test_steps_have_a_whole_batch_and_every_image_once(counts, batch):
 
 
 def test_processes_do_not_repeat_each_others_numbers(dataset, tmp_path):
-    class Seeds(Loop):
+    class Seeds(Trainer):
         def __init__(self, rank: int) -> None:
             self.recipe, self.processes = STEPS, Processes(rank)
 
