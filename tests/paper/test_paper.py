@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import errno
 import io
 import json
 import math
@@ -412,7 +413,7 @@ def test_a_killed_command_leaves_the_folder_free(dataset, tmp_path):
 
 def test_a_folder_that_cannot_be_locked_is_told(dataset, tmp_path, monkeypatch, caplog):
     def no_locks(*_):
-        raise OSError(38, "Function not implemented")
+        raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr("fcntl.flock", no_locks)
     assert not run(dataset, tmp_path / "out", tmp_path, only=["on"]).failed
