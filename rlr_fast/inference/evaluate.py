@@ -27,9 +27,9 @@ from rlr_fast.data import (
 )
 from rlr_fast.inference.batches import check_placed, score_batches
 from rlr_fast.inference.metrics import class_metrics, format_table, mean_metrics
+from rlr_fast.models.environment import environment
 from rlr_fast.models.rlr import RLRModel
 from rlr_fast.training.distributed import Processes, processes
-from rlr_fast.training.environment import environment
 from rlr_fast.visualization import SheetRow, sample_sheet
 
 

@@ -27,9 +27,9 @@ from rlr_fast.config import TrainExecution
 from rlr_fast.data import read_dataset
 from rlr_fast.functional import unsupported_reason
 from rlr_fast.inference.evaluate import evaluate
+from rlr_fast.models.environment import choose_device
 from rlr_fast.training import run_dir
 from rlr_fast.training.distributed import PeerError, Processes, processes
-from rlr_fast.training.environment import choose_device
 from rlr_fast.training.train import train
 from rlr_fast.training.trainer import Trainer, step_shares
 
