@@ -21,6 +21,7 @@ from scipy.stats import rankdata
 from benchmarks.check import WrongResultError
 from benchmarks.record import bench_device
 from rlr_fast import RLRConfig, RLRModel, TrainConfig
+from rlr_fast.config import Cache, TrainExecution
 from rlr_fast.data import DataSet, load_image, read_dataset
 from rlr_fast.inference.metrics import class_metrics
 from rlr_fast.inference.predict import find_images, predict
@@ -126,15 +127,15 @@ def test_feature_cache(measure: Callable[..., None], setting: Setting) -> None:
 
 
 @pytest.mark.parametrize("placement", ["auto", "none"])
-def test_train(measure: Callable[..., None], setting: Setting, placement: str) -> None:
+def test_train(measure: Callable[..., None], setting: Setting, placement: Cache) -> None:
     """Three epochs, from files and with the features kept from an earlier run."""
     root = setting.fresh()
     count = RECIPE.epochs * len(setting.data.train["part"])
 
     def run() -> list[dict[str, float]]:
         result = train(
-            CONFIG, RECIPE, setting.data, setting.fresh(), device=DEVICE, cache_root=root,
-            cache=placement, quiet=True,
+            CONFIG, RECIPE, setting.data, setting.fresh(),
+            TrainExecution(device=str(DEVICE), cache_dir=root, cache=placement), quiet=True,
         )  # fmt: skip
         return result.history
 
@@ -142,7 +143,7 @@ def test_train(measure: Callable[..., None], setting: Setting, placement: str) -
         loss = run()[0]["loss"]
         other = train(
             CONFIG, dataclasses.replace(RECIPE, epochs=1), setting.data, setting.fresh(),
-            device=DEVICE, cache_root=root, cache="disk", quiet=True,
+            TrainExecution(device=str(DEVICE), cache_dir=root, cache="disk"), quiet=True,
         ).history[0]["loss"]  # fmt: skip
         error = abs(loss - other) / other
         _require(error < 1e-2, f"the first loss is {loss}, {other} with the cache on disk")

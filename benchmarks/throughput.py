@@ -22,13 +22,13 @@ import torch
 
 from benchmarks import record
 from rlr_fast import RLRConfig, RLRModel, TrainConfig
-from rlr_fast.config import PRESETS
+from rlr_fast.config import PRESETS, TrainExecution
 from rlr_fast.data import read_dataset
 from rlr_fast.functional import resolve_backend
 from rlr_fast.training.distributed import Processes
 from rlr_fast.training.feature_cache import FeatureCache
 from rlr_fast.training.train import train
-from rlr_fast.training.trainer import Loop
+from rlr_fast.training.trainer import Trainer
 
 _EPOCHS = 4
 
@@ -43,7 +43,7 @@ class Clock:
 
     @contextmanager
     def watching(self) -> Iterator[Clock]:
-        """Time every `Loop` while the block runs."""
+        """Time every `Trainer` while the block runs."""
         patched: list[tuple[Any, str, Any]] = []
 
         def patch(owner: Any, name: str, part: str) -> None:
@@ -57,9 +57,9 @@ class Clock:
                 patch(torch.Tensor, "backward", "backward")
                 patch(torch.optim.Adam, "step", "optimizer")
             else:
-                patch(Loop, "_step", "steps")
-            patched.append((Loop, "_train_epoch", Loop._train_epoch))
-            Loop._train_epoch = self._epochs(Loop._train_epoch)  # type: ignore[method-assign]
+                patch(Trainer, "_step", "steps")
+            patched.append((Trainer, "_train_epoch", Trainer._train_epoch))
+            Trainer._train_epoch = self._epochs(Trainer._train_epoch)  # type: ignore[method-assign]
             yield self
         finally:
             for owner, name, original in reversed(patched):
@@ -76,15 +76,15 @@ class Clock:
         return call
 
     def _epochs(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(loop: Loop, *args: Any) -> None:
-            if loop.epoch == 1:  # the first is over, and what it wrote
+        def call(trainer: Trainer, *args: Any) -> None:
+            if trainer.epoch == 1:  # the first is over, and what it wrote
                 self.seconds, self.images = {}, 0
                 self._start = time.perf_counter()
             self._within = True
-            function(loop, *args)
+            function(trainer, *args)
             self._within = False
-            if loop.epoch >= 1:
-                self.images += loop.images
+            if trainer.epoch >= 1:
+                self.images += trainer.images
                 self.seconds["epochs"] = time.perf_counter() - self._start
 
         return call
@@ -118,7 +118,8 @@ def on_features(
         cache = FeatureCache(levels, [], "gpu" if device.type == "cuda" else "ram", Path(folder))
         out = Path(folder, "run")
         out.mkdir()
-        Loop(model, recipe, cache, out, Processes(), options.compile).go(quiet=True)
+        trainer = Trainer(model, recipe, cache, out, Processes(), compile=options.compile)
+        trainer.fit(quiet=True)
     return clock
 
 
@@ -129,8 +130,11 @@ def on_data(
     data = read_dataset(root)
     with tempfile.TemporaryDirectory() as folder, Clock().watching() as clock:
         train(
-            PRESETS[preset].model, recipe, data, Path(folder, "run"), device=device,
-            backend=backend, cache_root=Path(folder, "features"), cache=cache, quiet=True,
+            PRESETS[preset].model, recipe, data, Path(folder, "run"),
+            TrainExecution(
+                device=str(device), backend=backend, cache_dir=Path(folder, "features"), cache=cache
+            ),
+            quiet=True,
         )  # fmt: skip
     return clock
 

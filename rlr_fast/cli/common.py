@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
-
-import torch
+from typing import Any, TypeVar, get_args
 
 from rlr_fast.cli.options import Parser, UsageError, add_fields, positive
-from rlr_fast.config import PRESETS, Precision, RLRConfig, TrainConfig
+from rlr_fast.config import (
+    PRESETS,
+    Cache,
+    ExecutionConfig,
+    InferenceExecution,
+    Precision,
+    RLRConfig,
+    TrainConfig,
+)
 from rlr_fast.data import LAYOUTS, DataSet, read_dataset
-from rlr_fast.functional import unsupported_reason
-from rlr_fast.inference.batches import DEFAULT_BATCH, check_precision, compile_model
+from rlr_fast.functional import Backend
+from rlr_fast.inference import batches
 from rlr_fast.models.checkpoint import CheckpointError
 from rlr_fast.models.rlr import RLRModel
 from rlr_fast.training.calibration import color_scale
-from rlr_fast.training.environment import choose_device
-from rlr_fast.training.train import CACHES
 
 ABOUT_PRESETS = "presets: " + "; ".join(f"{name}: {p.about}" for name, p in PRESETS.items())
-
-_BACKENDS = ("auto", "triton", "tiled", "dense")
 
 
 def add_verb(
@@ -56,7 +59,7 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("machine")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     group.add_argument(
-        "--backend", default="auto", choices=_BACKENDS, help="attention: " + ", ".join(_BACKENDS)
+        "--backend", default="auto", choices=get_args(Backend), help="of the attention operators"
     )
     group.add_argument("--workers", type=positive, metavar="N", help="threads that decode images")
     group.add_argument("--quiet", action="store_true", help="no progress bars")
@@ -71,7 +74,7 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cache",
         default="auto",
-        choices=CACHES,
+        choices=get_args(Cache),
         help="where cached features lie while training; none makes them again in every epoch",
     )
     parser.add_argument(
@@ -85,7 +88,7 @@ def add_training(parser: argparse.ArgumentParser) -> None:
         help="compute blocks again in backward: less memory, a third more time, the same result",
     )
     parser.add_argument(
-        "--piece",
+        "--micro-batch-size",
         type=positive,
         metavar="N",
         help="images of a step in memory at once: less memory, the same result to rounding",
@@ -94,15 +97,13 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     add_fields(parser, TrainConfig)
 
 
-def chosen_device(args: argparse.Namespace) -> torch.device:
-    """Return the device of ``--device``, on which ``--backend`` can run."""
-    device = choose_device(args.device)
-    reason = unsupported_reason(args.backend, device)
-    if reason is not None:
-        raise UsageError(f"--backend {args.backend} cannot run on {device}: {reason}")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # nothing of this process shall lie on another's GPU
-    return device
+E = TypeVar("E", bound=ExecutionConfig)
+
+
+def execution_from(args: argparse.Namespace, cls: type[E]) -> E:
+    """Return how the flags say that the work is done."""
+    names = [field.name for field in dataclasses.fields(cls)]
+    return cls(**{name: getattr(args, name) for name in names if hasattr(args, name)})
 
 
 def read_data(args: argparse.Namespace) -> DataSet:
@@ -147,7 +148,7 @@ def add_inference(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--batch-size",
         type=positive,
-        default=DEFAULT_BATCH,
+        default=InferenceExecution.batch_size,
         metavar="N",
         help="images, or tiles, scored at once",
     )
@@ -169,13 +170,9 @@ def add_inference(parser: argparse.ArgumentParser) -> None:
 
 def load_model(args: argparse.Namespace) -> RLRModel:
     """Load the model of ``--checkpoint`` onto its device."""
-    device = chosen_device(args)
-    check_precision(args.precision, device)
     check_out(args.out)
-    model = read_model(args, args.checkpoint, device)
-    if args.compile:
-        compile_model(model, args.batch_size)
-    return model
+    execution = execution_from(args, InferenceExecution)
+    return batches.load_model(args.checkpoint, execution, args.backbone_weights)
 
 
 def check_out(out: Path) -> None:
@@ -184,12 +181,10 @@ def check_out(out: Path) -> None:
         raise UsageError(f"--out must be a folder, {str(out)!r} is a file")
 
 
-def read_model(args: argparse.Namespace, checkpoint: str, device: torch.device) -> RLRModel:
-    """Load a checkpoint's model, as the flags say, onto a device."""
-    model: RLRModel = RLRModel.from_pretrained(
-        checkpoint, backend=args.backend, backbone_weights=args.backbone_weights
-    )
-    return model.to(device)
+def read_model(args: argparse.Namespace, checkpoint: str) -> RLRModel:
+    """Load a checkpoint's model, as the flags say, onto its device."""
+    execution = InferenceExecution(device=args.device, backend=args.backend)
+    return batches.load_model(checkpoint, execution, args.backbone_weights)
 
 
 def given_scale(args: argparse.Namespace) -> tuple[float, float]:

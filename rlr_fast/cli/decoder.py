@@ -11,7 +11,6 @@ from rlr_fast.cli.common import (
     add_dataset,
     add_machine,
     add_verb,
-    chosen_device,
     read_data,
     read_model,
     report_failures,
@@ -19,8 +18,9 @@ from rlr_fast.cli.common import (
 from rlr_fast.cli.options import Parser, UsageError, positive
 from rlr_fast.data.words import counted
 from rlr_fast.models.checkpoint import CheckpointError
+from rlr_fast.training.decoder import train_decoder
 from rlr_fast.training.progress import progress_bar
-from rlr_fast.visualization.decoder import check_decoder_file, save_decoder, train_decoder
+from rlr_fast.visualization.decoder import check_decoder_file, save_decoder
 
 
 def add_decoder(verbs: Any) -> None:
@@ -59,7 +59,7 @@ def _decoder_train(args: argparse.Namespace) -> int:
         check_decoder_file(args.out)
     except (ValueError, CheckpointError) as error:
         raise UsageError(f"--out: {error}") from error
-    model = read_model(args, args.checkpoint, chosen_device(args))
+    model = read_model(args, args.checkpoint)
     total = args.epochs * sum(len(samples) for samples in data.train.values())
     with progress_bar("decoder", total, args.quiet) as bar:
 

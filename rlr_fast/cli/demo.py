@@ -9,14 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from rlr_fast.cli.common import add_machine, add_verb, chosen_device
-from rlr_fast.config import PRESETS
+from rlr_fast.cli.common import add_machine, add_verb, execution_from
+from rlr_fast.config import PRESETS, ExecutionConfig, InferenceExecution, TrainExecution
 from rlr_fast.data import read_dataset
 from rlr_fast.data.files import write_atomically
 from rlr_fast.data.synthetic import make_dataset
-from rlr_fast.functional import Backend
+from rlr_fast.inference.batches import load_model
 from rlr_fast.inference.evaluate import Evaluation, FigureOptions, evaluate
 from rlr_fast.inference.predict import find_images, predict
 from rlr_fast.models.rlr import RLRModel
@@ -43,11 +41,9 @@ class DemoResult:
 
 def run_demo(
     out: Path,
+    execution: ExecutionConfig = ExecutionConfig(),
     *,
-    device: torch.device,
     seed: int = 0,
-    backend: Backend = "auto",
-    workers: int | None = None,
     quiet: bool = False,
 ) -> DemoResult:
     """Make the synthetic set, train the ``tiny`` preset on it, evaluate it and predict with it.
@@ -56,10 +52,8 @@ def run_demo(
 
     Args:
         out: Folder of data, run and results.
-        device: Where to train.
+        execution: Where to train and to score.
         seed: Seed of data and training.
-        backend: Backend of the attention operators.
-        workers: Threads that decode images.
         quiet: No progress bars.
 
     Raises:
@@ -80,15 +74,12 @@ def run_demo(
         recipe,
         data,
         run,
-        device=device,
+        TrainExecution(**vars(execution), cache_dir=out / "features"),
         resume=True,
-        backend=backend,
-        cache_root=out / "features",
-        workers=workers,
         quiet=quiet,
     )
-    model: RLRModel = RLRModel.from_pretrained(run, backend=backend)
-    model.to(device)
+    scoring = InferenceExecution(**vars(execution))
+    model = load_model(run, scoring)
     scale = color_scale(run)
 
     total = sum(map(len, data.test.values()))
@@ -96,13 +87,13 @@ def run_demo(
         evaluation = evaluate(
             model,
             data,
-            workers=workers,
+            scoring,
             figures=FigureOptions(out / "figures", scale),
             progress=bar.update,
         )
     write_atomically(out / "metrics.json", evaluation.to_json())
     pictures = find_images([data_root / data.classes[0] / "test"])
-    prediction = predict(model, pictures, out / "predictions", scale, workers=workers)
+    prediction = predict(model, pictures, out / "predictions", scale, scoring)
     return DemoResult(
         evaluation,
         {
@@ -134,10 +125,8 @@ def add_demo(verbs: Any) -> None:
 def _demo(args: argparse.Namespace) -> int:
     result = run_demo(
         args.out,
+        execution_from(args, ExecutionConfig),
         seed=args.seed,
-        device=chosen_device(args),
-        backend=args.backend,
-        workers=args.workers,
         quiet=args.quiet,
     )
     print(result)

@@ -11,12 +11,14 @@ from rlr_fast.cli.common import (
     add_inference,
     add_machine,
     add_verb,
+    execution_from,
     given_scale,
     load_model,
     read_data,
     report_failures,
 )
 from rlr_fast.cli.options import positive
+from rlr_fast.config import InferenceExecution
 from rlr_fast.data.files import write_atomically
 from rlr_fast.inference.evaluate import FigureOptions, evaluate
 from rlr_fast.training.distributed import processes
@@ -55,20 +57,18 @@ def _eval(args: argparse.Namespace) -> int:
             if args.figures:
                 figures = FigureOptions(args.out / "figures", given_scale(args), args.per_defect)
             model = load_model(args)
-            if group.leads:
+            if group.is_main:
                 args.out.mkdir(parents=True, exist_ok=True)
         total = sum(len(samples) for samples in data.test.values())
-        with progress_bar("eval", total, args.quiet or not group.leads) as bar:
+        with progress_bar("eval", total, args.quiet or not group.is_main) as bar:
             result = evaluate(
                 model,
                 data,
-                batch_size=args.batch_size,
-                precision=args.precision,
-                workers=args.workers,
+                execution_from(args, InferenceExecution),
                 figures=figures,
                 progress=bar.update,
             )
-        if not group.leads:
+        if not group.is_main:
             return 0
     print(result.table(), flush=True)
     write_atomically(args.out / "metrics.json", result.to_json())

@@ -14,7 +14,6 @@ from rlr_fast.cli.common import (
     add_machine,
     add_verb,
     check_out,
-    chosen_device,
     read_data,
     read_model,
     report_failures,
@@ -69,9 +68,8 @@ def _figures(args: argparse.Namespace) -> int:
     data = read_data(args)
     data.require_test()
     check_out(args.out)
-    device = chosen_device(args)
     runs = [
-        Run(name, read_model(args, checkpoint, device), color_scale(Path(checkpoint)))
+        Run(name, read_model(args, checkpoint), color_scale(Path(checkpoint)))
         for name, checkpoint in zip(names, args.checkpoint, strict=True)
     ]
     check_runs(runs, args.level)

@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from rlr_fast.cli.common import add_machine, add_verb, chosen_device
+from rlr_fast.cli.common import add_machine, add_verb, execution_from
 from rlr_fast.cli.options import add_fields, config_from
-from rlr_fast.config import PRESETS, RLRConfig, short_windows
+from rlr_fast.config import PRESETS, ExecutionConfig, RLRConfig, short_windows
 from rlr_fast.functional import resolve_backend, unsupported_reason
 from rlr_fast.models.backbone import BackboneWeightsError
 from rlr_fast.models.checkpoint import CONFIG_FILE, read_config
+from rlr_fast.models.environment import environment, start_device
 from rlr_fast.models.rlr import RLRModel
-from rlr_fast.training.environment import environment
 
 
 def describe(config: RLRConfig, device: torch.device) -> tuple[dict[str, Any], str]:
@@ -130,6 +130,6 @@ def _info(args: argparse.Namespace) -> int:
     if args.checkpoint is not None:
         base = read_config(args.checkpoint / CONFIG_FILE)
     config = config_from(args, RLRConfig, base)
-    values, text = describe(config, chosen_device(args))
+    values, text = describe(config, start_device(execution_from(args, ExecutionConfig)))
     print(json.dumps(values, indent=2) if args.json else text)
     return 0

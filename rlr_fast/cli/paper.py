@@ -13,12 +13,12 @@ from rlr_fast.cli.common import (
     add_machine,
     add_training,
     add_verb,
-    chosen_device,
+    execution_from,
     read_data,
     report_failures,
 )
 from rlr_fast.cli.options import config_from, positive
-from rlr_fast.config import PRESETS, RLRConfig, TrainConfig
+from rlr_fast.config import PRESETS, RLRConfig, TrainConfig, TrainExecution
 from rlr_fast.paper import TABLES, run_table
 
 
@@ -57,16 +57,9 @@ def _paper(args: argparse.Namespace) -> int:
         config_from(args, TrainConfig, preset.train),
         read_data(args),
         args.out,
-        device=chosen_device(args),
+        execution_from(args, TrainExecution),
         seeds=args.seeds,
         only=args.only,
-        backend=args.backend,
-        cache_root=args.cache_dir,
-        cache=args.cache,
-        compiled=args.compile,
-        grad_checkpointing=args.grad_checkpointing,
-        piece=args.piece,
-        workers=args.workers,
         quiet=args.quiet,
         tell=lambda line: print(line, flush=True),
     )

@@ -10,11 +10,13 @@ from rlr_fast.cli.common import (
     add_inference,
     add_machine,
     add_verb,
+    execution_from,
     given_scale,
     load_model,
     report_failures,
 )
 from rlr_fast.cli.options import UsageError, sides
+from rlr_fast.config import InferenceExecution
 from rlr_fast.inference.predict import find_images, predict
 from rlr_fast.inference.tiling import checked_tiles
 from rlr_fast.training.progress import progress_bar
@@ -59,11 +61,9 @@ def _predict(args: argparse.Namespace) -> int:
             files,
             args.out,
             scale,
+            execution_from(args, InferenceExecution),
             tile=args.tile,
             overlap=args.overlap,
-            batch_size=args.batch_size,
-            precision=args.precision,
-            workers=args.workers,
             progress=bar.update,
         )
     print(f"{len(result.scores)} of {len(files)} images scored: {result.results}")

@@ -13,12 +13,12 @@ from rlr_fast.cli.common import (
     add_machine,
     add_training,
     add_verb,
-    chosen_device,
+    execution_from,
     read_data,
     report_failures,
 )
 from rlr_fast.cli.options import config_from
-from rlr_fast.config import PRESETS, RLRConfig, TrainConfig
+from rlr_fast.config import PRESETS, RLRConfig, TrainConfig, TrainExecution
 from rlr_fast.data.words import counted
 from rlr_fast.training.distributed import processes
 from rlr_fast.training.run_dir import read_run
@@ -51,34 +51,27 @@ def add_train(verbs: Any) -> None:
 
 def _train(args: argparse.Namespace) -> int:
     with processes() as group:
-        previous = group.from_leader(lambda: read_run(args.out) if args.resume else None)
+        previous = group.broadcast(lambda: read_run(args.out) if args.resume else None)
         with group.together():
             # A preset that is given counts, so that one that is not the run's is refused.
             preset = PRESETS[args.preset or "paper"]
             kept = None if args.preset else previous
             model = config_from(args, RLRConfig, kept["model"] if kept else preset.model)
             recipe = config_from(args, TrainConfig, kept["recipe"] if kept else preset.train)
-            if args.resume and previous is None and group.leads:
+            if args.resume and previous is None and group.is_main:
                 _log.warning("there is no run in %s to resume; a new one begins", args.out)
             data = read_data(args)
-            device = chosen_device(args)
+            execution = execution_from(args, TrainExecution)
         result = train(
             model,
             recipe,
             data,
             args.out,
-            device=device,
+            execution,
             resume=args.resume,
-            backend=args.backend,
-            cache_root=args.cache_dir,
-            cache=args.cache,
-            compiled=args.compile,
-            grad_checkpointing=args.grad_checkpointing,
-            piece=args.piece,
-            workers=args.workers,
             quiet=args.quiet,
         )
-        if not group.leads:
+        if not group.is_main:
             return 0
     figures = ""
     if result.history:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple, TypeVar, get_args
+from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rlr_fast.config import Precision, suggest
+from rlr_fast.config import InferenceExecution
+from rlr_fast.models.environment import start_device
+from rlr_fast.models.precision import autocast, check_precision
 from rlr_fast.models.rlr import RLRModel
-
-DEFAULT_BATCH = 8
 
 # Batches that a device works on while the caller uses the one before.
 _AHEAD = {"cuda": 1}
@@ -34,17 +35,50 @@ class Scores(NamedTuple):
     scores: list[float]
 
 
-def check_precision(precision: str, device: torch.device) -> None:
-    """Refuse a precision that does not exist, or not on this device.
+def load_model(
+    checkpoint: str | Path, execution: InferenceExecution, backbone_weights: str | None = None
+) -> RLRModel:
+    """Load a trained model for scoring: on its device, with its backend, compiled if asked for.
+
+    Args:
+        checkpoint: Folder of a run, or name of a repository on the hub.
+        execution: Where the model lies and how it scores.
+        backbone_weights: Where to take the backbone's weights from now.
 
     Raises:
-        ValueError: So it is.
+        ValueError: The device is not available here.
+        BackendError: The backend cannot run on the device.
+        CheckpointError: A file is missing or damaged, or was trained on other backbone weights.
+        BackboneWeightsError: The backbone's weights cannot be had.
     """
-    known = get_args(Precision)
-    if precision not in known:
-        raise ValueError(f"precision has no choice {precision!r}; {suggest(precision, known)}")
-    if precision == "fp16" and device.type != "cuda":
-        raise ValueError(f"precision fp16 needs a CUDA device, got device={str(device)!r}")
+    device = start_device(execution)
+    model: RLRModel = RLRModel.from_pretrained(
+        checkpoint, backend=execution.backend, backbone_weights=backbone_weights
+    )
+    model.to(device)
+    if execution.compile:
+        compile_model(model, execution.batch_size)
+    return model
+
+
+def check_placed(model: RLRModel, execution: InferenceExecution) -> None:
+    """Refuse an execution that a given model contradicts; its defaults mean the model's own.
+
+    Raises:
+        ValueError: The model lies on another device, has another backend, or is not compiled.
+    """
+    if execution.device != "auto":
+        device = torch.device(execution.device)
+        if device.type != model.device.type or device.index not in (None, model.device.index):
+            raise ValueError(
+                f"device must be the model's, {model.device}, got device={execution.device!r}"
+            )
+    if execution.backend not in ("auto", model.backend):
+        raise ValueError(
+            f"backend must be the model's, {model.backend!r}, got backend={execution.backend!r}"
+        )
+    if execution.compile and model.compiled_batch is None:
+        raise ValueError("compile needs a compiled model, see load_model, got an eager one")
 
 
 def compile_model(model: RLRModel, batch_size: int) -> None:
@@ -62,8 +96,7 @@ def compile_model(model: RLRModel, batch_size: int) -> None:
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be positive, got {batch_size=}")
-    device = next(model.levels.parameters()).device
-    mode = "reduce-overhead" if device.type == "cuda" else "default"
+    mode = "reduce-overhead" if model.device.type == "cuda" else "default"
     model.eval().compile(mode=mode, dynamic=False)
     model.compiled_batch = batch_size
 
@@ -73,7 +106,8 @@ def score_batches(
 ) -> Iterator[tuple[T, Scores]]:
     """Score batches of images in their order.
 
-    A GPU works on a batch while the results of the one before it are read and used.
+    A GPU works on a batch while the results of the one before it are read and used. The model is
+    prepared for inference, see `RLRModel.prepare_for_inference`, where it is not yet.
 
     Args:
         model: A trained model, on its device.
@@ -85,9 +119,8 @@ def score_batches(
     Raises:
         ValueError: The precision does not exist, or not on this device.
     """
-    device = next(model.levels.parameters()).device
-    check_precision(precision, device)
-    return _score_batches(model, batches, precision, device)
+    check_precision(precision, model.device)
+    return _score_batches(model, batches, precision, model.device)
 
 
 def _score_batches(
@@ -130,8 +163,7 @@ class _Started:
             torch.compiler.cudagraph_mark_step_begin()
         if cuda:
             images = images.pin_memory()
-        half = torch.float16 if precision == "fp16" else torch.bfloat16
-        with torch.autocast(device.type, half, enabled=precision != "fp32"):
+        with autocast(device, precision):
             if not model.is_prepared():
                 model.prepare_for_inference()
             out = model(images.to(device, non_blocking=cuda))

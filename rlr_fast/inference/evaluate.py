@@ -1,4 +1,4 @@
-"""Evaluation: seven metrics a class on a test set, with memory for one class at a time."""
+"""Evaluation: seven metrics per class on a test set, with memory for one class at a time."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import json
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from rlr_fast.config import InferenceExecution
 from rlr_fast.data import (
     DataSet,
     ImageFailure,
@@ -24,11 +25,11 @@ from rlr_fast.data import (
     pick_samples,
     read_image_size,
 )
-from rlr_fast.inference.batches import DEFAULT_BATCH, check_precision, score_batches
+from rlr_fast.inference.batches import check_placed, score_batches
 from rlr_fast.inference.metrics import class_metrics, format_table, mean_metrics
+from rlr_fast.models.environment import environment
 from rlr_fast.models.rlr import RLRModel
 from rlr_fast.training.distributed import Processes, processes
-from rlr_fast.training.environment import environment
 from rlr_fast.visualization import SheetRow, sample_sheet
 
 
@@ -88,10 +89,8 @@ class FigureOptions:
 def evaluate(
     model: RLRModel,
     data: DataSet,
+    execution: InferenceExecution = InferenceExecution(),
     *,
-    batch_size: int = DEFAULT_BATCH,
-    precision: str = "fp32",
-    workers: int | None = None,
     figures: FigureOptions | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Evaluation:
@@ -107,41 +106,41 @@ def evaluate(
     Args:
         model: A trained model, on its device.
         data: Its ``test`` samples are used.
-        batch_size: Images scored at once.
-        precision: ``fp32``, ``bf16``, or ``fp16`` (GPU only); score maps are float32.
-        workers: Threads that decode images.
-        figures: Write a sheet of sample images a class.
+        execution: Batch size, precision and threads; device, backend and compilation are the
+            model's, which may not contradict it.
+        figures: Write a sheet of sample images per class.
         progress: Called with the number of images done since the last call.
 
     Raises:
-        ValueError: A class has no test images, a mask does not fit its image, or the precision does
-            not fit the device; found before any image is scored. Or the processes were not given
+        ValueError: A class has no test images, a mask does not fit its image, or the execution does
+            not fit the model; found before any image is scored. Or the processes were not given
             the same model and images.
         PeerError: Another process met an error.
     """
     with processes() as group:
         with group.together():
-            check_precision(precision, next(model.levels.parameters()).device)
+            check_placed(model, execution)
             data.require_test()
-            if group.leads:
+            if group.is_main:
                 check_masks(data)
-        if group.count > 1:
-            group.agree(_decisive(model, data) | {"precision": precision, "batch": batch_size})
+        if group.world_size > 1:
+            how = {"precision": execution.precision, "batch": execution.batch_size}
+            group.agree(_decisive(model, data) | how)
         model.eval()
+        execution = replace(execution, workers=group.workers(execution.workers))
         classes: dict[str, dict[str, float]] = {}
         failures: list[str] = []
         dealt = 0  # batches of earlier classes: the turn goes on, or the first would have most
         for name in data.classes:
             samples = data.test[name]
             with group.together():
-                mine = _deal(len(samples), batch_size, dealt, group)
-                way = _Way(batch_size, precision, group.workers(workers))
-                share = _score(model, samples, mine, way, progress)
-            dealt += math.ceil(len(samples) / batch_size)
+                mine = _deal(len(samples), execution.batch_size, dealt, group)
+                share = _score(model, samples, mine, execution, progress)
+            dealt += math.ceil(len(samples) / execution.batch_size)
             if progress is not None:
                 progress(len(samples) - share.done)
-            shares = group.to_leader(share)
-            if sum(group.exchange(len(share.indices))) == 0:
+            shares = group.gather(share)
+            if sum(group.all_gather(len(share.indices))) == 0:
                 raise group.alike(_nothing_read(name, shares))
             if shares is None:
                 continue
@@ -154,12 +153,12 @@ def evaluate(
                     _write_sheet(name, scored, figures, model.config.image_size)
                 except OSError as error:  # a full disk must not cost the metrics
                     failures.append(f"cannot write the figures of {name}: {error}")
-        return group.from_leader(
+        return group.broadcast(
             lambda: Evaluation(
                 classes,
                 mean_metrics(classes),
-                protocol(model, data) | {"precision": precision},
-                environment(next(model.levels.parameters()).device),
+                protocol(model, data) | {"precision": execution.precision},
+                environment(model.device),
                 failures,
             )
         )
@@ -181,14 +180,6 @@ def protocol(model: RLRModel, data: DataSet) -> dict[str, Any]:
         "aupro": "8-connected regions, FPR up to 0.3",
         "checkpoint": "last epoch",
     }
-
-
-class _Way(NamedTuple):
-    """How images are scored, see `evaluate`."""
-
-    batch_size: int
-    precision: str
-    workers: int
 
 
 @dataclass
@@ -260,7 +251,7 @@ def check_masks(data: DataSet) -> None:
 def _deal(images: int, batch: int, dealt: int, processes: Processes) -> list[int]:
     """Return this process's images of a class: whole batches, in turn after ``dealt`` others."""
     turns = range(math.ceil(images / batch))
-    mine = [turn for turn in turns if (dealt + turn) % processes.count == processes.rank]
+    mine = [turn for turn in turns if (dealt + turn) % processes.world_size == processes.rank]
     return [i for turn in mine for i in range(turn * batch, min((turn + 1) * batch, images))]
 
 
@@ -268,7 +259,7 @@ def _score(
     model: RLRModel,
     samples: list[Sample],
     mine: list[int],
-    way: _Way,
+    execution: InferenceExecution,
     progress: Callable[[int], object] | None,
 ) -> _Share:
     """Score the samples at the places ``mine``."""
@@ -278,8 +269,10 @@ def _score(
     scores: list[float] = []
     kept: list[int] = []
     failures: list[ImageFailure] = []
-    batches = iterate_images([samples[i] for i in mine], size, way.batch_size, way.workers)
-    for batch, found in score_batches(model, ((b, b.images) for b in batches), way.precision):
+    batches = iterate_images(
+        [samples[i] for i in mine], size, execution.batch_size, execution.workers
+    )
+    for batch, found in score_batches(model, ((b, b.images) for b in batches), execution.precision):
         failures += [ImageFailure(mine[f.index], f.error) for f in batch.failures]
         for index, score_map, score in zip(batch.indices, found.maps, found.scores, strict=True):
             row = len(kept)

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import torch
 
+from rlr_fast.config import InferenceExecution
 from rlr_fast.data import iterate_images, iterate_pictures, list_images
-from rlr_fast.data.images import default_workers
 from rlr_fast.data.threads import Writer
-from rlr_fast.inference.batches import DEFAULT_BATCH, check_precision, score_batches
+from rlr_fast.inference.batches import check_placed, score_batches
 from rlr_fast.inference.tiling import Sides, Tiles, checked_tiles, predict_tiled
+from rlr_fast.models.environment import default_workers
+from rlr_fast.models.precision import check_precision
 from rlr_fast.models.rlr import RLRModel
 from rlr_fast.visualization import Scale, prediction_picture
 
@@ -96,12 +98,10 @@ def predict(
     files: Sequence[ImageFile],
     out: Path,
     scale: Scale | None,
+    execution: InferenceExecution = InferenceExecution(),
     *,
     tile: Sides | None = None,
     overlap: Sides | None = None,
-    batch_size: int = DEFAULT_BATCH,
-    precision: str = "fp32",
-    workers: int | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Prediction:
     """Score files; write ``results.csv`` as the scores come, and ``pictures/``.
@@ -113,14 +113,13 @@ def predict(
         model: A trained model, on its device.
         files: From `find_images`.
         out: Folder for the results.
-        scale: Fixed colour scale (low, high) of the pictures; None writes none.
+        scale: Fixed color scale (low, high) of the pictures; None writes none.
+        execution: Batch size, precision and threads, as many that decode images as that write
+            pictures; device, backend and compilation are the model's, which may not contradict it.
         tile: Score every picture at its own resolution, in tiles of this side or (height, width);
             see `rlr_fast.inference.tiling.predict_tiled`. A picture smaller than a tile is a
             failure. By default pictures are resized to the model's image size.
         overlap: Pixels that neighbouring tiles share at least; an eighth of the tile by default.
-        batch_size: Images, or tiles of one picture, scored at once.
-        precision: ``fp32``, ``bf16``, or ``fp16`` (GPU only); score maps are float32.
-        workers: Threads that decode images, and as many that write pictures.
         progress: Called with the number of files done since the last call.
 
     Returns:
@@ -130,19 +129,16 @@ def predict(
         ValueError: An argument breaks its rule; found before any work.
         OSError: The results cannot be written.
     """
-    check_precision(precision, next(model.levels.parameters()).device)
+    check_placed(model, execution)
     if tile is None and overlap is not None:
         raise ValueError(f"overlap needs a tile, got {overlap=} without one")
-    workers = default_workers() if workers is None else workers
-    for name, value in (("batch_size", batch_size), ("workers", workers)):
-        if value < 1:
-            raise ValueError(f"{name} must be positive, got {name}={value}")
+    workers = execution.workers or default_workers()
     model.eval()
     paths = [f.path for f in files]
     if tile is None:
-        done = _whole(model, paths, batch_size, precision, workers)
+        done = _whole(model, paths, execution)
     else:
-        done = _tiled(model, paths, checked_tiles(tile, overlap), batch_size, precision, workers)
+        done = _tiled(model, paths, checked_tiles(tile, overlap), execution)
     out.mkdir(parents=True, exist_ok=True)
     scores: dict[Path, float] = {}
     failures: list[str] = []
@@ -157,15 +153,15 @@ def predict(
         table.writerow(("path", "score"))
         for scored, failed in done:
             failures += failed
-            for one in scored:
-                scores[paths[one.index]] = one.score
-                table.writerow((paths[one.index], one.score))
+            for picture in scored:
+                scores[paths[picture.index]] = picture.score
+                table.writerow((paths[picture.index], picture.score))
             file.flush()
             if scale is not None:
-                for one in scored:
-                    target = out / PICTURES_FOLDER / files[one.index].picture
-                    job = partial(_draw, one.image, one.score_map, scale, target)
-                    pictures.submit(job, one.score_map.numel())
+                for picture in scored:
+                    target = out / PICTURES_FOLDER / files[picture.index].picture
+                    job = partial(_draw, picture.image, picture.score_map, scale, target)
+                    pictures.submit(job, picture.score_map.numel())
             if progress is not None:
                 progress(len(scored) + len(failed))
     return Prediction(scores, failures, out / RESULTS_FILE)
@@ -182,40 +178,59 @@ class _Scored:
 
 
 def _whole(
-    model: RLRModel, paths: list[Path], batch_size: int, precision: str, workers: int
+    model: RLRModel, paths: list[Path], execution: InferenceExecution
 ) -> Iterator[tuple[list[_Scored], list[str]]]:
     """Score pictures resized to the model's image size; yield those of a batch, and failures."""
-    batches = iterate_images(paths, model.config.image_size, batch_size, workers)
-    for batch, found in score_batches(model, ((b, b.images) for b in batches), precision):
-        maps = torch.from_numpy(found.maps)
-        yield (
+    size = model.config.image_size
+    batches = iterate_images(paths, size, execution.batch_size, execution.workers)
+    scored = score_batches(model, ((b, b.images) for b in batches), execution.precision)
+    return (
+        (
             [
-                _Scored(*one)
-                for one in zip(batch.indices, batch.images, maps, found.scores, strict=True)
+                _Scored(*values)
+                for values in zip(
+                    batch.indices,
+                    batch.images,
+                    torch.from_numpy(outcome.maps),
+                    outcome.scores,
+                    strict=True,
+                )
             ],
             [str(failure.error) for failure in batch.failures],
         )
+        for batch, outcome in scored
+    )
 
 
 def _tiled(
-    model: RLRModel,
-    paths: list[Path],
-    tiles: Tiles,
-    batch_size: int,
-    precision: str,
-    workers: int,
+    model: RLRModel, paths: list[Path], tiles: Tiles, execution: InferenceExecution
 ) -> Iterator[tuple[list[_Scored], list[str]]]:
     """Score pictures one by one in tiles; yield as `_whole` does."""
-    for batch in iterate_pictures(paths, workers):
-        scored, failed = [], [str(failure.error) for failure in batch.failures]
-        for index, image in zip(batch.indices, batch.images, strict=True):
-            misfit = tiles.misfit(*image.shape[1:])
-            if misfit is not None:
-                failed.append(f"cannot score image {str(paths[index])!r} in tiles: {misfit}")
-                continue
-            found = predict_tiled(model, image, *tiles, batch_size=batch_size, precision=precision)
-            scored.append(_Scored(index, image, *found))
-        yield scored, failed
+    check_precision(execution.precision, model.device)
+
+    def score(index: int, image: torch.Tensor) -> _Scored:
+        output = predict_tiled(
+            model,
+            image,
+            *tiles,
+            batch_size=execution.batch_size,
+            precision=execution.precision,
+        )
+        return _Scored(index, image, *output)
+
+    def pictures() -> Iterator[tuple[list[_Scored], list[str]]]:
+        for batch in iterate_pictures(paths, execution.workers):
+            scored, failed = [], [str(failure.error) for failure in batch.failures]
+            for index, image in zip(batch.indices, batch.images, strict=True):
+                misfit = tiles.misfit(*image.shape[1:])
+                if misfit is None:
+                    scored.append(score(index, image))
+                else:
+                    path = str(paths[index])
+                    failed.append(f"cannot score image {path!r} in tiles: {misfit}")
+            yield scored, failed
+
+    return pictures()
 
 
 def _draw(image: torch.Tensor, score_map: torch.Tensor, scale: Scale, target: Path) -> None:

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rlr_fast.config import InferenceExecution
 from rlr_fast.data import resize_image
-from rlr_fast.inference.batches import DEFAULT_BATCH, score_batches
+from rlr_fast.inference.batches import score_batches
 from rlr_fast.models.rlr import RLRModel
 from rlr_fast.models.scoring import smooth
 
@@ -84,8 +85,8 @@ def predict_tiled(
     tile: Sides,
     overlap: Sides | None = None,
     *,
-    batch_size: int = DEFAULT_BATCH,
-    precision: str = "fp32",
+    batch_size: int = InferenceExecution.batch_size,
+    precision: str = InferenceExecution.precision,
 ) -> TiledOutput:
     """Score a picture of any size at its own resolution.
 

@@ -7,24 +7,33 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from rlr_fast.config import RLRConfig, TrainConfig, from_dict, suggest
+from rlr_fast.config import (
+    InferenceExecution,
+    RLRConfig,
+    TrainConfig,
+    TrainExecution,
+    from_dict,
+    suggest,
+)
 from rlr_fast.data import DataSet, read_contents
-from rlr_fast.functional import Backend, BackendError
-from rlr_fast.inference.batches import check_precision
+from rlr_fast.functional import BackendError
+from rlr_fast.inference.batches import load_model
 from rlr_fast.inference.evaluate import check_masks, evaluate
 from rlr_fast.inference.metrics import HEADINGS
 from rlr_fast.models.backbone import BackboneWeightsError
 from rlr_fast.models.checkpoint import CheckpointError
+from rlr_fast.models.environment import start_device
+from rlr_fast.models.precision import check_precision
 from rlr_fast.models.rlr import RLRModel
 from rlr_fast.paper.folder import TableFolder
 from rlr_fast.paper.report import REPORT_FILE, write_report
 from rlr_fast.paper.tables import LEVELS, PER_LEVEL, Row, Table
 from rlr_fast.paper.time_left import RunsBar
-from rlr_fast.training.feature_cache import CacheError, Placement
+from rlr_fast.training.feature_cache import CacheError
 from rlr_fast.training.progress import progress_bar
 from rlr_fast.training.run_dir import TrainingError
 from rlr_fast.training.train import train
@@ -97,17 +106,10 @@ def run_table(
     recipe: TrainConfig,
     data: DataSet,
     out: Path,
+    execution: TrainExecution = TrainExecution(),
     *,
-    device: torch.device,
     seeds: int = 3,
     only: Sequence[str] | None = None,
-    backend: Backend = "auto",
-    cache_root: Path | None = None,
-    cache: Placement | Literal["none"] = "auto",
-    compiled: bool = False,
-    grad_checkpointing: bool = False,
-    piece: int | None = None,
-    workers: int | None = None,
     quiet: bool = False,
     tell: Callable[[str], object] = print,
 ) -> TableResult:
@@ -123,22 +125,16 @@ def run_table(
         recipe: Of every run; its seed is the first of them.
         data: Trained on, and tested on.
         out: Folder of the table, and of its runs.
-        device: Where to train and to evaluate.
+        execution: Where and how to train, and where to evaluate.
         seeds: Runs of each row.
         only: Names of the rows to run; None is all.
-        backend: See `rlr_fast.training.train.train`, also for the next six.
-        cache_root: Folder of feature caches.
-        cache: Where the features lie.
-        compiled: Compile the reconstructors.
-        grad_checkpointing: Less memory for more time.
-        piece: Images of a step in memory at once.
-        workers: Threads that decode images.
         quiet: No progress bar.
         tell: Called with a line after each run.
 
     Raises:
         ValueError: A row does not fit the base, or the data cannot be trained or tested on, or
             not read; found before any run.
+        BackendError: The backend cannot run on the device.
         BackboneWeightsError: The backbone's weights cannot be had.
         TrainingError: ``out`` holds a table of other settings or other data, another process works
             in it, or the table cannot be written; finished runs are kept.
@@ -149,9 +145,12 @@ def run_table(
     data.require_train()
     data.require_test()
     check_masks(data)
-    check_precision(recipe.precision, device)
+    check_precision(recipe.precision, start_device(execution))
     RLRModel(configs[rows[0].name])  # fails without the backbone's weights
 
+    scoring = InferenceExecution(
+        device=execution.device, backend=execution.backend, workers=execution.workers
+    )
     folder = TableFolder(out, table.name, base, configs, recipe, data)
     folder.check()
     wanted = range(recipe.seed, recipe.seed + seeds)
@@ -179,28 +178,19 @@ def run_table(
             dataclasses.replace(recipe, seed=seed),
             data,
             place,
-            device=device,
+            execution,
             resume=True,
-            backend=backend,
-            cache_root=cache_root,
-            cache=cache,
-            compiled=compiled,
-            grad_checkpointing=grad_checkpointing,
-            piece=piece,
-            workers=workers,
             quiet=True,
             progress=bar.progress,
         )
-        model: RLRModel = RLRModel.from_pretrained(place, backend=backend)
-        result = evaluate(
-            model.to(device), data, workers=workers, progress=lambda n: bar.progress("eval", n)
-        )
+        model = load_model(place, scoring)
+        result = evaluate(model, data, scoring, progress=lambda n: bar.progress("eval", n))
         folder.keep(row, seed, json.loads(result.to_json()))
         return ", ".join(f"{HEADINGS[k]} {100 * v:.1f}" for k, v in result.mean.items())
 
     failed: list[str] = []
     with folder.alone():
-        unreadable = _read_through(folder, data, workers, quiet)
+        unreadable = _read_through(folder, data, execution.workers, quiet)
         if unreadable:
             more = f", and {len(unreadable) - 1} more" if len(unreadable) > 1 else ""
             tell(f"left out: {unreadable[0]}{more}")
@@ -223,7 +213,7 @@ def run_table(
                     bar.tell(tell, f"{name}: failed: {error}")
                     continue
                 finally:
-                    if compiled:
+                    if execution.compile:
                         torch.compiler.reset()  # else it gives up after the eighth model
                 bar.end(finished=True)
                 bar.tell(tell, f"{name}: {figures}")

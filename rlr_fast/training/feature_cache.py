@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, get_args
+from typing import Any, BinaryIO, Literal
 
 import psutil
 import torch
@@ -32,7 +32,6 @@ from rlr_fast.data.threads import Writer
 from rlr_fast.models.rlr import RLRModel
 
 Placement = Literal["auto", "gpu", "ram", "disk"]
-PLACEMENTS: tuple[str, ...] = get_args(Placement)
 
 _FORMAT = 1
 _META = "meta.json"
@@ -116,7 +115,7 @@ def cached_features(
         CacheError: The disk is full, the folder cannot be written, or the GPU's memory is too
             small.
     """
-    device = next(model.levels.parameters()).device
+    device = model.device
     if placement == "gpu" and device.type != "cuda":
         raise ValueError(f"cache placement 'gpu' needs the model on a GPU, it is on {device}")
     root = default_cache_root() if root is None else root
@@ -222,7 +221,7 @@ def _build(
     progress: Callable[[int], object] | None,
 ) -> dict[str, Any]:
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    device = next(model.levels.parameters()).device
+    device = model.device
     failures: list[dict[str, Any]] = []
     try:
         with contextlib.ExitStack() as stack:

@@ -3,38 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
-import os
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 
-from rlr_fast.config import RLRConfig, TrainConfig
-from rlr_fast.data import DataSet, ImageFailure, Sample
+from rlr_fast.config import RLRConfig, TrainConfig, TrainExecution
+from rlr_fast.data import DataSet, ImageFailure, Sample, describe_images
 from rlr_fast.data.files import write_atomically
-from rlr_fast.functional import Backend
+from rlr_fast.models.environment import environment, start_device
+from rlr_fast.models.precision import check_precision
 from rlr_fast.models.rlr import RLRModel, Standardize
 from rlr_fast.training.calibration import CALIBRATION_FILE, calibrate
 from rlr_fast.training.distributed import Processes, processes
-from rlr_fast.training.environment import environment
-from rlr_fast.training.feature_cache import PLACEMENTS, Placement, cached_features
+from rlr_fast.training.feature_cache import cached_features
 from rlr_fast.training.features import Features, FreshFeatures
 from rlr_fast.training.progress import progress_bar
 from rlr_fast.training.run_dir import TrainingError, check_folder, write_settings
-from rlr_fast.training.trainer import Loop
+from rlr_fast.training.trainer import Trainer
 from rlr_fast.visualization import loss_curve
 
 CURVE_FILE = "loss.png"
-
-# Where the features of the training images lie; "none" makes them again in every epoch.
-CACHES: tuple[str, ...] = (*PLACEMENTS, "none")
 
 
 @dataclass(frozen=True)
@@ -60,22 +55,15 @@ def train(
     recipe: TrainConfig,
     data: DataSet,
     out: Path,
+    execution: TrainExecution = TrainExecution(),
     *,
-    device: torch.device,
     resume: bool = False,
-    backend: Backend = "auto",
-    cache_root: Path | None = None,
-    cache: Placement | Literal["none"] = "auto",
-    compiled: bool = False,
-    grad_checkpointing: bool = False,
-    piece: int | None = None,
-    workers: int | None = None,
     quiet: bool = False,
     progress: Callable[[str, int], object] = lambda what, images: None,
 ) -> TrainResult:
     """Train one model on the normal images of all classes and leave a checkpoint in ``out``.
 
-    Minimises eq. 13-14 with Adam. The features of the frozen backbone are computed once. Images are
+    Minimizes eq. 13-14 with Adam. The features of the frozen backbone are computed once. Images are
     shuffled and perturbed by numbers that depend on seed, epoch, step and process alone, so that a
     resumed run sees what an uninterrupted one sees.
 
@@ -91,19 +79,9 @@ def train(
         out: Folder of the run: ``config.json``, ``model.safetensors``,
             ``training_state.safetensors``, ``run.json``, ``history.jsonl``, a TensorBoard log,
             ``loss.png``, ``calibration.json``. The first process alone reads and writes it.
-        device: Where to train.
+        execution: Where and how to train; the result depends on it by rounding alone.
         resume: Go on from the last finished epoch of the run in ``out``, if there is one. Another
             number of processes may go on; the result is then not that of one uninterrupted run.
-        backend: Backend of the attention operators.
-        cache_root: Folder of feature caches.
-        cache: Where the cached features lie while training; ``none`` keeps none and makes them
-            from the files in every epoch.
-        compiled: Compile the reconstructors; with CUDA graphs on a GPU. Off by default: it pays
-            for runs of many epochs, and changes rounding.
-        grad_checkpointing: Less memory for more time, see `RLRModel.set_grad_checkpointing`.
-        piece: Images of a step whose activations lie in memory at once; their gradients add up to
-            those of the whole step, to rounding. Halved where a GPU's memory is too small.
-        workers: Threads that decode images.
         quiet: No progress bar.
         progress: Called with ``"features"`` or ``"train"`` and the number of images done since the
             last call; a resumed run first tells those of its finished epochs.
@@ -111,6 +89,7 @@ def train(
     Raises:
         ValueError: A class has no training images, an option does not fit the device, or the
             processes were not given the same run.
+        BackendError: The backend cannot run on the device.
         TrainingError: ``out`` holds another run, the disk is full, the loss is not finite, or there
             are more processes than images.
         CacheError: The feature cache cannot be written.
@@ -118,85 +97,69 @@ def train(
     """
     with processes() as group:
         with group.together():
-            _check_request(recipe, data, device, piece, group)
+            device = start_device(execution)
+            _check_request(recipe, data, device, group)
             record = {
                 "model": config.to_dict(),
                 "recipe": dataclasses.asdict(recipe),
                 "data": describe_images(data, data.train),
-                "processes": group.count,
+                "processes": group.world_size,
             }
-            if group.leads:
+            if group.is_main:
                 check_folder(out, record, resume)
             torch.manual_seed(recipe.seed)
-            model = RLRModel(config, backend=backend).to(device)
-            model.set_grad_checkpointing(grad_checkpointing)
+            model = RLRModel(config, backend=execution.backend).to(device)
+            model.set_grad_checkpointing(execution.grad_checkpointing)
         group.agree(_decisive(record, model))
-        features, samples, failures = _features(
-            model, data, cache_root, cache, workers, quiet, progress, group
-        )
+        features, samples, failures = _features(model, data, execution, quiet, progress, group)
         if config.standardize:
             _fit_standardization(model, features, group)
-        loop = Loop(
-            model, recipe, features, out, group, compiled, piece, partial(progress, "train")
+        trainer = Trainer(
+            model,
+            recipe,
+            features,
+            out,
+            group,
+            compile=execution.compile,
+            micro_batch_size=execution.micro_batch_size,
+            progress=partial(progress, "train"),
         )
         with group.together():
-            if group.leads:
+            if group.is_main:
                 record["environment"] = environment(device)
                 record["way"] = {
-                    "backend": backend,
-                    "compiled": compiled,
-                    "grad_checkpointing": grad_checkpointing,
-                    "piece": piece,
+                    "backend": execution.backend,
+                    "compiled": execution.compile,
+                    "grad_checkpointing": execution.grad_checkpointing,
+                    "piece": execution.micro_batch_size,
                 }
                 write_settings(out, config.to_json(), record)
-        loop.go(quiet)
+        trainer.fit(quiet)
         calibration = calibrate(model, features, [s.category for s in samples], group)
         with group.together():
-            if group.leads:
+            if group.is_main:
                 write_atomically(out / CALIBRATION_FILE, json.dumps(calibration, indent=2))
-                if loop.history:
-                    loss_curve(loop.history, out / CURVE_FILE)
-        speeds = [row["images_per_s"] for row in loop.history]
+                if trainer.history:
+                    loss_curve(trainer.history, out / CURVE_FILE)
+        speeds = [row["images_per_s"] for row in trainer.history]
         speed = statistics.median(speeds) if speeds else math.nan
-        return TrainResult(out, loop.history, failures, speed)
-
-
-def describe_images(data: DataSet, images: Mapping[str, Sequence[Sample]]) -> dict[str, Any]:
-    """Say which of a set's images a run takes, by names and sizes, wherever the folder lies."""
-    digest, count = hashlib.sha256(), 0
-    for samples in images.values():
-        for sample in samples:
-            name = os.path.relpath(sample.path, data.root)
-            size = sample.path.stat().st_size if sample.path.exists() else None
-            digest.update(os.fsencode(f"{name}\0{size}\n"))
-            count += 1
-    return {
-        "root": str(data.root),
-        "layout": data.layout,
-        "classes": list(data.classes),
-        "images": count,
-        "files_digest": digest.hexdigest(),
-    }
+        return TrainResult(out, trainer.history, failures, speed)
 
 
 def _check_request(
     recipe: TrainConfig,
     data: DataSet,
     device: torch.device,
-    piece: int | None,
     processes: Processes,
 ) -> None:
     data.require_train()
-    if piece is not None and piece < 1:
-        raise ValueError(f"piece must be positive, got {piece=}")
-    if recipe.precision == "fp16" and device.type != "cuda":
-        raise ValueError(f"precision fp16 needs a CUDA device, got device={str(device)!r}")
-    if processes.count > 1 and device.type not in ("cpu", "cuda"):
+    check_precision(recipe.precision, device)
+    if processes.world_size > 1 and device.type not in ("cpu", "cuda"):
         raise ValueError(f"several processes need device cpu or cuda, got {str(device)!r}")
     images = sum(map(len, data.train.values()))
-    if images < processes.count:
+    if images < processes.world_size:
         raise TrainingError(
-            f"{images} training images cannot be shared among {processes.count} processes; "
+            f"{images} training images cannot be shared among {processes.world_size} processes; "
             f"start {images} at most"
         )
 
@@ -212,43 +175,41 @@ def _decisive(record: dict[str, Any], model: RLRModel) -> dict[str, Any]:
 def _features(
     model: RLRModel,
     data: DataSet,
-    root: Path | None,
-    cache: Placement | Literal["none"],
-    workers: int | None,
+    execution: TrainExecution,
     quiet: bool,
     progress: Callable[[str, int], object],
     processes: Processes,
 ) -> tuple[Features, list[Sample], list[ImageFailure]]:
     """Return the features of this process's share, their samples, and all processes' failures."""
     samples = [sample for group in data.train.values() for sample in group]
-    mine = samples[processes.rank :: processes.count]
+    mine = samples[processes.rank :: processes.world_size]
     with (
         processes.together(),
-        progress_bar("features", len(mine), quiet or not processes.leads) as bar,
+        progress_bar("features", len(mine), quiet or not processes.is_main) as bar,
     ):
-        threads = processes.workers(workers)
+        threads = processes.workers(execution.workers)
 
         def done(images: int) -> None:
             bar.update(images)
             progress("features", images)
 
         features: Features
-        if cache == "none":
+        if execution.cache == "none":
             features = FreshFeatures(model, mine, threads, done)
         else:
             features = cached_features(
                 model,
                 mine,
-                root,
-                cache,
+                execution.cache_dir,
+                execution.cache,
                 workers=threads,
                 progress=done,
-                sharers=processes.here,
+                sharers=processes.local_world_size,
             )
-    shares = processes.exchange(features.failures)
+    shares = processes.all_gather(features.failures)
     failures = sorted(
         (
-            ImageFailure(rank + processes.count * failure.index, failure.error)
+            ImageFailure(rank + processes.world_size * failure.index, failure.error)
             for rank, share in enumerate(shares)
             for failure in share
         ),
@@ -277,7 +238,7 @@ def _fit_standardization(model: RLRModel, features: Features, processes: Process
             for total, level in zip(sums, tokens, strict=True):
                 values = level.flatten(0, 1).double()
                 total += torch.stack((values.sum(0), values.square().sum(0)))
-    shares = processes.exchange((len(features), [total.cpu() for total in sums]))
+    shares = processes.all_gather((len(features), [total.cpu() for total in sums]))
     images = sum(count for count, _ in shares)
     for j, (module, (height, width)) in enumerate(zip(modules, model.backbone.grids, strict=True)):
         total = torch.stack([share[j] for _, share in shares]).sum(0)

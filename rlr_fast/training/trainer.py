@@ -1,4 +1,4 @@
-"""The training loop: the same steps to the bit, however often a run is stopped and resumed."""
+"""The trainer: the same steps to the bit, however often a run is stopped and resumed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from rlr_fast.config import TrainConfig
+from rlr_fast.models.precision import autocast
 from rlr_fast.models.rlr import RLRModel
 from rlr_fast.training.distributed import Processes
 from rlr_fast.training.features import Features
@@ -29,9 +29,9 @@ from rlr_fast.training.run_dir import (
     read_checkpoint,
 )
 
-_log = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
-_LOG_EVERY = 20  # steps between two looks at the loss: each look waits for the device
+_LOG_EVERY = 20  # steps: to read the loss waits for the device
 
 
 def step_shares(counts: Sequence[int], rank: int, batch_size: int) -> list[int]:
@@ -51,58 +51,62 @@ def step_shares(counts: Sequence[int], rank: int, batch_size: int) -> list[int]:
     return [int((owners[i : i + batch_size] == rank).sum()) for i in starts]
 
 
-@dataclass
-class Loop:
-    """Training of one model on features, from the run's last checkpoint to its last epoch.
+class Trainer:
+    """Trains one model on features, from the run's last checkpoint to its last epoch.
 
-    Attributes:
+    Args:
         model: On its device.
         recipe: Epochs, batch size, learning rate, precision, seed.
         features: This process's share of the training images.
         out: The run's folder.
         processes: Those that train together.
-        compiled: Compile the reconstructors (`torch.compile`; CUDA graphs on a GPU).
-        piece: Images of a step whose activations lie in memory at once; None is all of them.
+        compile: Compile the reconstructors (`torch.compile`; CUDA graphs on a GPU).
+        micro_batch_size: Images of a step whose activations lie in memory at once; None is all.
         progress: Called with the images of the epochs that are done already, then of each step.
+
+    Attributes:
         history: Rows of the log.
         epoch: Finished epochs.
     """
 
-    model: RLRModel
-    recipe: TrainConfig
-    features: Features
-    out: Path
-    processes: Processes
-    compiled: bool = False
-    piece: int | None = None
-    progress: Callable[[int], object] = lambda _: None
-    history: list[Row] = field(default_factory=list)
-    epoch: int = 0
-
-    def __post_init__(self) -> None:
-        self.device = next(self.model.levels.parameters()).device
-        self.level_parameters = [list(level.parameters()) for level in self.model.levels]
+    def __init__(
+        self,
+        model: RLRModel,
+        recipe: TrainConfig,
+        features: Features,
+        out: Path,
+        processes: Processes,
+        *,
+        compile: bool = False,
+        micro_batch_size: int | None = None,
+        progress: Callable[[int], object] = lambda _: None,
+    ) -> None:
+        self.model, self.recipe, self.features, self.out = model, recipe, features, out
+        self.processes, self.progress = processes, progress
+        self.compile, self.micro_batch_size = compile, micro_batch_size
+        self.history: list[Row] = []
+        self.epoch = 0
+        self.device = model.device
+        self.level_parameters = [list(level.parameters()) for level in model.levels]
         self.parameters = [p for group in self.level_parameters for p in group]
-        self.optimizer = torch.optim.Adam(self.parameters, lr=self.recipe.lr, fused=True)
-        self.scaler = torch.amp.GradScaler(
-            self.device.type, enabled=self.recipe.precision == "fp16"
-        )
-        counts = self.processes.exchange(len(self.features))
+        self.optimizer = torch.optim.Adam(self.parameters, lr=recipe.lr, fused=True)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.precision == "fp16")
+        counts = processes.all_gather(len(features))
         self.images = sum(counts)
-        self.shares = step_shares(counts, self.processes.rank, self.recipe.batch_size)
+        self.shares = step_shares(counts, processes.rank, recipe.batch_size)
         self.steps = len(self.shares)
         self.noise = torch.Generator(self.device)
         self.pending: list[tuple[Tensor, Tensor]] = []
         self.terms = [f"level_{j}" for j in range(len(self.level_parameters))]
-        if self.model.config.diversity > 0:
+        if model.config.diversity > 0:
             self.terms.append("diversity")
-        self.since = (0, 0.0)  # images seen and time of the last look at the loss
-        self.distances: Callable[..., list[Tensor]] = self.model.distances
-        if self.compiled:
+        self.since = (0, 0.0)  # images seen and time when the loss was last logged
+        self.distances: Callable[..., list[Tensor]] = model.distances
+        if compile:
             mode = "reduce-overhead" if self.device.type == "cuda" else "default"
-            self.distances = torch.compile(self.model.distances, mode=mode, dynamic=False)
+            self.distances = torch.compile(model.distances, mode=mode, dynamic=False)
 
-    def go(self, quiet: bool) -> None:
+    def fit(self, quiet: bool) -> None:
         """Train to the last epoch.
 
         Raises:
@@ -113,7 +117,7 @@ class Loop:
         self.progress(self.epoch * self.images)
         if self.epoch >= self.recipe.epochs:
             with self.processes.together():
-                if self.processes.leads:  # it may have been killed before its last file
+                if self.processes.is_main:  # it may have been killed before its last file
                     with CheckpointWriter(self.out, self.epoch) as checkpoints:
                         checkpoints.write(self._checkpoint())
             return
@@ -122,19 +126,19 @@ class Loop:
             initial=self.epoch * self.images,
             unit="img",
             desc="train",
-            disable=quiet or not self.processes.leads,
+            disable=quiet or not self.processes.is_main,
         )
         self.model.train()
         with bar, CheckpointWriter(self.out, self.epoch) as checkpoints:
             log = None
             with self.processes.together():
-                if self.processes.leads:
+                if self.processes.is_main:
                     log = SummaryWriter(str(self.out), purge_step=self.epoch * self.steps + 1)
             while self.epoch < self.recipe.epochs:
                 self._train_epoch(bar, log, checkpoints)
                 self.epoch += 1
                 with self.processes.together():
-                    if self.processes.leads:
+                    if self.processes.is_main:
                         self._save(checkpoints)
         if log is not None:
             log.close()
@@ -154,7 +158,7 @@ class Loop:
             self.progress(self._count(step))
             self.since = (self.since[0] + self._count(step), self.since[1])
             if len(self.pending) == _LOG_EVERY or i + 1 == self.steps:
-                self._look(step, bar, log, checkpoints)
+                self._log(step, bar, log, checkpoints)
 
     # A step; nothing in it waits for the device.
 
@@ -162,8 +166,8 @@ class Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.lr * self._schedule(step)
         losses = self._gradients(step, tokens)
-        self.processes.add_gradients(self.parameters)
-        self.processes.add(losses)
+        self.processes.all_reduce_gradients(self.parameters)
+        self.processes.all_reduce(losses)
         self.scaler.unscale_(self.optimizer)
         norms = torch.stack([self._clip(group) for group in self.level_parameters])
         self.scaler.step(self.optimizer)
@@ -173,28 +177,28 @@ class Loop:
     def _gradients(self, step: int, tokens: list[Tensor]) -> Tensor:
         """Leave this process's part of the gradients; return its part of each term of the loss.
 
-        The processes' parts, and those of the pieces of a share, add up to the whole.
+        The processes' parts, and those of a share's micro-batches, add up to the whole.
         """
         noise = self._noise(step, tokens)
         while True:
             self.optimizer.zero_grad(set_to_none=True)
             try:
                 losses = torch.zeros(len(self.terms), device=self.device)
-                for some, its_noise in self._pieces(tokens, noise):
-                    part = self._losses(step, some, its_noise)
+                for micro_batch in self._micro_batches(tokens, noise):
+                    part = self._losses(step, *micro_batch)
                     self.scaler.scale(part.sum()).backward()
                     losses += part.detach()
                 return losses
             except torch.OutOfMemoryError:
-                images = min(len(tokens[0]), self.piece or len(tokens[0]))
+                images = min(len(tokens[0]), self.micro_batch_size or len(tokens[0]))
                 if images == 1:
                     raise
-                self.piece = math.ceil(images / 2)
-                _log.warning(
+                self.micro_batch_size = math.ceil(images / 2)
+                _logger.warning(
                     "out of memory with %d images at once; going on with %d at once, which changes "
                     "no more than rounding",
                     images,
-                    self.piece,
+                    self.micro_batch_size,
                 )
 
     def _noise(self, step: int, tokens: list[Tensor]) -> list[Tensor] | None:
@@ -203,24 +207,19 @@ class Loop:
         self.noise.manual_seed(self._seed(step))
         return [torch.randn(t.shape, generator=self.noise, device=self.device) for t in tokens]
 
-    def _pieces(
+    def _micro_batches(
         self, tokens: list[Tensor], noise: list[Tensor] | None
     ) -> Iterator[tuple[list[Tensor], list[Tensor] | None]]:
         images = len(tokens[0])
-        piece = self.piece or images
-        for start in range(0, images, max(1, piece)):
-            some = slice(start, start + piece)
-            yield [t[some] for t in tokens], None if noise is None else [n[some] for n in noise]
+        size = self.micro_batch_size or images
+        for start in range(0, images, max(1, size)):
+            rows = slice(start, start + size)
+            yield [t[rows] for t in tokens], None if noise is None else [n[rows] for n in noise]
 
     def _losses(self, step: int, tokens: list[Tensor], noise: list[Tensor] | None) -> Tensor:
-        if self.compiled:
+        if self.compile:
             torch.compiler.cudagraph_mark_step_begin()
-        precision = self.recipe.precision
-        with torch.autocast(
-            self.device.type,
-            torch.float16 if precision == "fp16" else torch.bfloat16,
-            enabled=precision != "fp32",
-        ):
+        with autocast(self.device, self.recipe.precision):
             distances = self.distances(tokens, noise)
         losses = [d.mean(1).sum() / self._count(step) for d in distances]
         if self.model.config.diversity > 0:  # by the images: the parts of a step add up to one
@@ -253,10 +252,10 @@ class Loop:
 
     # What the user sees
 
-    def _look(
+    def _log(
         self, step: int, bar: Any, log: SummaryWriter | None, checkpoints: CheckpointWriter
     ) -> None:
-        """Read the losses since the last look; stop at the first that is not finite."""
+        """Log the losses since the last row; stop at the first that is not finite."""
         losses = torch.stack([loss for loss, _ in self.pending]).double().cpu()
         norms = torch.stack([norm for _, norm in self.pending]).double().cpu()
         first = step + 1 - len(self.pending)
@@ -321,7 +320,7 @@ class Loop:
         )
 
     def _load(self) -> None:
-        saved = self.processes.from_leader(lambda: read_checkpoint(self.out))
+        saved = self.processes.broadcast(lambda: read_checkpoint(self.out))
         if saved is None:
             return
         self.model.check_backbone(dict(saved.metadata), self.out)

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rlr_fast.config import InferenceExecution
 from rlr_fast.data import (
     DataSet,
     Sample,
@@ -20,9 +21,8 @@ from rlr_fast.data import (
     load_sample_mask,
     pick_samples,
 )
-from rlr_fast.inference.batches import DEFAULT_BATCH
 from rlr_fast.models.rlr import RLRModel
-from rlr_fast.visualization import ComparisonRow, PrincipalColours, RunView, Scale, comparison_sheet
+from rlr_fast.visualization import ComparisonRow, PrincipalColors, RunView, Scale, comparison_sheet
 from rlr_fast.visualization.decoder import Decoder
 
 
@@ -109,7 +109,7 @@ def reconstruction_sheets(
     place = check_runs(runs, level)
     data.require_test()
     for run in runs:
-        run.model.eval()
+        run.model.eval().prepare_for_inference()
     config, grid = runs[0].model.config, runs[0].model.backbone.grids[place]
     note = (
         f"features: {grid[0]} × {grid[1]} tokens of level {config.out_indices[place]}, first three "
@@ -183,9 +183,11 @@ def _rows(
     runs: Sequence[Run], shown: Sequence[_Shown], place: int, decoder: Decoder | None
 ) -> list[ComparisonRow]:
     first = runs[0].model
-    device = next(first.levels.parameters()).device
+    device = first.device
     images = torch.stack([one.image for one in shown])
-    tokens = [first.tokens(batch.to(device)) for batch in images.split(DEFAULT_BATCH)]
+    tokens = [
+        first.tokens(batch.to(device)) for batch in images.split(InferenceExecution.batch_size)
+    ]
 
     def compared(batches: list[list[Tensor]]) -> Tensor:  # (n, N, C) of the shown level
         return torch.cat([first.standardize[place](levels[place]).cpu() for levels in batches])
@@ -197,7 +199,7 @@ def _rows(
         return list((255 * pictures.clamp(0, 1)).round().byte().permute(0, 2, 3, 1).numpy())
 
     originals, grid = compared(tokens), first.backbone.grids[place]
-    colours = PrincipalColours(originals.flatten(0, 1))
+    colours = PrincipalColors(originals.flatten(0, 1))
     views: list[list[RunView]] = []  # of each run
     for run in runs:
         scored = [run.model.predict_tokens(levels) for levels in tokens]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import errno
 import threading
 
@@ -12,6 +13,7 @@ from conftest import save_picture
 from PIL import Image
 
 from rlr_fast import RLRModel
+from rlr_fast.config import InferenceExecution
 from rlr_fast.data import load_image
 from rlr_fast.inference import predict as predict_module
 from rlr_fast.inference.predict import find_images, predict
@@ -98,15 +100,17 @@ def test_a_picture_shows_the_image_its_map_and_both(model, five, tmp_path):
 
 
 def test_batch_size_changes_nothing_but_rounding(model, five, tmp_path):
-    one = predict(model, five, tmp_path / "one", None, batch_size=1)
-    three = predict(model, five, tmp_path / "three", None, batch_size=3)
+    one = predict(model, five, tmp_path / "one", None, InferenceExecution(batch_size=1))
+    three = predict(model, five, tmp_path / "three", None, InferenceExecution(batch_size=3))
     assert list(one.scores) == list(three.scores) == [file.path for file in five]
     assert list(one.scores.values()) == pytest.approx(list(three.scores.values()), rel=1e-5)
 
 
 def test_bf16_is_near_fp32_and_not_the_same(model, five, tmp_path):
     full = predict(model, five, tmp_path / "fp32", None).scores.values()
-    half = predict(model, five, tmp_path / "bf16", None, precision="bf16").scores.values()
+    half = predict(
+        model, five, tmp_path / "bf16", None, InferenceExecution(precision="bf16")
+    ).scores.values()
     assert list(full) != list(half) and list(full) == pytest.approx(list(half), rel=0.05)
 
 
@@ -142,13 +146,19 @@ def test_a_picture_smaller_than_a_tile_is_a_failure_of_that_file(model, tmp_path
         pytest.param({"batch_size": 0}, "batch_size must be positive", id="batch"),
         pytest.param({"workers": 0}, "workers must be positive", id="workers"),
         pytest.param({"precision": "fp8"}, "no choice 'fp8'", id="precision"),
+        pytest.param({"device": "cuda"}, "device must be the model's, cpu", id="device"),
+        pytest.param({"backend": "dense"}, "backend must be the model's, 'auto'", id="backend"),
+        pytest.param({"compile": True}, "compile needs a compiled model", id="compile"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_is_written(
     model, five, tmp_path, options, message
 ):
+    options = dict(options)
     with pytest.raises(ValueError, match=message):
-        predict(model, five, tmp_path / "out", None, **options)
+        names = {field.name for field in dataclasses.fields(InferenceExecution)}
+        execution = InferenceExecution(**{n: options.pop(n) for n in names & options.keys()})
+        predict(model, five, tmp_path / "out", None, execution, **options)
     assert not (tmp_path / "out").exists()
 
 
@@ -158,7 +168,9 @@ def test_a_full_disk_is_an_error_and_the_scores_so_far_stay(model, five, tmp_pat
 
     monkeypatch.setattr(predict_module, "_draw", full)
     with pytest.raises(OSError, match="No space left"):
-        predict(model, five, tmp_path / "out", (0.0, 1.0), batch_size=1, workers=1)
+        predict(
+            model, five, tmp_path / "out", (0.0, 1.0), InferenceExecution(batch_size=1, workers=1)
+        )
     assert 1 < len(rows(tmp_path / "out/results.csv")) <= 6
 
 
@@ -171,7 +183,14 @@ def test_an_interruption_loses_neither_rows_nor_pictures(model, five, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        predict(model, five, tmp_path / "out", (0.0, 1.0), batch_size=2, progress=stop)
+        predict(
+            model,
+            five,
+            tmp_path / "out",
+            (0.0, 1.0),
+            InferenceExecution(batch_size=2),
+            progress=stop,
+        )
     assert len(rows(tmp_path / "out/results.csv")) == 5
     assert len(list((tmp_path / "out/pictures").rglob("*.png"))) == 4
     assert not [t for t in threading.enumerate() if t.name.startswith(("writer", "images"))]
@@ -185,7 +204,7 @@ def test_the_model_goes_on_while_a_picture_is_written(model, five, tmp_path, mon
     )
     waited = []
     monkeypatch.setattr(predict_module, "_draw", lambda *_: waited.append(scored_again.wait(30)))
-    predict(model, five, tmp_path / "out", (0.0, 1.0), batch_size=1)
+    predict(model, five, tmp_path / "out", (0.0, 1.0), InferenceExecution(batch_size=1))
     assert waited == [True] * 5
 
 
@@ -193,8 +212,10 @@ def test_fp16_needs_a_gpu(model, five, tmp_path, device):
     if device.type == "cuda":
         model.to(device)
         full = predict(model, five, tmp_path / "fp32", None).scores.values()
-        half = predict(model, five, tmp_path / "fp16", None, precision="fp16").scores.values()
+        half = predict(
+            model, five, tmp_path / "fp16", None, InferenceExecution(precision="fp16")
+        ).scores.values()
         assert list(full) == pytest.approx(list(half), rel=0.05)
     else:
         with pytest.raises(ValueError, match="fp16 needs a CUDA device, got device='cpu'"):
-            predict(model, five, tmp_path / "out", None, precision="fp16")
+            predict(model, five, tmp_path / "out", None, InferenceExecution(precision="fp16"))

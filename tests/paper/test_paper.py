@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import errno
 import io
 import json
 import math
@@ -21,6 +22,7 @@ from PIL import Image
 
 from rlr_fast import RLRConfig, TrainConfig
 from rlr_fast.cli import main
+from rlr_fast.config import TrainExecution
 from rlr_fast.data import DataSet, read_dataset
 from rlr_fast.data.files import alone_in, write_atomically
 from rlr_fast.inference.metrics import HEADINGS
@@ -30,18 +32,17 @@ from rlr_fast.paper.tables import CLASSES, LEVELS, PER_LEVEL, TABLES, Row
 from rlr_fast.paper.time_left import TimeLeft
 from rlr_fast.training import run_dir
 from rlr_fast.training.run_dir import TrainingError
-from rlr_fast.training.trainer import Loop
+from rlr_fast.training.trainer import Trainer
 
-CPU = torch.device("cpu")
 SHORT = dataclasses.replace(BRIEF, epochs=2)
 TABLE = TABLES["perturbation"]
 FIELDS = {item.name for item in dataclasses.fields(RLRConfig)}
 
 
 def run(dataset, out, tmp_path, table=TABLE, config=SMALL, recipe=SHORT, **options):
-    options = {"seeds": 1, "quiet": True, "cache_root": tmp_path / "cache"} | options
-    options = {"tell": lambda line: None, "device": CPU} | options
-    return run_table(table, config, recipe, dataset, out, **options)
+    execution = TrainExecution(device="cpu", cache_dir=tmp_path / "cache")
+    options = {"seeds": 1, "quiet": True, "tell": lambda line: None} | options
+    return run_table(table, config, recipe, dataset, out, execution, **options)
 
 
 def content(out):
@@ -149,18 +150,18 @@ def test_what_is_finished_is_not_run_again(dataset, tmp_path, monkeypatch):
 
 def test_an_interrupted_table_ends_as_an_uninterrupted_one(dataset, tmp_path, monkeypatch):
     run(dataset, tmp_path / "whole", tmp_path)
-    save = Loop._save
+    save = Trainer._save
 
     def stop_in_the_second_run(self, checkpoints):
         save(self, checkpoints)
         if self.model.config.perturbation == 0 and self.epoch == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Loop, "_save", stop_in_the_second_run)
+    monkeypatch.setattr(Trainer, "_save", stop_in_the_second_run)
     with pytest.raises(KeyboardInterrupt):
         run(dataset, tmp_path / "halves", tmp_path)
     assert [row["seeds"] for row in content(tmp_path / "halves")["rows"]] == [[0], []]
-    monkeypatch.setattr(Loop, "_save", save)
+    monkeypatch.setattr(Trainer, "_save", save)
     run(dataset, tmp_path / "halves", tmp_path)
     for name in ("table.json", "table.csv", "table.md"):
         assert (tmp_path / "whole" / name).read_text() == (tmp_path / "halves" / name).read_text()
@@ -412,7 +413,7 @@ def test_a_killed_command_leaves_the_folder_free(dataset, tmp_path):
 
 def test_a_folder_that_cannot_be_locked_is_told(dataset, tmp_path, monkeypatch, caplog):
     def no_locks(*_):
-        raise OSError(38, "Function not implemented")
+        raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr("fcntl.flock", no_locks)
     assert not run(dataset, tmp_path / "out", tmp_path, only=["on"]).failed

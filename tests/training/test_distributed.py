@@ -23,14 +23,15 @@ import torch
 from conftest import make_tree, save_picture
 
 from rlr_fast import RLRConfig, RLRModel, TrainConfig, cli
+from rlr_fast.config import TrainExecution
 from rlr_fast.data import read_dataset
 from rlr_fast.functional import unsupported_reason
 from rlr_fast.inference.evaluate import evaluate
+from rlr_fast.models.environment import choose_device
 from rlr_fast.training import run_dir
 from rlr_fast.training.distributed import PeerError, Processes, processes
-from rlr_fast.training.environment import choose_device
 from rlr_fast.training.train import train
-from rlr_fast.training.trainer import Loop, step_shares
+from rlr_fast.training.trainer import Trainer, step_shares
 
 CPU = torch.device("cpu")
 MODEL = RLRConfig(
@@ -79,7 +80,7 @@ def work(folder: Path) -> None:
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
                 code = cli.main([str(word) for word in argv])
             found[name] = (code, out.getvalue(), err.getvalue())
-            group.exchange(name)
+            group.all_gather(name)
 
         def train_argv(out: str, model: RLRConfig, recipe: TrainConfig, data: Path = data) -> list:
             argv = ["train", data, "--out", folder / out, *flags(model), *flags(recipe)]
@@ -126,7 +127,7 @@ def work(folder: Path) -> None:
         if rank == 1:
             os._exit(0)  # without a word
         try:
-            group.exchange("anybody there?")
+            group.all_gather("anybody there?")
         except PeerError as error:
             (folder / "lost.json").write_text(json.dumps([str(error), error.told]))
 
@@ -142,7 +143,7 @@ def ddp_difference(group: Processes, backend: str) -> float | None:
     alone = copy.deepcopy(model)
     torch.stack([m.mean() for m in alone(images).level_maps]).sum().backward()
     shared = torch.nn.parallel.DistributedDataParallel(model)
-    mine = images[group.rank :: group.count]
+    mine = images[group.rank :: group.world_size]
     torch.stack([m.mean() for m in shared(mine).level_maps]).sum().backward()
     pairs = zip(alone.levels.parameters(), model.levels.parameters(), strict=True)
     return max(float((a.grad - b.grad).abs().max() / a.grad.abs().max()) for a, b in pairs)
@@ -165,7 +166,10 @@ def folder(tmp_path_factory):
         path.write_bytes(b"no image")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    # torchrun's processes look for modules beside the script alone.
+    tests = str(Path(__file__).parents[1])
+    paths = os.pathsep.join(filter(None, (tests, os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     with subprocess.Popen(
         [*launcher, __file__, str(folder)],
         env=environment,
@@ -189,11 +193,12 @@ def found(folder):
 @pytest.fixture(scope="module")
 def alone(folder):
     """A run of one process with all images in a step, on as many threads as torchrun gives."""
-    options = {"device": CPU, "quiet": True, "cache_root": folder / "cache"}
+    execution = TrainExecution(device="cpu", cache_dir=folder / "cache")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the number of threads decides how features are rounded
     try:
-        return train(MODEL, WHOLE, read_dataset(folder / "data"), folder / "alone", **options)
+        data = read_dataset(folder / "data")
+        return train(MODEL, WHOLE, data, folder / "alone", execution, quiet=True)
     finally:
         torch.set_num_threads(threads)
 
@@ -317,7 +322,8 @@ def test_another_number_of_processes_may_resume_and_is_told(folder, tmp_path, ca
     shutil.copytree(folder / "steps", tmp_path / "run")
     recipe = NOISY, STEPS, read_dataset(folder / "data"), tmp_path / "run"
     with caplog.at_level(logging.WARNING):
-        train(*recipe, device=CPU, quiet=True, resume=True, cache_root=folder / "cache")
+        execution = TrainExecution(device="cpu", cache_dir=folder / "cache")
+        train(*recipe, execution, quiet=True, resume=True)
     assert "begun by 2 process(es) and goes on with 1" in caplog.text
 
 
@@ -340,7 +346,7 @@ def test_steps_have_a_whole_batch_and_every_image_once(counts, batch):
 
 
 def test_processes_do_not_repeat_each_others_numbers(dataset, tmp_path):
-    class Seeds(Loop):
+    class Seeds(Trainer):
         def __init__(self, rank: int) -> None:
             self.recipe, self.processes = STEPS, Processes(rank)
 

@@ -18,6 +18,7 @@ import torch
 from conftest import BRIEF, SMALL, make_tree
 
 from rlr_fast import RLRModel
+from rlr_fast.config import TrainExecution
 from rlr_fast.data import read_dataset
 from rlr_fast.models.backbone import BackboneWeightsError
 from rlr_fast.training import run_dir
@@ -25,14 +26,14 @@ from rlr_fast.training.distributed import Processes
 from rlr_fast.training.feature_cache import cached_features
 from rlr_fast.training.run_dir import TrainingError
 from rlr_fast.training.train import train
-from rlr_fast.training.trainer import Loop
-
-CPU = torch.device("cpu")
+from rlr_fast.training.trainer import Trainer
 
 
 def run(dataset, out, tmp_path, config=SMALL, recipe=BRIEF, **options):
-    options = {"device": CPU, "quiet": True, "cache_root": tmp_path / "cache"} | options
-    return train(config, recipe, dataset, out, **options)
+    names = {field.name for field in dataclasses.fields(TrainExecution)}
+    given = {name: options.pop(name) for name in names & options.keys()}
+    execution = TrainExecution(device="cpu", cache_dir=tmp_path / "cache", **given)
+    return train(config, recipe, dataset, out, execution, **{"quiet": True} | options)
 
 
 def weights(out):
@@ -85,17 +86,17 @@ def test_resumed_run_ends_with_the_same_bits(dataset, tmp_path, monkeypatch, set
     recipe = dataclasses.replace(BRIEF, epochs=4, **setting)
     config = dataclasses.replace(SMALL, standardize=True)
     run(dataset, tmp_path / "whole", tmp_path, config, recipe)
-    save = Loop._save
+    save = Trainer._save
 
     def stop_after_two(self, checkpoints):
         save(self, checkpoints)
         if self.epoch == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Loop, "_save", stop_after_two)
+    monkeypatch.setattr(Trainer, "_save", stop_after_two)
     with pytest.raises(KeyboardInterrupt):
         run(dataset, tmp_path / "halves", tmp_path, config, recipe)
-    monkeypatch.setattr(Loop, "_save", save)
+    monkeypatch.setattr(Trainer, "_save", save)
     torch.rand(7)  # the global generator's state does not matter
     result = run(dataset, tmp_path / "halves", tmp_path, config, recipe, resume=True)
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "halves"))
@@ -165,7 +166,7 @@ def test_kill_9_at_any_moment_then_resume_ends_with_the_same_bits(tree, tmp_path
 
 
 def test_loss_that_is_not_finite_stops_with_step_and_level(dataset, tmp_path, monkeypatch):
-    step = Loop._step
+    step = Trainer._step
 
     def poison(self, index, tokens):
         if index == 4:
@@ -173,7 +174,7 @@ def test_loss_that_is_not_finite_stops_with_step_and_level(dataset, tmp_path, mo
                 self.model.levels[1].token_out.bias.fill_(torch.nan)
         step(self, index, tokens)
 
-    monkeypatch.setattr(Loop, "_step", poison)
+    monkeypatch.setattr(Trainer, "_step", poison)
     with pytest.raises(TrainingError, match=r"loss of level 1 is not finite at step 4 \(epoch 2\)"):
         run(dataset, tmp_path / "run", tmp_path)
     assert all(v.isfinite().all() for v in weights(tmp_path / "run").values())
@@ -222,7 +223,7 @@ def test_resume_with_other_images_is_refused_and_keeps_the_record(dataset, tmp_p
 
 def test_a_run_that_finished_no_epoch_leaves_its_folder_free(dataset, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(Loop, "_step", lambda *_: 1 / 0)
+        patch.setattr(Trainer, "_step", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(dataset, tmp_path / "run", tmp_path)
     run(dataset, tmp_path / "run", tmp_path, recipe=dataclasses.replace(BRIEF, lr=2e-3))
@@ -305,10 +306,10 @@ def test_seed_decides_order_and_noise(dataset, tmp_path):
     drawn = set()
     for seed in range(8):
         recipe = dataclasses.replace(BRIEF, seed=seed)
-        loop = Loop.__new__(Loop)
-        loop.recipe, loop.processes = recipe, Processes()
+        trainer = Trainer.__new__(Trainer)
+        trainer.recipe, trainer.processes = recipe, Processes()
         for index in (-2, -1, 0, 1):
-            generator = torch.Generator().manual_seed(loop._seed(index))
+            generator = torch.Generator().manual_seed(trainer._seed(index))
             drawn.add(float(torch.randn(1, generator=generator, dtype=torch.float64)))
     assert len(drawn) == 32
 
@@ -325,33 +326,36 @@ def test_features_made_each_time_train_as_kept_ones_do(dataset, tmp_path, standa
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)  # a batch's make-up changes rounding
 
 
-def test_pieces_add_up_to_the_step(dataset, tmp_path):
+def test_micro_batches_add_up_to_the_step(dataset, tmp_path):
     whole = run(dataset, tmp_path / "whole", tmp_path)
-    pieces = run(dataset, tmp_path / "pieces", tmp_path, piece=3)
+    parts = run(dataset, tmp_path / "parts", tmp_path, micro_batch_size=3)
     for name in ("loss", "grad_norm"):
         expected = [row[name] for row in whole.history]
-        assert [row[name] for row in pieces.history] == pytest.approx(expected, rel=1e-4)
-    with pytest.raises(ValueError, match="piece must be positive, got piece=0"):
-        run(dataset, tmp_path / "none", tmp_path, piece=0)
+        assert [row[name] for row in parts.history] == pytest.approx(expected, rel=1e-4)
+    with pytest.raises(
+        ValueError, match="micro_batch_size must be positive, got micro_batch_size=0"
+    ):
+        run(dataset, tmp_path / "none", tmp_path, micro_batch_size=0)
 
 
-def test_diversity_counts_once_a_step_over_pieces_and_processes(tmp_path):
+def test_diversity_counts_once_per_step_over_micro_batches_and_processes(tmp_path):
     config = dataclasses.replace(SMALL, perturbation=0.0, references=3, diversity=0.5)
     model = RLRModel(config)
     tokens = model.tokens(torch.rand(5, 3, *SMALL.image_size))
     names = [name for name, _ in model.levels.named_parameters()]
 
     class Share(Processes):
-        def exchange(self, value):
+        def all_gather(self, value):
             return [4, 1]
 
-    def gradients(rank, some, piece):
+    def gradients(rank, part, size):
         recipe = dataclasses.replace(BRIEF, batch_size=5)
-        loop = Loop(model, recipe, range(len(some[0])), tmp_path, Share(rank), piece=piece)
-        losses = loop._gradients(0, some)
+        features = range(len(part[0]))
+        trainer = Trainer(model, recipe, features, tmp_path, Share(rank), micro_batch_size=size)
+        losses = trainer._gradients(0, part)
         return losses, {n: p.grad.clone() for n, p in model.levels.named_parameters()}
 
-    # Pieces of 3 and 1 in the one process, of 1 in the other.
+    # Micro-batches of 3 and 1 in the one process, of 1 in the other.
     first, grads = gradients(0, [t[:4] for t in tokens], 3)
     second, more = gradients(1, [t[4:] for t in tokens], None)
     levels = torch.stack([d.mean() for d in model.distances(tokens)])
@@ -375,7 +379,9 @@ def test_diversity_is_a_term_of_its_own_in_the_log(dataset, tmp_path):
     assert not torch.equal(end.levels[0].blocks[0].theta, start.levels[0].blocks[0].theta)
 
 
-def test_too_little_memory_halves_the_pieces_and_says_so(dataset, tmp_path, monkeypatch, caplog):
+def test_too_little_memory_halves_the_micro_batch_and_says_so(
+    dataset, tmp_path, monkeypatch, caplog
+):
     whole = run(dataset, tmp_path / "whole", tmp_path)
     distances = RLRModel.distances
 
@@ -419,7 +425,7 @@ def test_compiled_training_is_the_same_to_rounding(dataset, tmp_path, monkeypatc
     monkeypatch.setattr(torch, "compile", quick)
     recipe = dataclasses.replace(BRIEF, epochs=2, batch_size=10)
     whole = run(dataset, tmp_path / "whole", tmp_path, config, recipe)
-    result = run(dataset, tmp_path / "run", tmp_path, config, recipe, compiled=True)
+    result = run(dataset, tmp_path / "run", tmp_path, config, recipe, compile=True)
     expected = [row["loss"] for row in whole.history]
     assert [row["loss"] for row in result.history] == pytest.approx(expected, rel=1e-4)
 
@@ -436,7 +442,7 @@ def test_a_slow_disk_does_not_hold_training_up(dataset, tmp_path, monkeypatch):
             assert done.wait(60)
         write(out, checkpoint)
 
-    train_epoch = Loop._train_epoch
+    train_epoch = Trainer._train_epoch
 
     def watched(self, *arguments):
         if self.epoch == 4:
@@ -444,7 +450,7 @@ def test_a_slow_disk_does_not_hold_training_up(dataset, tmp_path, monkeypatch):
         train_epoch(self, *arguments)
 
     monkeypatch.setattr(run_dir, "write_checkpoint", slow)
-    monkeypatch.setattr(Loop, "_train_epoch", watched)
+    monkeypatch.setattr(Trainer, "_train_epoch", watched)
     run(dataset, tmp_path / "run", tmp_path, recipe=recipe)
     assert began[0] == 1 and began[-1] == 6 and not {2, 3, 4} & set(began)
     assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))

@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 
+from rlr_fast.config import ExecutionConfig
+from rlr_fast.functional import resolve_backend
+
 _PACKAGES = ("rlr_fast", "torch", "triton", "timm", "numpy", "scipy", "scikit-learn", "pillow")
 
 
@@ -50,6 +53,28 @@ def choose_device(name: str = "auto") -> torch.device:
             f"device must be one that is available, got {name!r} ({first_line})"
         ) from error
     return device
+
+
+def start_device(execution: ExecutionConfig) -> torch.device:
+    """Return the device of an execution, made this process's own and able to run the backend.
+
+    Raises:
+        ValueError: See `choose_device`.
+        BackendError: The backend cannot run on the device.
+    """
+    device = choose_device(execution.device)
+    resolve_backend(execution.backend, device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # nothing of this process shall lie on another's GPU
+    return device
+
+
+def default_workers() -> int:
+    """Threads that decode images: the processors this process may use, 8 at most."""
+    # sched_getaffinity sees the limits of a container or a batch queue; only Linux has it.
+    if hasattr(os, "sched_getaffinity"):
+        return min(8, len(os.sched_getaffinity(0)))
+    return min(8, os.cpu_count() or 1)
 
 
 def device_name(device: torch.device) -> str:
