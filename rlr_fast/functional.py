@@ -67,7 +67,7 @@ def local_cross_attention(
         grid: Token grid (H, W), N = H·W.
         window: Odd side, or (height, width), in tokens.
         scale: Factor of the scores; ``None`` is ``d**-0.5``.
-        backend: ``"auto"`` takes the fastest path that runs here; any other is honoured or refused.
+        backend: ``"auto"`` takes the fastest path that runs here; any other is honored or refused.
 
     Returns:
         (B, h, N, d) in the query's dtype, or in autocast's dtype where autocast is on.
@@ -102,7 +102,7 @@ def masked_learnable_key_attention(
         grid: Token grid (H, W), N = H·W.
         window: Odd side, or (height, width), in tokens.
         scale: Factor of the scores; ``None`` is ``d**-0.5``.
-        backend: ``"auto"`` takes the fastest path that runs here; any other is honoured or refused.
+        backend: ``"auto"`` takes the fastest path that runs here; any other is honored or refused.
 
     Returns:
         (B, h, N, d) in the query's dtype, or in autocast's dtype where autocast is on.
@@ -173,7 +173,7 @@ class PreparedReference(NamedTuple):
     Attributes:
         keys: (2h, N, d), MLKA's heads, then LCA's.
         value: (h, N, d), LCA's.
-        bound: (2h,), the largest norm of a head's keys, which are then centred and in log2 units,
+        bound: (2h,), the largest norm of a head's keys, which are then centered and in log2 units,
             as the Triton kernels take them; ``None``: the keys are as projected.
         path: The path to take, "triton", "tiled" or "dense".
     """

@@ -74,7 +74,7 @@ def _key_gradients(
     INSIDE: tl.constexpr, WINDOWED: tl.constexpr, DQ: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Accumulate the queries of one or two neighbouring blocks of keys, as `_attend` does."""
+    """Accumulate the queries of one or two neighboring blocks of keys, as `_attend` does."""
     TESTED: tl.constexpr = WINDOWED or N % BLOCK_M != 0 or N % (BLOCKS * BLOCK_N) != 0
     offs_a = start_n + tl.arange(0, BLOCK_N)
     offs_b = offs_a + BLOCK_N

@@ -119,7 +119,7 @@ def predict(
         tile: Score every picture at its own resolution, in tiles of this side or (height, width);
             see `rlr_fast.inference.tiling.predict_tiled`. A picture smaller than a tile is a
             failure. By default pictures are resized to the model's image size.
-        overlap: Pixels that neighbouring tiles share at least; an eighth of the tile by default.
+        overlap: Pixels that neighboring tiles share at least; an eighth of the tile by default.
         progress: Called with the number of files done since the last call.
 
     Returns:

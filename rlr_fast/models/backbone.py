@@ -100,7 +100,7 @@ class Backbone(nn.Module):
         """Return the feature maps [(B, C_j, h_j, w_j)] of ``images``.
 
         Args:
-            images: (B, 3, H, W) RGB: uint8, or floating point in [0, 1]. Normalised here, as the
+            images: (B, 3, H, W) RGB: uint8, or floating point in [0, 1]. Normalized here, as the
                 network was trained.
 
         Raises:
@@ -120,7 +120,7 @@ class Backbone(nn.Module):
 
 
 def neighborhood_mean(maps: Tensor, p: int) -> Tensor:
-    """Average over p x p neighbours, stride 1 (eq. 1-2); zeros outside the map are counted.
+    """Average over p x p neighbors, stride 1 (eq. 1-2); zeros outside the map are counted.
 
     Args:
         maps: (B, C, h, w).
