@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from rlr_fast.functional import Backend, window_pair
-
 Window = tuple[int, int]
+Backend = Literal["auto", "triton", "tiled", "dense"]
 Attention = Literal["self", "cross", "mlka", "lca"]
 Fusion = Literal["fixed", "learned"]
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -90,6 +89,20 @@ def check_branches(attention: Sequence[str], fusion: str, references: int = 1) -
         f"1 without the branch lca, which alone sees more (attention={attention!r})",
         references,
     )
+
+
+def window_pair(window: int | Sequence[int]) -> Window:
+    """Return a window as (height, width).
+
+    Raises:
+        ValueError: ``window`` is neither an odd positive integer nor a pair of them.
+    """
+    pair = (window, window) if isinstance(window, int) else window
+    if not isinstance(pair, Sequence) or len(pair) != 2 or not all(type(v) is int for v in pair):
+        raise ValueError(f"window must be an odd integer or a pair of them, got {window=}")
+    if any(side < 1 or side % 2 == 0 for side in pair):
+        raise ValueError(f"window must be odd and positive, got {window=}")
+    return pair[0], pair[1]
 
 
 def short_windows(windows: Iterable[Any]) -> list[Any]:
