@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import safetensors.torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
-if sys.platform == "win32":
-    import msvcrt
-else:
-    import fcntl
-
 LOCK_FILE = ".lock"
+
+# What a file system without locks answers.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 _log = logging.getLogger(__name__)
 
@@ -79,21 +78,23 @@ def alone_in(folder: Path) -> Iterator[None]:
     The system itself frees the lock with the process, however that ends.
 
     Args:
-        folder: Made where it is missing; ``LOCK_FILE`` stays in it.
+        folder: Made where it is missing.
 
     Raises:
         BlockingIOError: Another process is in it.
         OSError: The folder cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOCK_FILE, "ab") as file:
-        try:
-            if sys.platform == "win32":
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            raise BlockingIOError(f"another process works in {str(folder)!r}") from error
-        except OSError as error:
-            _log.warning("%s cannot be locked (%s): let no other command work there", folder, error)
+    lock = FileLock(folder / LOCK_FILE)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise BlockingIOError(f"another process works in {str(folder)!r}") from None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        _log.warning("%s cannot be locked (%s): let no other command work there", folder, error)
+    try:
         yield
+    finally:
+        lock.release()

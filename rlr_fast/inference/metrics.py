@@ -15,10 +15,9 @@ A region is a connected component of one ground truth mask, diagonal neighbours 
 normal pixels of all images, the anomalous images too. The curve is cut at ``max_fpr`` by linear
 interpolation. Numbers from 200 equidistant thresholds, as some papers report, differ slightly.
 
-AUROC, AP and F1-max are those of scikit-learn (``roc_auc_score``, ``average_precision_score`` and
-the best point of ``precision_recall_curve``). They are computed here because scikit-learn would
-sort the pixels of a class once a metric; one sort, which carries the region of each pixel along,
-serves all four pixel metrics.
+Image metrics are scikit-learn's. Pixel metrics are computed here: one sort, which carries the region
+of each pixel along, serves all four. With a sort each by scikit-learn for the first three they take
+22 times the CPU time (median of 5 pairs on 200 maps of 256 x 256) and three times the memory.
 
 A metric without meaning is NaN: without an anomalous or without a normal sample there is nothing to
 tell apart.
@@ -33,6 +32,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
+from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 HEADINGS = {
     "image_auroc": "I-AUROC",
@@ -55,7 +55,7 @@ def class_metrics(
     masks: ArrayLike,
     max_fpr: float = 0.3,
 ) -> dict[str, float]:
-    """Computes the seven metrics of one class; the formulas stand at the top of this module.
+    """Return the seven metrics of one class; the formulas stand at the top of this module.
 
     Takes about five times the memory of float32 ``score_maps`` on top of its arguments.
 
@@ -78,7 +78,8 @@ def class_metrics(
     """
     image_scores, image_labels = _scored("scores", scores, "labels", labels, ndim=1)
     pixel_scores, pixel_labels = _scored("score_maps", score_maps, "masks", masks, ndim=3)
-    _check_max_fpr(max_fpr)
+    if not 0 < max_fpr <= 1:
+        raise ValueError(f"max_fpr must be in (0, 1], got {max_fpr=}")
     if len(pixel_scores) != len(image_scores):
         raise ValueError(
             "score_maps must have as many images as scores, "
@@ -90,90 +91,39 @@ def class_metrics(
             "masks must be empty where labels is False, "
             f"got anomalous pixels in image {int(contradictory.argmax())}"
         )
-    image = _labelled_curve(image_scores, image_labels)
-    pixel = _region_curve(pixel_scores, pixel_labels)
     values = (
-        _auroc(image),
-        _average_precision(image),
-        _f1_max(image),
-        _auroc(pixel),
-        _average_precision(pixel),
-        _f1_max(pixel),
-        _aupro(pixel, max_fpr),
+        *_image_metrics(image_scores, image_labels),
+        *_pixel_metrics(pixel_scores, pixel_labels, max_fpr),
     )
     return dict(zip(HEADINGS, values, strict=True))
 
 
-def auroc(scores: ArrayLike, labels: ArrayLike) -> float:
-    """Computes the area under the ROC curve: how often an anomaly scores above a normal sample.
-
-    Args:
-        scores: Any shape, floating point, higher means more anomalous.
-        labels: True for an anomalous sample, the shape of ``scores``, bool.
-
-    Returns:
-        A fraction, or NaN unless both kinds of samples are present.
-
-    Raises:
-        ValueError: For a wrong shape or dtype, or a score that is NaN or infinite.
-    """
-    return _auroc(_labelled_curve(*_scored("scores", scores, "labels", labels)))
-
-
-def average_precision(scores: ArrayLike, labels: ArrayLike) -> float:
-    """Computes the average precision: the mean precision over the steps in recall.
-
-    Args:
-        scores: Any shape, floating point, higher means more anomalous.
-        labels: True for an anomalous sample, the shape of ``scores``, bool.
-
-    Returns:
-        A fraction, or NaN unless both kinds of samples are present.
-
-    Raises:
-        ValueError: For a wrong shape or dtype, or a score that is NaN or infinite.
-    """
-    return _average_precision(_labelled_curve(*_scored("scores", scores, "labels", labels)))
+def _image_metrics(
+    scores: NDArray[np.floating], labels: NDArray[np.bool_]
+) -> tuple[float, float, float]:
+    if labels.all() or not labels.any():
+        return (math.nan,) * 3
+    precision, recall, _ = precision_recall_curve(labels, scores)
+    # Both are 0 where nothing but normal images scores as high.
+    f1 = 2 * precision * recall / np.maximum(precision + recall, np.finfo(float).tiny)
+    return (
+        float(roc_auc_score(labels, scores)),
+        float(average_precision_score(labels, scores)),
+        float(f1.max()),
+    )
 
 
-def f1_max(scores: ArrayLike, labels: ArrayLike) -> float:
-    """Computes the F1 score at the best of all thresholds.
-
-    Args:
-        scores: Any shape, floating point, higher means more anomalous.
-        labels: True for an anomalous sample, the shape of ``scores``, bool.
-
-    Returns:
-        A fraction, or NaN unless both kinds of samples are present.
-
-    Raises:
-        ValueError: For a wrong shape or dtype, or a score that is NaN or infinite.
-    """
-    return _f1_max(_labelled_curve(*_scored("scores", scores, "labels", labels)))
-
-
-def aupro(score_maps: ArrayLike, masks: ArrayLike, max_fpr: float = 0.3) -> float:
-    """Computes the area under the per-region overlap curve, exactly: every score is a threshold.
-
-    Args:
-        score_maps: Pixel scores, (n, H, W), floating point, higher means more anomalous.
-        masks: True for an anomalous pixel, (n, H, W), bool.
-        max_fpr: False positive rate up to which the overlap is integrated, in (0, 1].
-
-    Returns:
-        The area divided by ``max_fpr``, or NaN unless both kinds of pixels are present.
-
-    Raises:
-        ValueError: For a wrong shape or dtype, a score that is NaN or infinite, or ``max_fpr``
-            outside (0, 1].
-    """
-    pixel_scores, pixel_labels = _scored("score_maps", score_maps, "masks", masks, ndim=3)
-    _check_max_fpr(max_fpr)
-    return _aupro(_region_curve(pixel_scores, pixel_labels), max_fpr)
+def _pixel_metrics(
+    score_maps: NDArray[np.floating], masks: NDArray[np.bool_], max_fpr: float
+) -> tuple[float, float, float, float]:
+    curve = _curve(score_maps, masks)
+    if curve is None:
+        return (math.nan,) * 4
+    return _auroc(curve), _average_precision(curve), _f1_max(curve), _aupro(curve, max_fpr)
 
 
 def mean_metrics(per_class: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Averages each metric over the classes, every class with the same weight.
+    """Return the mean of each metric over the classes, every class with the same weight.
 
     A class in which a metric is undefined (NaN) is left out of the mean of that metric, and of no
     other. A metric that no class defines is NaN.
@@ -208,7 +158,7 @@ def format_table(
     mean: Mapping[str, float],
     columns: Sequence[str] | None = None,
 ) -> str:
-    """Formats metrics as a plain-text table in percent: a row a class, a rule, the mean.
+    """Return metrics as a plain-text table in percent: a row per class, a rule, the mean.
 
     Args:
         per_class: The metrics of each class, as fractions.
@@ -261,28 +211,18 @@ class _Curve:
     overlap: NDArray[np.float64]  # (thresholds,), mean over the regions of the part above
 
 
-def _labelled_curve(scores: NDArray[np.floating], labels: NDArray[np.bool_]) -> _Curve | None:
-    """The curve of samples that form one region, or None where it has no meaning."""
-    return _curve(scores.ravel(), labels.ravel().astype(np.uint32))
-
-
-def _region_curve(score_maps: NDArray[np.floating], masks: NDArray[np.bool_]) -> _Curve | None:
-    """The curve of pixels, their regions told apart, or None where it has no meaning."""
-    regions = np.zeros(masks.shape, dtype=np.uint32)
+def _curve(score_maps: NDArray[np.floating], masks: NDArray[np.bool_]) -> _Curve | None:
+    """Return the curve of pixels, their regions told apart, or None where it has no meaning."""
+    regions = np.zeros(masks.shape, dtype=np.uint32)  # 0 for normal pixels, else the region, from 1
     count = 0
     for i in np.flatnonzero(masks.any(axis=(1, 2))):
         labelled, found = ndimage.label(masks[i], structure=_EIGHT_CONNECTED)
         regions[i] = np.where(labelled > 0, labelled + count, 0)
         count += found
-    return _curve(score_maps.reshape(-1), regions.reshape(-1))
-
-
-def _curve(scores: NDArray[np.floating], regions: NDArray[np.uint32]) -> _Curve | None:
-    """Sorts samples (n,) with regions (n,), 0 for normal and 1, 2, ... for anomalous ones."""
-    areas = np.bincount(regions, minlength=1)  # (1 + regions,)
+    areas = np.bincount(regions.reshape(-1), minlength=1)  # (1 + regions,)
     if areas[0] == 0 or len(areas) == 1:
         return None
-    last, regions = _sort_descending(scores, regions)
+    last, regions = _sort_descending(score_maps.reshape(-1), regions.reshape(-1))
     anomalous = np.flatnonzero(regions)  # (P,), ranks
     above = np.flatnonzero(last) + 1  # (distinct scores,), samples at or above each
 
@@ -300,7 +240,7 @@ def _curve(scores: NDArray[np.floating], regions: NDArray[np.uint32]) -> _Curve 
 def _sort_descending(
     scores: NDArray[np.floating], regions: NDArray[np.uint32]
 ) -> tuple[NDArray[np.bool_], NDArray[np.uint32]]:
-    """Sorts by falling score; returns where a run of equal scores ends, and the sorted regions.
+    """Sort by falling score; return where a run of equal scores ends, and the sorted regions.
 
     The bits of a float32, read as an integer, keep its order once the negative numbers are
     reversed. Above a sample's region in one 64-bit integer they sort in place by NumPy's vectorized
@@ -329,32 +269,24 @@ def _ends_of_runs(values: NDArray[np.generic]) -> NDArray[np.bool_]:
     return last
 
 
-def _auroc(curve: _Curve | None) -> float:
-    if curve is None:
-        return math.nan
+def _auroc(curve: _Curve) -> float:
     tp, fp = curve.true_positives, curve.false_positives
     # Twice the area in whole numbers: exact below 4e9 samples.
     area = np.dot(np.diff(fp, prepend=0), tp + np.concatenate([[0], tp[:-1]]))
     return int(area) / (2 * int(tp[-1]) * int(fp[-1]))
 
 
-def _average_precision(curve: _Curve | None) -> float:
-    if curve is None:
-        return math.nan
+def _average_precision(curve: _Curve) -> float:
     tp, fp = curve.true_positives, curve.false_positives
     return float(np.dot(np.diff(tp, prepend=0), tp / (tp + fp)) / tp[-1])
 
 
-def _f1_max(curve: _Curve | None) -> float:
-    if curve is None:
-        return math.nan
+def _f1_max(curve: _Curve) -> float:
     tp, fp = curve.true_positives, curve.false_positives
     return float(np.max(2 * tp / (tp + fp + tp[-1])))
 
 
-def _aupro(curve: _Curve | None, max_fpr: float) -> float:
-    if curve is None:
-        return math.nan
+def _aupro(curve: _Curve, max_fpr: float) -> float:
     fpr = np.concatenate([[0.0], curve.false_positives / curve.false_positives[-1]])
     overlap = np.concatenate([[0.0], curve.overlap])
     inside = int(np.searchsorted(fpr, max_fpr, side="right"))
@@ -372,9 +304,9 @@ def _scored(
     scores: ArrayLike,
     labels_name: str,
     labels: ArrayLike,
-    ndim: int | None = None,
+    ndim: int,
 ) -> tuple[NDArray[np.floating], NDArray[np.bool_]]:
-    """Checks scores and the labels that go with them; widens float16, which has no fast sort."""
+    """Check scores and the labels that go with them; widen float16, which has no fast sort."""
     score_array, label_array = np.asarray(scores), np.asarray(labels)
     if score_array.dtype.kind != "f":
         raise ValueError(f"{scores_name} must be floating point, got {score_array.dtype}")
@@ -382,7 +314,7 @@ def _scored(
         raise ValueError(
             f"{labels_name} must be bool, got {label_array.dtype} (compare with a threshold first)"
         )
-    if ndim is not None and score_array.ndim != ndim:
+    if score_array.ndim != ndim:
         expected = {1: "(n,)", 3: "(n, H, W)"}[ndim]
         raise ValueError(f"{scores_name} must have shape {expected}, got {score_array.shape}")
     if score_array.shape != label_array.shape:
@@ -396,8 +328,3 @@ def _scored(
     if score_array.dtype == np.float16:
         score_array = score_array.astype(np.float32)
     return score_array, label_array
-
-
-def _check_max_fpr(max_fpr: float) -> None:
-    if not 0 < max_fpr <= 1:
-        raise ValueError(f"max_fpr must be in (0, 1], got {max_fpr=}")

@@ -8,12 +8,12 @@ from __future__ import annotations
 from rlr_fast.visualization.comparisons import ComparisonRow, RunView, comparison_sheet
 from rlr_fast.visualization.curves import loss_curve
 from rlr_fast.visualization.heat_maps import Scale, heat_map, overlay, prediction_picture
-from rlr_fast.visualization.principal import PrincipalColours
+from rlr_fast.visualization.principal import PrincipalColors
 from rlr_fast.visualization.sheets import SheetRow, sample_sheet
 
 __all__ = [
     "ComparisonRow",
-    "PrincipalColours",
+    "PrincipalColors",
     "RunView",
     "Scale",
     "SheetRow",

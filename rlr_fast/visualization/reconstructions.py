@@ -22,7 +22,7 @@ from rlr_fast.data import (
     pick_samples,
 )
 from rlr_fast.models.rlr import RLRModel
-from rlr_fast.visualization import ComparisonRow, PrincipalColours, RunView, Scale, comparison_sheet
+from rlr_fast.visualization import ComparisonRow, PrincipalColors, RunView, Scale, comparison_sheet
 from rlr_fast.visualization.decoder import Decoder
 
 
@@ -109,7 +109,7 @@ def reconstruction_sheets(
     place = check_runs(runs, level)
     data.require_test()
     for run in runs:
-        run.model.eval()
+        run.model.eval().prepare_for_inference()
     config, grid = runs[0].model.config, runs[0].model.backbone.grids[place]
     note = (
         f"features: {grid[0]} × {grid[1]} tokens of level {config.out_indices[place]}, first three "
@@ -199,7 +199,7 @@ def _rows(
         return list((255 * pictures.clamp(0, 1)).round().byte().permute(0, 2, 3, 1).numpy())
 
     originals, grid = compared(tokens), first.backbone.grids[place]
-    colours = PrincipalColours(originals.flatten(0, 1))
+    colours = PrincipalColors(originals.flatten(0, 1))
     views: list[list[RunView]] = []  # of each run
     for run in runs:
         scored = [run.model.predict_tokens(levels) for levels in tokens]

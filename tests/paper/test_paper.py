@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import errno
 import io
 import json
 import math
@@ -33,7 +34,6 @@ from rlr_fast.training import run_dir
 from rlr_fast.training.run_dir import TrainingError
 from rlr_fast.training.trainer import Trainer
 
-CPU = torch.device("cpu")
 SHORT = dataclasses.replace(BRIEF, epochs=2)
 TABLE = TABLES["perturbation"]
 FIELDS = {item.name for item in dataclasses.fields(RLRConfig)}
@@ -413,7 +413,7 @@ def test_a_killed_command_leaves_the_folder_free(dataset, tmp_path):
 
 def test_a_folder_that_cannot_be_locked_is_told(dataset, tmp_path, monkeypatch, caplog):
     def no_locks(*_):
-        raise OSError(38, "Function not implemented")
+        raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr("fcntl.flock", no_locks)
     assert not run(dataset, tmp_path / "out", tmp_path, only=["on"]).failed

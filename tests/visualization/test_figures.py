@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 
 from rlr_fast.visualization import (
     ComparisonRow,
-    PrincipalColours,
+    PrincipalColors,
     RunView,
     SheetRow,
     comparison_sheet,
@@ -314,7 +314,7 @@ def test_sheet_refuses_wrong_arguments(rows, options, message, tmp_path):
 
 def test_colours_are_the_components_of_the_originals():
     tokens = torch.randn(400, 6) * torch.tensor([9.0, 0.1, 4.0, 0.1, 2.0, 0.1])
-    colours = PrincipalColours(tokens).paint(tokens, (20, 20)).reshape(400, 3).astype(float)
+    colours = PrincipalColors(tokens).paint(tokens, (20, 20)).reshape(400, 3).astype(float)
     for channel, column in enumerate((0, 2, 4)):  # by falling variance
         correlation = np.corrcoef(colours[:, channel], tokens[:, column])[0, 1]
         assert correlation > 0.98, channel  # the sign is fixed too
@@ -323,7 +323,7 @@ def test_colours_are_the_components_of_the_originals():
 
 def test_reconstructions_are_painted_in_the_range_of_the_originals():
     originals = torch.randn(400, 6) * torch.tensor([9.0, 0.1, 4.0, 0.1, 2.0, 0.1])
-    colours = PrincipalColours(originals)
+    colours = PrincipalColors(originals)
     alone = colours.paint(originals[:100], (10, 10))
     assert (
         alone == colours.paint(originals, (20, 20)).reshape(400, 3)[:100].reshape(10, 10, 3)
@@ -339,16 +339,17 @@ def test_reconstructions_are_painted_in_the_range_of_the_originals():
     ("tokens", "message"),
     [
         pytest.param(torch.randn(4, 2), "tokens must be .n, C.", id="two-channels"),
+        pytest.param(torch.randn(2, 4), "tokens must be .n, C.", id="two-tokens"),
         pytest.param(torch.full((4, 5), math.nan), "tokens must be finite", id="nan"),
     ],
 )
 def test_principal_colours_refuse_what_they_cannot_paint(tokens, message):
     with pytest.raises(ValueError, match=message):
-        PrincipalColours(tokens)
+        PrincipalColors(tokens)
 
 
 def test_constant_tokens_have_one_colour():
-    colours = PrincipalColours(torch.ones(16, 5)).paint(torch.ones(16, 5), (4, 4))
+    colours = PrincipalColors(torch.ones(16, 5)).paint(torch.ones(16, 5), (4, 4))
     assert (colours == colours[0, 0]).all()
 
 
