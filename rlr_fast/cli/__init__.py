@@ -2,7 +2,8 @@
 
 A verb is a function: its parameters are its flags, and its docstring is their help. The settings of
 model, recipe and execution are the fields of the dataclasses in `rlr_fast.config`. A verb imports
-what it works with when it is called, so help and mistakes need not wait for PyTorch.
+what it works with when it is called, so help and mistakes need not wait for PyTorch. May import
+everything; nothing but `__main__` imports it.
 """
 
 from __future__ import annotations

@@ -51,8 +51,9 @@ def train(
     from rlr_fast.data.words import counted
     from rlr_fast.inference.batches import load_model
     from rlr_fast.models.checkpoint import CheckpointError
+    from rlr_fast.training.decoder import train_decoder
     from rlr_fast.training.progress import progress_bar
-    from rlr_fast.visualization.decoder import check_decoder_file, save_decoder, train_decoder
+    from rlr_fast.visualization.decoder import check_decoder_file, save_decoder
 
     how = InferenceExecution(**execution)
     images = read_dataset(data, layout, classes)

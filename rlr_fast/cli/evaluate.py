@@ -60,12 +60,12 @@ def evaluate(
             if figures:
                 sheets = FigureOptions(out / "figures", given_scale(scale, checkpoint), per_defect)
             model = load_model(checkpoint, how, backbone_weights)
-            if group.leads:
+            if group.is_main:
                 out.mkdir(parents=True, exist_ok=True)
         total = sum(len(samples) for samples in images.test.values())
-        with progress_bar("eval", total, quiet or not group.leads) as bar:
+        with progress_bar("eval", total, quiet or not group.is_main) as bar:
             result = evaluate(model, images, how, figures=sheets, progress=bar.update)
-        if not group.leads:
+        if not group.is_main:
             return 0
     print(result.table(), flush=True)
     write_atomically(out / "metrics.json", result.to_json())

@@ -28,7 +28,7 @@ def describe(config: RLRConfig, device: torch.device) -> tuple[dict[str, Any], s
     import torch
 
     from rlr_fast.functional import resolve_backend, unsupported_reason
-    from rlr_fast.training.environment import environment
+    from rlr_fast.models.environment import environment
 
     values: dict[str, Any] = {"environment": environment(device)}
     values["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -132,7 +132,7 @@ def info(
         as_json: Write JSON.
     """
     from rlr_fast.models.checkpoint import CONFIG_FILE, read_config
-    from rlr_fast.training.environment import start_device
+    from rlr_fast.models.environment import start_device
 
     base = PRESETS[preset].model
     if checkpoint is not None:

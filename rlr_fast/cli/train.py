@@ -52,7 +52,7 @@ def train(
     from rlr_fast.training.train import train
 
     with processes() as group:
-        previous = group.from_leader(lambda: read_run(out) if resume else None)
+        previous = group.broadcast(lambda: read_run(out) if resume else None)
         with group.together():
             # A preset that is given counts, so that one that is not the run's is refused.
             base = PRESETS[preset or "paper"]
@@ -60,14 +60,14 @@ def train(
             if previous is not None and preset is None:
                 base_model = from_dict(RLRConfig, previous["model"])
                 base_recipe = from_dict(TrainConfig, previous["recipe"])
-            if resume and previous is None and group.leads:
+            if resume and previous is None and group.is_main:
                 _log.warning("there is no run in %s to resume; a new one begins", out)
             settings = from_dict(RLRConfig, model, base_model)
             training = from_dict(TrainConfig, recipe, base_recipe)
             how = TrainExecution(**execution)
             images = read_dataset(data, layout, classes)
         result = train(settings, training, images, out, how, resume=resume, quiet=quiet)
-        if not group.leads:
+        if not group.is_main:
             return 0
     figures = ""
     if result.history:

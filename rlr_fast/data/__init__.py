@@ -1,4 +1,7 @@
-"""Data sets on disk: reading, decoding and checking them."""
+"""Data sets on disk: reading, decoding and checking them; files, and threads that write them.
+
+May import `models`, for where the program runs, and what lies below it.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,7 @@ from rlr_fast.data.layouts import (
     LAYOUTS,
     DataSet,
     Sample,
+    describe_images,
     detect_layout,
     list_images,
     pick_samples,
@@ -40,6 +44,7 @@ __all__ = [
     "UnreadableImageError",
     "changed_contents",
     "check_dataset",
+    "describe_images",
     "detect_layout",
     "format_report",
     "iterate_images",

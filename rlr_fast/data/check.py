@@ -38,7 +38,6 @@ import numpy as np
 from rlr_fast.data.images import (
     UnreadableImageError,
     checked_size,
-    default_workers,
     open_image,
     read_mask,
     resize_mask,
@@ -53,6 +52,7 @@ from rlr_fast.data.layouts import (
     subfolders,
 )
 from rlr_fast.data.words import counted
+from rlr_fast.models.environment import default_workers
 
 _ERRORS = frozenset({"missing", "unreadable", "mask-size", "no-mask", "no-train"})
 _SHOWN_OF_A_KIND = 5

@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 from rlr_fast.data.images import (
     UnreadableImageError,
-    default_workers,
     open_image,
     read_mask,
     to_rgb,
 )
 from rlr_fast.data.layouts import DataSet, Sample
+from rlr_fast.models.environment import default_workers
 
 FILES = {"train": "training images", "test": "test images", "masks": "test masks"}
 """The kinds of files, in words."""

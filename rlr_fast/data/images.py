@@ -32,6 +32,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from rlr_fast.data.layouts import Sample
+from rlr_fast.models.environment import default_workers
 
 # What Pillow raised over 150,000 broken files: cut short, or with bytes changed.
 _BROKEN_FILE = (
@@ -264,14 +265,6 @@ def iterate_pictures(
     if workers < 1:
         raise ValueError(f"workers must be positive, got {workers=}")
     return _iterate(_paths(items), None, 1, workers)
-
-
-def default_workers() -> int:
-    """Threads that decode images: the processors this process may use, 8 at most."""
-    # sched_getaffinity sees the limits of a container or a batch queue; only Linux has it.
-    if hasattr(os, "sched_getaffinity"):
-        return min(8, len(os.sched_getaffinity(0)))
-    return min(8, os.cpu_count() or 1)
 
 
 def _paths(items: Sequence[Sample | str | os.PathLike[str]]) -> list[Path]:

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from rlr_fast.config import RLRConfig, TrainConfig
-from rlr_fast.data import Contents, DataSet, changed_contents
+from rlr_fast.data import Contents, DataSet, changed_contents, describe_images
 from rlr_fast.data.files import alone_in, write_atomically
 from rlr_fast.inference.metrics import HEADINGS
 from rlr_fast.training.run_dir import TrainingError, changed_settings
-from rlr_fast.training.train import describe_images
 
 SETTINGS_FILE = "settings.json"
 METRICS_FILE = "metrics.json"

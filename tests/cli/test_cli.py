@@ -218,7 +218,7 @@ def test_the_file_may_hold_every_flag_that_is_needed(trained, tmp_path):
     ("content", "message"),
     [
         ("alfa: 5", "did you mean 'alpha'"),
-        ("alpha: many", 'Invalid value for --alpha from --config'),
+        ("alpha: many", "Invalid value for --alpha from --config"),
         ("preset: papr", 'Did you mean "paper"?'),
         ("quiet: 3", "--quiet is true or false"),
         ("[1, 2", "is not YAML"),
@@ -235,7 +235,7 @@ def test_mistakes_in_the_file_are_told(content, message, trained, tmp_path, caps
     ("argv", "message"),
     [
         (["train", "DATA", "--out", "OUT", "--alfa", "3"], "Did you mean --alpha?"),
-        (["train", "DATA", "--out", "OUT", "--epochs", "few"], "--epochs: must be a whole number, got 'few'"),
+        (["train", "DATA", "--out", "OUT", "--epochs", "few"], "must be a whole number, got 'few'"),
         (["train", "DATA", "--out", "OUT", "--windows", "4"], "odd and positive"),
         (["train", "DATA", "--out", "OUT", "--preset", "papr"], "paper"),
         (["train", "DATA"], "--out is needed"),
