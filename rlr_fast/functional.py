@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from rlr_fast.config import Backend, window_pair
 from rlr_fast.ops import dense, tiled
 
 try:
@@ -23,7 +24,6 @@ except ModuleNotFoundError as error:  # Triton is not to be had on every platfor
         raise
     kernels = None  # type: ignore[assignment]
 
-Backend = Literal["auto", "triton", "tiled", "dense"]
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _DTYPE_NAMES = "float32, float64, bfloat16 or float16"
 
@@ -112,20 +112,6 @@ def masked_learnable_key_attention(
         BackendError: The requested backend cannot run here.
     """
     return _apply(_MLKA, query, key, value, grid, window, scale, backend)
-
-
-def window_pair(window: int | Sequence[int]) -> tuple[int, int]:
-    """Return a window as (height, width).
-
-    Raises:
-        ValueError: ``window`` is neither an odd positive integer nor a pair of them.
-    """
-    pair = (window, window) if isinstance(window, int) else window
-    if not isinstance(pair, Sequence) or isinstance(pair, str) or not _are_integers(pair):
-        raise ValueError(f"window must be an odd integer or a pair of them, got {window=}")
-    if any(side < 1 or side % 2 == 0 for side in pair):
-        raise ValueError(f"window must be odd and positive, got {window=}")
-    return pair[0], pair[1]
 
 
 def unsupported_reason(backend: str, device: torch.device | str) -> str | None:

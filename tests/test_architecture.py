@@ -13,9 +13,8 @@ PACKAGE = Path(__file__).parents[1] / "rlr_fast"
 
 # From the bottom; who stands on a floor imports from the floors below it.
 FLOORS = (
-    {"kernels", "ops"},
+    {"config", "kernels", "ops"},
     {"functional"},
-    {"config"},
     {"models"},
     {"data"},
     {"visualization"},

@@ -359,7 +359,7 @@ def test_processes_do_not_repeat_each_others_numbers(dataset, tmp_path):
 
 @pytest.mark.parametrize(
     "command",
-    ["demo", "data make d", "data check d", "predict p --checkpoint r --out o", "tune", "info"],
+    ["demo", "data make d", "data check d", "predict p --checkpoint r --out o", "info"],
 )
 def test_verbs_for_one_process_refuse_torchrun(command, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
