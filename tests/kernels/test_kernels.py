@@ -16,12 +16,12 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from rlr_fast.cli.tune import tune
 from tolerances import assert_within_budget, rounded_terms
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from rlr_fast import RLRModel
-from rlr_fast.cli.tune import tune
 from rlr_fast.functional import (
     block_attention,
     local_cross_attention,
