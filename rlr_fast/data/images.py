@@ -19,9 +19,7 @@ Every size is (height, width) in pixels.
 from __future__ import annotations
 
 import os
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +30,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from rlr_fast.data.layouts import Sample
+from rlr_fast.data.threads import default_workers, map_ahead
 
 # What Pillow raised over 150,000 broken files: cut short, or with bytes changed.
 _BROKEN_FILE = (
@@ -266,14 +265,6 @@ def iterate_pictures(
     return _iterate(_paths(items), None, 1, workers)
 
 
-def default_workers() -> int:
-    """Threads that decode images: the processors this process may use, 8 at most."""
-    # sched_getaffinity sees the limits of a container or a batch queue; only Linux has it.
-    if hasattr(os, "sched_getaffinity"):
-        return min(8, len(os.sched_getaffinity(0)))
-    return min(8, os.cpu_count() or 1)
-
-
 def _paths(items: Sequence[Sample | str | os.PathLike[str]]) -> list[Path]:
     return [item.path if isinstance(item, Sample) else Path(item) for item in items]
 
@@ -294,29 +285,28 @@ def _iterate(
             collected.clear()
         return batch
 
-    look_ahead = _PICTURES_AHEAD if size is None else max(batch_size, 2 * workers)
-    pending: deque[Future[tuple[torch.Tensor, tuple[int, int]]]] = deque()
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="images")
-    try:
-        submitted = 0
-        for index in range(len(paths)):
-            while submitted < len(paths) and len(pending) < look_ahead:
-                pending.append(pool.submit(_load_image, paths[submitted], size))
-                submitted += 1
-            try:
-                image, original_size = pending.popleft().result()
-            except UnreadableImageError as error:
-                failures.append(ImageFailure(index, error))
-                continue
-            indices.append(index)
-            images.append(image)
-            original_sizes.append(original_size)
-            if len(images) == batch_size:
-                yield take_batch()
-        if images or failures:
+    ahead = _PICTURES_AHEAD if size is None else max(batch_size, 2 * workers)
+    decoded = map_ahead(lambda path: _loaded(path, size), paths, workers, ahead)
+    for index, result in enumerate(decoded):
+        if isinstance(result, UnreadableImageError):
+            failures.append(ImageFailure(index, result))
+            continue
+        indices.append(index)
+        images.append(result[0])
+        original_sizes.append(result[1])
+        if len(images) == batch_size:
             yield take_batch()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    if images or failures:
+        yield take_batch()
+
+
+def _loaded(
+    path: Path, size: tuple[int, int] | None
+) -> tuple[torch.Tensor, tuple[int, int]] | UnreadableImageError:
+    try:
+        return _load_image(path, size)
+    except UnreadableImageError as error:
+        return error
 
 
 def resize_image(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

@@ -7,9 +7,9 @@ from itertools import pairwise
 
 import numpy as np
 
-from .canvas import Canvas, colour, mix, step
-from .noise import Array, Stream
-from .product import Fault, Product
+from rlr_fast.data.synthetic.canvas import Canvas, colour, mix, step
+from rlr_fast.data.synthetic.noise import Array, Stream
+from rlr_fast.data.synthetic.product import Fault, Product
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 from scipy import ndimage
 
-from . import noise
-from .noise import Array, Stream
+from rlr_fast.data.synthetic import noise
+from rlr_fast.data.synthetic.noise import Array, Stream
 
 # Two render pixels a side for each picture pixel: enough against stairs, as edges are soft already.
 SUPERSAMPLE = 2

@@ -11,10 +11,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from . import noise
-from .canvas import Canvas, colour, mix, step
-from .noise import Array, Stream
-from .product import Fault, Product
+from rlr_fast.data.synthetic import noise
+from rlr_fast.data.synthetic.canvas import Canvas, colour, mix, step
+from rlr_fast.data.synthetic.noise import Array, Stream
+from rlr_fast.data.synthetic.product import Fault, Product
 
 # Places tried for a defect before the best of them is taken.
 _TRIES = 60

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from . import noise
-from .canvas import Canvas, colour, mix, step
-from .noise import Array, Stream
-from .product import Fault, Product
+from rlr_fast.data.synthetic import noise
+from rlr_fast.data.synthetic.canvas import Canvas, colour, mix, step
+from rlr_fast.data.synthetic.noise import Array, Stream
+from rlr_fast.data.synthetic.product import Fault, Product
 
 
 def _background(canvas: Canvas, stream: Stream, code: str, grain: float) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .canvas import Canvas
-from .noise import Stream
+from rlr_fast.data.synthetic.canvas import Canvas
+from rlr_fast.data.synthetic.noise import Stream
 
 
 @dataclass(frozen=True)

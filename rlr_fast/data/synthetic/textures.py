@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from . import noise
-from .canvas import Canvas, colour, mix, step
-from .noise import Stream
-from .product import Fault, Product
+from rlr_fast.data.synthetic import noise
+from rlr_fast.data.synthetic.canvas import Canvas, colour, mix, step
+from rlr_fast.data.synthetic.noise import Stream
+from rlr_fast.data.synthetic.product import Fault, Product
 
 
 def _cloth(canvas: Canvas, stream: Stream, fault: Fault | None) -> None:
