@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rlr_fast.data.check import ClassReport, Problem, Report, check_dataset, format_report
-from rlr_fast.data.contents import Contents, changed_contents, read_contents
+from rlr_fast.data.contents import describe_images
 from rlr_fast.data.images import (
     ImageBatch,
     ImageFailure,
@@ -30,7 +30,6 @@ from rlr_fast.data.layouts import (
 __all__ = [
     "LAYOUTS",
     "ClassReport",
-    "Contents",
     "DataSet",
     "ImageBatch",
     "ImageFailure",
@@ -38,8 +37,8 @@ __all__ = [
     "Report",
     "Sample",
     "UnreadableImageError",
-    "changed_contents",
     "check_dataset",
+    "describe_images",
     "detect_layout",
     "format_report",
     "iterate_images",
@@ -50,7 +49,6 @@ __all__ = [
     "load_sample_mask",
     "open_image",
     "pick_samples",
-    "read_contents",
     "read_dataset",
     "read_image_size",
     "resize_image",

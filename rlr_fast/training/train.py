@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
-import os
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +16,7 @@ import torch
 
 from rlr_fast.config import RLRConfig, TrainConfig, TrainExecution
 from rlr_fast.data import DataSet, ImageFailure, Sample
+from rlr_fast.data.contents import describe_images
 from rlr_fast.data.files import write_atomically
 from rlr_fast.models.precision import check_precision
 from rlr_fast.models.rlr import RLRModel, Standardize
@@ -146,24 +145,6 @@ def train(
         speeds = [row["images_per_s"] for row in trainer.history]
         speed = statistics.median(speeds) if speeds else math.nan
         return TrainResult(out, trainer.history, failures, speed)
-
-
-def describe_images(data: DataSet, images: Mapping[str, Sequence[Sample]]) -> dict[str, Any]:
-    """Say which of a set's images a run takes, by names and sizes, wherever the folder lies."""
-    digest, count = hashlib.sha256(), 0
-    for samples in images.values():
-        for sample in samples:
-            name = os.path.relpath(sample.path, data.root)
-            size = sample.path.stat().st_size if sample.path.exists() else None
-            digest.update(os.fsencode(f"{name}\0{size}\n"))
-            count += 1
-    return {
-        "root": str(data.root),
-        "layout": data.layout,
-        "classes": list(data.classes),
-        "images": count,
-        "files_digest": digest.hexdigest(),
-    }
 
 
 def _check_request(

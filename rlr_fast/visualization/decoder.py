@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from rlr_fast.config import check_seed
 from rlr_fast.data import DataSet, ImageFailure, Sample, iterate_images
+from rlr_fast.data.contents import describe_images
 from rlr_fast.data.files import check_writable, write_atomically, write_tensors
 from rlr_fast.models.checkpoint import CheckpointError, read_weights
 from rlr_fast.models.rlr import RLRModel
 from rlr_fast.training.run_dir import TrainingError
-from rlr_fast.training.train import describe_images
 
 _KIND = "rlr_fast decoder"
 _META = "decoder"  # one entry: safetensors writes several in no fixed order
