@@ -174,6 +174,9 @@ def _calls(case: Case, batch: int, backend: str, exact: bool = False) -> Calls:
     if backend == AUTHORS and not exact:
         require_room(model, batch, step, DEVICE)
     model.train(step)
+    if not step:
+        with _autocast(exact):
+            model.prepare_for_inference()
     levels: Any = model.levels
     if case.part == "inference-from-images":
         size = (batch, 3, *CONFIG.image_size)

@@ -106,7 +106,8 @@ def score_batches(
 ) -> Iterator[tuple[T, Scores]]:
     """Score batches of images in their order.
 
-    A GPU works on a batch while the results of the one before it are read and used.
+    A GPU works on a batch while the results of the one before it are read and used. The model is
+    prepared for inference, see `RLRModel.prepare_for_inference`, where it is not yet.
 
     Args:
         model: A trained model, on its device.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rlr_fast.config import Window
 from rlr_fast.functional import Backend, window_pair
-from rlr_fast.models.block import Reconstructor
+from rlr_fast.models.reconstructor import Reconstructor
 
 _WINDOW_OF_GRID = {64: 11, 32: 7, 16: 5}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from rlr_fast.config import RLRConfig
 from rlr_fast.functional import Backend
 from rlr_fast.models.authors import load_reconstructors
 from rlr_fast.models.backbone import Backbone, neighborhood_mean
-from rlr_fast.models.block import Reconstructor, RLRBlock
+from rlr_fast.models.block import RLRBlock
 from rlr_fast.models.checkpoint import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -24,6 +25,7 @@ from rlr_fast.models.checkpoint import (
     read_config,
     read_weights,
 )
+from rlr_fast.models.reconstructor import Reconstructor
 from rlr_fast.models.scoring import ScoreMap, distance, perturb
 
 
@@ -162,11 +164,13 @@ class RLRModel(
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call `forward`, or what `torch.nn.Module.compile` made of it."""
+        if self._compiled_call_impl is None or torch.compiler.is_compiling():
+            return super().__call__(*args, **kwargs)
         # Compiled code cannot look for changes itself.
-        if self._compiled_call_impl is not None and not torch.compiler.is_compiling():
+        with contextlib.ExitStack() as stack:
             for level in self._reconstructors():
-                level.end_stale_preparation()
-        return super().__call__(*args, **kwargs)
+                stack.enter_context(level.checked_preparation())
+            return super().__call__(*args, **kwargs)
 
     def _reconstructors(self) -> list[Reconstructor]:
         return cast("list[Reconstructor]", list(self.levels))

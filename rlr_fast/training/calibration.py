@@ -46,7 +46,7 @@ def calibrate(
         ``{"pixel": {quantile: score}, "image": {"max": score, "classes": {name: {"max": …}}}}``;
         the scores are those of `RLRModel.forward`. Pixel quantiles are means over the images' own.
     """
-    model.eval()
+    model.eval().prepare_for_inference()
     device = model.device
     wanted = torch.tensor(_QUANTILES, device=device)
     pixels, scores = [], []

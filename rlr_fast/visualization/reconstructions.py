@@ -109,7 +109,7 @@ def reconstruction_sheets(
     place = check_runs(runs, level)
     data.require_test()
     for run in runs:
-        run.model.eval()
+        run.model.eval().prepare_for_inference()
     config, grid = runs[0].model.config, runs[0].model.backbone.grids[place]
     note = (
         f"features: {grid[0]} × {grid[1]} tokens of level {config.out_indices[place]}, first three "

@@ -11,6 +11,7 @@ import torch
 from rlr_fast import RLRModel
 from rlr_fast.inference import batches as batches_module
 from rlr_fast.inference.batches import compile_model, score_batches
+from rlr_fast.models.block import RLRBlock
 
 
 @pytest.fixture
@@ -58,6 +59,25 @@ def test_an_interruption_hands_over_what_is_computed(model, monkeypatch):
         for what, _ in score_batches(model, interrupted()):
             seen.append(what)
     assert seen == [0, 1]
+
+
+def test_the_reference_is_prepared_once_and_again_after_a_change(model, monkeypatch):
+    prepared = []
+    prepare = RLRBlock.prepare
+    monkeypatch.setattr(RLRBlock, "prepare", lambda self, r: prepared.append(1) or prepare(self, r))
+    blocks = len(model.levels)
+    found = [scores for _, scores in score_batches(model, batches(1, 2, 1))]
+    assert len(prepared) == blocks and model.is_prepared()
+    scoring = score_batches(model, batches(1, 2, 1))
+    next(scoring)
+    assert len(prepared) == blocks  # it still holds
+    with torch.no_grad():
+        model.levels[0].reference.mul_(-1)
+    changed = next(scoring)[1]
+    assert len(prepared) == 2 * blocks
+    assert not np.array_equal(changed.maps, found[1].maps)
+    for _ in score_batches(model, batches(1), "bf16"):
+        assert len(prepared) == 3 * blocks
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

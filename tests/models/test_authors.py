@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from rlr_fast import RLRConfig, RLRModel
 from rlr_fast.models.authors import load_reconstructors
-from rlr_fast.models.block import sincos_positions
+from rlr_fast.models.reconstructor import sincos_positions
 
 CHANNELS, HIDDEN, SIDE, BLOCKS = (24, 40), (32, 64), (32, 16), 2
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import math
-import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from rlr_fast.models.block import PreparedBlock, Reconstructor, RLRBlock, sincos_positions
+from rlr_fast.models.block import PreparedBlock, RLRBlock
+from rlr_fast.models.reconstructor import Reconstructor, sincos_positions
 
 GRID, WINDOW = (4, 5), 3
 
@@ -183,102 +182,7 @@ def test_similarity_is_the_mean_cosine_of_every_pair_of_references():
         Reconstructor(6, 16, 2, GRID, WINDOW).reference_similarity()
 
 
-@pytest.fixture
-def prepared_blocks(monkeypatch):
-    """The blocks that were prepared, one entry a time."""
-    calls = []
-    prepare = RLRBlock.prepare
-    monkeypatch.setattr(RLRBlock, "prepare", lambda self, r: calls.append(self) or prepare(self, r))
-    return calls
-
-
-def test_inference_prepares_the_reference_once(prepared_blocks):
-    level = Reconstructor(6, 16, 2, GRID, WINDOW, blocks=2).eval()
-    tokens = torch.randn(2, 20, 6)
-    with torch.inference_mode():
-        first = level(tokens)
-    with torch.no_grad():
-        second = level(tokens)
-    assert len(prepared_blocks) == 2
-    assert torch.equal(first, second)
-    level(tokens).sum().backward()  # gradients need their own
-    assert len(prepared_blocks) == 4
-
-
 VARIANT = {"fusion": "learned", "references": 2}
-
-
-def step(level: Reconstructor) -> None:
-    optimizer = torch.optim.Adam(level.parameters(), lr=0.1)
-    level(torch.randn(1, 20, 6)).square().sum().backward()
-    optimizer.step()
-
-
-def load(level: Reconstructor) -> None:
-    state = {k: v + torch.randn_like(v) for k, v in level.state_dict().items()}
-    level.load_state_dict(state)
-
-
-def replace_data(level: Reconstructor) -> None:
-    level.reference.data = level.reference.data + 1
-
-
-def train_and_return(level: Reconstructor) -> None:
-    level.train()
-    level.reference.data.add_(1)  # unseen by version counters
-    level.eval()
-
-
-def change_theta(level: Reconstructor) -> None:
-    level.blocks[1].theta[0] += 1
-
-
-def change_last_reference(level: Reconstructor) -> None:
-    level.reference[-1] += torch.randn_like(level.reference[-1])
-
-
-@pytest.mark.parametrize(
-    ("change", "variant"),
-    [
-        *((change, {}) for change in (step, load, replace_data, train_and_return)),
-        *((change, VARIANT) for change in (step, load, change_theta, change_last_reference)),
-    ],
-    ids=lambda value: value.__name__ if callable(value) else "+".join(value) or "default",
-)
-def test_inference_sees_changed_weights(change, variant):
-    level = Reconstructor(6, 16, 2, GRID, WINDOW, blocks=2, **variant).eval()
-    tokens = torch.randn(2, 20, 6)
-    with torch.no_grad():
-        before = level(tokens)
-        with torch.set_grad_enabled(change is step):
-            change(level)
-        after = level(tokens)
-        fresh = Reconstructor(6, 16, 2, GRID, WINDOW, blocks=2, **variant).eval()
-        fresh.load_state_dict(level.state_dict())
-        assert torch.equal(after, fresh(tokens))
-    assert not torch.allclose(before, after)
-
-
-def test_inference_under_autocast_keeps_its_own(prepared_blocks):
-    level = Reconstructor(6, 16, 2, GRID, WINDOW, blocks=1).eval()
-    tokens = torch.randn(2, 20, 6)
-    with torch.no_grad():
-        plain = level(tokens)
-        with torch.autocast("cpu", torch.bfloat16):
-            assert level(tokens).dtype == torch.bfloat16
-        assert torch.equal(level(tokens), plain)
-
-
-def test_copies_do_not_carry_what_inference_keeps():
-    level = Reconstructor(6, 16, 2, GRID, WINDOW, blocks=1).eval()
-    tokens = torch.randn(2, 20, 6)
-    with torch.no_grad():
-        expected = level(tokens)
-        other = copy.deepcopy(level)
-        assert len(pickle.dumps(level)) == len(pickle.dumps(other))
-        assert torch.equal(other(tokens), expected)
-        other.reference.zero_()
-        assert torch.equal(level(tokens), expected)
 
 
 def test_a_replaced_or_watched_module_is_not_passed_by():
@@ -297,15 +201,6 @@ def test_a_replaced_or_watched_module_is_not_passed_by():
     assert not torch.allclose(changed, expected)
     block.attention["lca"].out_proj = plain
     assert torch.equal(level(tokens), expected)
-
-
-def test_parameters_made_in_inference_mode_are_used_without_keeping():
-    with torch.inference_mode():
-        level = Reconstructor(6, 16, 2, GRID, WINDOW, blocks=1).eval()
-        tokens = torch.randn(2, 20, 6)
-        before = level(tokens)
-        level.reference.zero_()
-        assert not torch.equal(level(tokens), before)
 
 
 @pytest.mark.parametrize("variant", [{}, VARIANT], ids=["default", "variant"])

@@ -34,7 +34,6 @@ from rlr_fast.training import run_dir
 from rlr_fast.training.run_dir import TrainingError
 from rlr_fast.training.trainer import Trainer
 
-CPU = torch.device("cpu")
 SHORT = dataclasses.replace(BRIEF, epochs=2)
 TABLE = TABLES["perturbation"]
 FIELDS = {item.name for item in dataclasses.fields(RLRConfig)}

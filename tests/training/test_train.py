@@ -28,8 +28,6 @@ from rlr_fast.training.run_dir import TrainingError
 from rlr_fast.training.train import train
 from rlr_fast.training.trainer import Trainer
 
-CPU = torch.device("cpu")
-
 
 def run(dataset, out, tmp_path, config=SMALL, recipe=BRIEF, **options):
     names = {field.name for field in dataclasses.fields(TrainExecution)}
