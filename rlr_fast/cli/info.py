@@ -14,7 +14,7 @@ from rlr_fast.cli.common import add_machine, add_verb, execution_from
 from rlr_fast.cli.options import add_fields, config_from
 from rlr_fast.config import PRESETS, ExecutionConfig, RLRConfig, short_windows
 from rlr_fast.functional import resolve_backend, unsupported_reason
-from rlr_fast.models.backbone import BackboneWeightsError
+from rlr_fast.models.backbone import describe_weights
 from rlr_fast.models.checkpoint import CONFIG_FILE, read_config
 from rlr_fast.models.rlr import RLRModel
 from rlr_fast.training.environment import environment, start_device
@@ -42,12 +42,8 @@ def describe(config: RLRConfig, device: torch.device) -> tuple[dict[str, Any], s
 
 
 def _model(config: RLRConfig) -> dict[str, Any]:
-    weights = "available"
-    try:
-        model = RLRModel(config)
-    except BackboneWeightsError as error:
-        weights = str(error).splitlines()[0]
-        model = RLRModel(dataclasses.replace(config, backbone_weights="random"))
+    weights = describe_weights(config.backbone, config.backbone_weights)
+    model = RLRModel(dataclasses.replace(config, backbone_weights="random"))
     backbone = model.backbone
     levels = [
         {
