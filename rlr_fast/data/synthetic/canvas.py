@@ -118,9 +118,10 @@ class Canvas:
             self.gloss[at] += (gloss - self.gloss[at]) * cover
 
     def cast_shadow(self, cover: Array, shift: float, softness: float, strength: float) -> None:
-        """Darken what lies to the lower right of ``cover``, before the part itself is laid."""
+        """Darken what lies to the lower right of ``cover``; what it covers lies in the light."""
         moved = ndimage.shift(cover, shift / self.pixel, order=1, mode="constant")
         self.occlusion *= 1 - np.float32(strength) * self.blur(moved, softness)
+        self.occlusion += (1 - self.occlusion) * cover
 
     def window(self, row: float, column: float, reach: float) -> tuple[slice, slice]:
         """Return the slices of the render pixels within ``reach`` of a point."""

@@ -177,7 +177,6 @@ def _contamination(canvas: Canvas, product: Product, fault: Fault) -> None:
             profile = np.maximum(profile, np.maximum(1 - level, 0) ** 0.5 * radius * 0.8)
     tint = tint * (1 + 0.12 * canvas.noise(stream.child("grain"), 40))[..., None]
     canvas.cast_shadow(body, 0.016, 0.012, 0.5)
-    canvas.occlusion += (1 - canvas.occlusion) * body
     canvas.lay(body * np.float32(fault.grow(0.75, 1.0)), tint, canvas.height + profile, 0.15)
 
 
@@ -207,5 +206,3 @@ SURFACE_DEFECTS: dict[str, Callable[[Canvas, Product, Fault], None]] = {
     "contamination": _contamination,
     "colour_shift": _colour_shift,
 }
-PART_DEFECTS = ("missing_part", "misplaced_part")
-DEFECT_KINDS = (*SURFACE_DEFECTS, *PART_DEFECTS)
