@@ -15,8 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "rlr_fast"
 FLOORS = (
     {"config", "kernels", "ops"},
     {"functional"},
-    {"models"},
-    {"data"},
+    {"models", "data"},
     {"visualization"},
     {"training"},
     {"inference"},

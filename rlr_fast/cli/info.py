@@ -15,8 +15,6 @@ from rlr_fast.config import PRESETS, ExecutionConfig, RLRConfig, from_dict, shor
 if TYPE_CHECKING:
     import torch
 
-_HUB_FILES = ("model.safetensors", "pytorch_model.bin")
-
 
 def describe(config: RLRConfig, device: torch.device) -> tuple[dict[str, Any], str]:
     """Return versions, devices, backends, and the levels and parameters of a configuration.
@@ -45,17 +43,11 @@ def describe(config: RLRConfig, device: torch.device) -> tuple[dict[str, Any], s
 
 
 def _model(config: RLRConfig) -> dict[str, Any]:
-    from rlr_fast.models.backbone import BackboneWeightsError
+    from rlr_fast.models.backbone import describe_weights
     from rlr_fast.models.rlr import RLRModel
 
-    drawn = dataclasses.replace(config, backbone_weights="random")
-    if config.backbone_weights == "timm":
-        model, weights = RLRModel(drawn), _hub_weights(config.backbone)
-    else:
-        try:
-            model, weights = RLRModel(config), "available"
-        except BackboneWeightsError as error:
-            model, weights = RLRModel(drawn), str(error).splitlines()[0]
+    weights = describe_weights(config.backbone, config.backbone_weights)
+    model = RLRModel(dataclasses.replace(config, backbone_weights="random"))
     backbone = model.backbone
     levels = [
         {
@@ -79,20 +71,6 @@ def _model(config: RLRConfig) -> dict[str, Any]:
         "levels": levels,
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
-
-
-def _hub_weights(backbone: str) -> str:
-    """Say whether timm's weights lie in the local cache; the hub itself is not asked."""
-    from huggingface_hub import try_to_load_from_cache
-    from timm.models import get_pretrained_cfg
-
-    entry = get_pretrained_cfg(backbone)
-    if entry is None or not entry.hf_hub_id:
-        return "not on the hub"
-    files = [entry.hf_hub_filename] if entry.hf_hub_filename else _HUB_FILES
-    if any(isinstance(try_to_load_from_cache(entry.hf_hub_id, file), str) for file in files):
-        return "available, in the local cache"
-    return "not in the local cache; the hub is asked for them when a model is made"
 
 
 def _text(values: dict[str, Any]) -> str:

@@ -64,13 +64,6 @@ def paper(
         quiet=quiet,
         tell=lambda line: print(line, flush=True),
     )
-    total = sum(result.seconds.values())
-    if total > 0:
-        shares = {name: f"{100 * s / total:.0f} %" for name, s in result.seconds.items()}
-        print(
-            f"{total:.0f} s: features {shares['features']}, training {shares['train']}, "
-            f"evaluation and the rest {shares['rest']}"
-        )
     print(result.text)
     code = report_failures(result.left_out)
     if result.failed:

@@ -15,9 +15,9 @@ A region is a connected component of one ground truth mask, diagonal neighbors i
 normal pixels of all images, the anomalous images too. The curve is cut at ``max_fpr`` by linear
 interpolation. Numbers from 200 equidistant thresholds, as some papers report, differ slightly.
 
-Image metrics are scikit-learn's. Pixel metrics are computed here: one sort, which carries the region
-of each pixel along, serves all four. With a sort each by scikit-learn for the first three they take
-22 times the CPU time (median of 5 pairs on 200 maps of 256 x 256) and three times the memory.
+Image metrics are scikit-learn's. Pixel metrics are computed here: one sort, which carries the
+region of each pixel along, serves all four. With scikit-learn's first three they take 22 times the
+CPU time (median of 5 pairs of runs on 200 maps of 256 x 256) and three times the memory.
 
 A metric without meaning is NaN: without an anomalous or without a normal sample there is nothing to
 tell apart.

@@ -37,7 +37,7 @@ def save(path: Path, pixels: np.ndarray | Image.Image, **options) -> Path:
     return path
 
 
-@pytest.mark.parametrize("suffix", ["png", "bmp", "tif", "webp"])
+@pytest.mark.parametrize("suffix", ["png", "bmp", "gif", "tif", "webp"])
 def test_rgb_pixels_come_back_channels_first_and_unchanged(tmp_path, suffix):
     pixels = noise(5, 7, 3)
     options = {"lossless": True} if suffix == "webp" else {}

@@ -400,6 +400,6 @@ def test_order_does_not_depend_on_the_file_system(tmp_path, monkeypatch):
 
 
 def test_list_images_takes_every_suffix_in_any_case(tmp_path):
-    names = ["a.png", "b.jpg", "c.JPEG", "d.Bmp", "e.tif", "f.TIFF", "g.webp"]
-    touch(tmp_path, *names, "h.gif", "i.txt", "png", ".j.png", "folder.png/k.png")
+    names = ["a.png", "b.jpg", "c.JPEG", "d.Bmp", "e.tif", "f.TIFF", "g.webp", "h.gif"]
+    touch(tmp_path, *names, "i.txt", "png", ".j.png", "folder.png/k.png")
     assert [path.name for path in list_images(tmp_path)] == names

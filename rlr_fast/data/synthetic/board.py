@@ -7,9 +7,9 @@ from itertools import pairwise
 
 import numpy as np
 
-from .canvas import Canvas, color, mix, step
-from .noise import Array, Stream
-from .product import Fault, Product
+from rlr_fast.data.synthetic.canvas import Canvas, color, mix, step
+from rlr_fast.data.synthetic.noise import Array, Stream
+from rlr_fast.data.synthetic.product import Fault, Product, kinds_but
 
 
 @dataclass(frozen=True)
@@ -147,9 +147,8 @@ def _mount(bench: _Bench, part: _Part, stream: Stream, fault: Fault | None) -> N
         small = min(part.half_x, part.half_y) < 0.1
         turn = fault.grow(0.50, 1.10) if small else fault.grow(0.16, 0.38)
         angle += turn * fault.stream.choice("side", (-1, 1))
-        way = fault.stream.uniform("way", 0, 2 * np.pi)
-        x += fault.grow(0.035, 0.075) * float(np.cos(way))
-        y += fault.grow(0.035, 0.075) * float(np.sin(way))
+        down, right = fault.shift(0.035, 0.075)
+        x, y = x + right, y + down
     hx, hy = part.half_x, part.half_y
     at, v, u = bench.window(x, y, float(np.hypot(hx, hy)) + 0.06)
     cos, sin = float(np.cos(angle)), float(np.sin(angle))
@@ -236,7 +235,6 @@ def _circuit_board(canvas: Canvas, stream: Stream, fault: Fault | None) -> None:
         outline[at] = np.maximum(outline[at], 0.05 - np.hypot(dv, du))
     cover = canvas.inside(outline)
     canvas.cast_shadow(cover, 0.03, 0.02, 0.6)
-    canvas.occlusion += (1 - canvas.occlusion) * cover
     weave = canvas.noise(stream.child("glass"), 36)
     tone = 1 + 0.03 * weave + 0.05 * canvas.noise(stream.child("tone"), 0.9)
     canvas.lay(cover, color("1f5a3a") * tone[..., None], 0.02 + 0.00025 * weave, 0.5)
@@ -288,15 +286,7 @@ BOARDS = (
     Product(
         "circuit_board",
         _circuit_board,
-        (
-            "scratch",
-            "stain",
-            "hole",
-            "contamination",
-            "colour_shift",
-            "missing_part",
-            "misplaced_part",
-        ),
+        kinds_but("crack"),
         scratch="c9a36a",
         inside="120d09",
         stains=("4a2f14", "8a8460", "1a1714"),

@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 from scipy import ndimage
 
-from . import noise
-from .noise import Array, Stream
+from rlr_fast.data.synthetic import noise
+from rlr_fast.data.synthetic.noise import Array, Stream
 
 # Two render pixels a side for each picture pixel: enough against stairs, as edges are soft already.
 SUPERSAMPLE = 2
@@ -118,9 +118,10 @@ class Canvas:
             self.gloss[at] += (gloss - self.gloss[at]) * cover
 
     def cast_shadow(self, cover: Array, shift: float, softness: float, strength: float) -> None:
-        """Darken what lies to the lower right of ``cover``, before the part itself is laid."""
+        """Darken what lies to the lower right of ``cover``; what it covers lies in the light."""
         moved = ndimage.shift(cover, shift / self.pixel, order=1, mode="constant")
         self.occlusion *= 1 - np.float32(strength) * self.blur(moved, softness)
+        self.occlusion += (1 - self.occlusion) * cover
 
     def window(self, row: float, column: float, reach: float) -> tuple[slice, slice]:
         """Return the slices of the render pixels within ``reach`` of a point."""

@@ -11,10 +11,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from . import noise
-from .canvas import Canvas, color, mix, step
-from .noise import Array, Stream
-from .product import Fault, Product
+from rlr_fast.data.synthetic import noise
+from rlr_fast.data.synthetic.canvas import Canvas, color, mix, step
+from rlr_fast.data.synthetic.noise import Array, Stream
+from rlr_fast.data.synthetic.product import Fault, Product
 
 # Places tried for a defect before the best of them is taken.
 _TRIES = 60
@@ -177,7 +177,6 @@ def _contamination(canvas: Canvas, product: Product, fault: Fault) -> None:
             profile = np.maximum(profile, np.maximum(1 - level, 0) ** 0.5 * radius * 0.8)
     tint = tint * (1 + 0.12 * canvas.noise(stream.child("grain"), 40))[..., None]
     canvas.cast_shadow(body, 0.016, 0.012, 0.5)
-    canvas.occlusion += (1 - canvas.occlusion) * body
     canvas.lay(body * np.float32(fault.grow(0.75, 1.0)), tint, canvas.height + profile, 0.15)
 
 
@@ -207,5 +206,3 @@ SURFACE_DEFECTS: dict[str, Callable[[Canvas, Product, Fault], None]] = {
     "contamination": _contamination,
     "colour_shift": _color_shift,
 }
-PART_DEFECTS = ("missing_part", "misplaced_part")
-DEFECT_KINDS = (*SURFACE_DEFECTS, *PART_DEFECTS)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from . import noise
-from .canvas import Canvas, color, mix, step
-from .noise import Array, Stream
-from .product import Fault, Product
+from rlr_fast.data.synthetic import noise
+from rlr_fast.data.synthetic.canvas import Canvas, color, mix, step
+from rlr_fast.data.synthetic.noise import Array, Stream
+from rlr_fast.data.synthetic.product import Fault, Product, kinds_but
 
 
 def _background(canvas: Canvas, stream: Stream, code: str, grain: float) -> None:
@@ -43,14 +43,12 @@ def _washer(canvas: Canvas, stream: Stream, fault: Fault | None) -> None:
     outer = 0.685 + reach * profile
     hole_v, hole_u = v, u
     if fault and fault.kind == "misplaced_part":
-        way = fault.stream.uniform("way", 0, 2 * np.pi)
-        move = fault.grow(0.045, 0.11)
-        hole_v, hole_u = v - move * float(np.sin(way)), u - move * float(np.cos(way))
+        down, right = fault.shift(0.045, 0.11)
+        hole_v, hole_u = v - down, u - right
     bore = np.hypot(hole_u, hole_v)
     edge = np.maximum(0.6 * (radius - outer), 0.37 - bore)
     cover = canvas.inside(edge)
     canvas.cast_shadow(cover, 0.03, 0.025, 0.55)
-    canvas.occlusion += (1 - canvas.occlusion) * cover
     lathe = noise.smooth_at(stream.child("lathe").key, radius * 70, 0.8 * np.sin(angle))
     seen = float(np.clip(2 - 140 * canvas.pixel, 0, 1))
     # Turned metal shows two bright fans at right angles to the light.
@@ -98,7 +96,6 @@ def _hex_bolt(canvas: Canvas, stream: Stream, fault: Fault | None) -> None:
     head = np.maximum(np.abs(head_u) - 0.36, np.maximum(top - head_v, head_v + 0.41))
     cover = np.maximum(shank_cover, canvas.inside(np.minimum(flange, head)))
     canvas.cast_shadow(cover, 0.035, 0.03, 0.5)
-    canvas.occlusion += (1 - canvas.occlusion) * cover
 
     round_height = np.sqrt(np.maximum(shank_radius**2 - u * u, 1e-4))
     thread_dark = 1 - 0.35 * threaded * wave
@@ -150,7 +147,6 @@ def _capsule(canvas: Canvas, stream: Stream, fault: Fault | None) -> None:
     body_cover, cap_cover = canvas.inside(body), canvas.inside(cap) * (not no_cap)
     cover = np.maximum(body_cover, cap_cover)
     canvas.cast_shadow(cover, 0.05, 0.05, 0.5)
-    canvas.occlusion += (1 - canvas.occlusion) * cover
     swirl = 1 + 0.025 * canvas.fractal(stream.child("gelatin"), 2.5, 3)
     canvas.shininess = 40.0
 
@@ -209,7 +205,6 @@ def _bottle_cap(canvas: Canvas, stream: Stream, fault: Fault | None) -> None:
     edge = radius - (0.80 + 0.032 * wave)
     cover = canvas.inside(edge)
     canvas.cast_shadow(cover, 0.04, 0.035, 0.55)
-    canvas.occlusion += (1 - canvas.occlusion) * cover
     skirt = step(0.60, 0.78, radius)
     height = 0.16 - 0.13 * skirt + 0.030 * wave * skirt
     height += 0.012 * step(0.56, 0.50, radius)
@@ -219,9 +214,8 @@ def _bottle_cap(canvas: Canvas, stream: Stream, fault: Fault | None) -> None:
     print_v = print_v - slack.uniform("y", -0.010, 0.010)
     print_u = print_u - slack.uniform("x", -0.010, 0.010)
     if fault and fault.kind == "misplaced_part":
-        way = fault.stream.uniform("way", 0, 2 * np.pi)
-        move = fault.grow(0.055, 0.13)
-        print_v, print_u = print_v - move * float(np.sin(way)), print_u - move * float(np.cos(way))
+        down, right = fault.shift(0.055, 0.13)
+        print_v, print_u = print_v - down, print_u - right
     ring_radius, ring_angle = np.hypot(print_u, print_v), np.arctan2(print_v, print_u)
     fifth = (ring_angle * np.float32(5 / (2 * np.pi))) % 1 - 0.5
     star = ring_radius * (1 + 0.95 * np.abs(fifth) * 2) - 0.36
@@ -249,15 +243,7 @@ OBJECTS = (
     Product(
         "washer",
         _washer,
-        (
-            "scratch",
-            "stain",
-            "crack",
-            "contamination",
-            "colour_shift",
-            "missing_part",
-            "misplaced_part",
-        ),
+        kinds_but("hole"),
         scratch="f2f0ea",
         inside="131416",
         stains=("7a3d18", "5d2f1a", "3a3a30"),
@@ -266,15 +252,7 @@ OBJECTS = (
     Product(
         "hex_bolt",
         _hex_bolt,
-        (
-            "scratch",
-            "stain",
-            "crack",
-            "contamination",
-            "colour_shift",
-            "missing_part",
-            "misplaced_part",
-        ),
+        kinds_but("hole"),
         scratch="f4f4f0",
         inside="1b1a18",
         stains=("8a3d12", "6b2a12", "1f1d1c"),
@@ -283,15 +261,7 @@ OBJECTS = (
     Product(
         "capsule",
         _capsule,
-        (
-            "scratch",
-            "stain",
-            "crack",
-            "hole",
-            "contamination",
-            "missing_part",
-            "misplaced_part",
-        ),
+        kinds_but("colour_shift"),
         scratch="f3e6d6",
         inside="2a1510",
         stains=("5b4a33", "3a2a24", "6a6f3c"),
@@ -300,15 +270,7 @@ OBJECTS = (
     Product(
         "bottle_cap",
         _bottle_cap,
-        (
-            "scratch",
-            "stain",
-            "hole",
-            "contamination",
-            "colour_shift",
-            "missing_part",
-            "misplaced_part",
-        ),
+        kinds_but("crack"),
         scratch="d8d4cf",
         inside="1a1412",
         stains=("4a2a18", "2c2a2a", "8a8a60"),

@@ -5,8 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .canvas import Canvas
-from .noise import Stream
+import numpy as np
+
+from rlr_fast.data.synthetic.canvas import Canvas
+from rlr_fast.data.synthetic.noise import Stream
+
+PART_DEFECTS = ("missing_part", "misplaced_part")
+DEFECT_KINDS = ("scratch", "stain", "crack", "hole", "contamination", "colour_shift", *PART_DEFECTS)
+
+
+def kinds_but(*missing: str) -> tuple[str, ...]:
+    """Return all kinds of defects but those."""
+    return tuple(kind for kind in DEFECT_KINDS if kind not in missing)
 
 
 @dataclass(frozen=True)
@@ -26,6 +36,12 @@ class Fault:
     def grow(self, low: float, high: float) -> float:
         """Return the value between ``low`` (subtle) and ``high`` (obvious)."""
         return low + (high - low) * self.severity
+
+    def shift(self, low: float, high: float) -> tuple[float, float]:
+        """Return how far (down, right) a part lies from its place, `grow` in some direction."""
+        way = self.stream.uniform("way", 0, 2 * np.pi)
+        distance = self.grow(low, high)
+        return distance * float(np.sin(way)), distance * float(np.cos(way))
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from . import noise
-from .canvas import Canvas, color, mix, step
-from .noise import Stream
-from .product import Fault, Product
+from rlr_fast.data.synthetic import noise
+from rlr_fast.data.synthetic.canvas import Canvas, color, mix, step
+from rlr_fast.data.synthetic.noise import Stream
+from rlr_fast.data.synthetic.product import DEFECT_KINDS, Fault, Product, kinds_but
 
 
 def _cloth(canvas: Canvas, stream: Stream, fault: Fault | None) -> None:
@@ -187,7 +187,7 @@ TEXTURES = (
     Product(
         "cloth",
         _cloth,
-        ("stain", "hole", "contamination", "colour_shift", "missing_part", "misplaced_part"),
+        kinds_but("scratch", "crack"),
         scratch="d8d6d0",
         inside="14161a",
         stains=("4a3a28", "6b5a2c", "2c3038"),
@@ -196,7 +196,7 @@ TEXTURES = (
     Product(
         "brushed_metal",
         _brushed_metal,
-        ("scratch", "stain", "crack", "hole", "contamination", "colour_shift"),
+        kinds_but("missing_part", "misplaced_part"),
         scratch="eef0f2",
         inside="17181a",
         stains=("7a4a22", "6d7150", "4c4f55"),
@@ -205,7 +205,7 @@ TEXTURES = (
     Product(
         "wood",
         _wood,
-        ("scratch", "stain", "crack", "hole", "contamination", "colour_shift"),
+        kinds_but("missing_part", "misplaced_part"),
         scratch="efd9b4",
         inside="2b190c",
         stains=("3a2a20", "5b2b22", "3f4650"),
@@ -214,16 +214,7 @@ TEXTURES = (
     Product(
         "tile",
         _tile,
-        (
-            "scratch",
-            "stain",
-            "crack",
-            "hole",
-            "contamination",
-            "colour_shift",
-            "missing_part",
-            "misplaced_part",
-        ),
+        DEFECT_KINDS,
         scratch="c9d4d3",
         inside="c2b8a6",
         stains=("6b5138", "2f2c28", "7d7f45"),
@@ -232,7 +223,7 @@ TEXTURES = (
     Product(
         "leather",
         _leather,
-        ("scratch", "stain", "crack", "hole", "contamination", "colour_shift"),
+        kinds_but("missing_part", "misplaced_part"),
         scratch="c08a5e",
         inside="140a06",
         stains=("1d1512", "b8a58a", "2a3140"),
