@@ -44,7 +44,7 @@ class RLROutput(NamedTuple):
 
 
 class Standardize(nn.Module):
-    """Per-channel standardisation of one level's features, ``(f - mean) / deviation``.
+    """Per-channel standardization of one level's features, ``(f - mean) / deviation``.
 
     It is the identity until `fit` stores the training set's figures; they are part of the
     checkpoint.
@@ -63,11 +63,11 @@ class Standardize(nn.Module):
         self.std.copy_(torch.where(std > 0, std, torch.ones_like(std)))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Standardise tokens (..., C)."""
+        """Standardize tokens (..., C)."""
         return (tokens - self.mean) / self.std
 
     def undo(self, tokens: Tensor) -> Tensor:
-        """Return standardised tokens (..., C) in the features' own scale."""
+        """Return standardized tokens (..., C) in the features' own scale."""
         return tokens * self.std + self.mean
 
 
@@ -218,7 +218,7 @@ class RLRModel(
     ) -> list[Tensor]:
         """Return the token distances [(B, N_j)] between the features and their reconstructions.
 
-        Where the model standardises, both are compared standardised.
+        Where the model standardizes, both are compared standardized.
 
         Args:
             tokens: [(B, N_j, C_j)] as from `tokens`.
