@@ -51,12 +51,26 @@ def _load(
 
 
 @triton.jit
-def _cosine(r, o, ACC):
+def _sum_of_products(a, b, UNIT: tl.constexpr):
+    """Σ_c a·b of each row, the same number in all threads that hold the row.
+
+    Where a thread loads one element of a row at once, it holds one product, and adds that of
+    another thread. Fused with the addition its own product is not rounded, as the other one is, so
+    the two threads would hold two sums. A product that is added to zero first is rounded.
+    """
+    if UNIT == 1:
+        return tl.sum(tl.fma(a, b, tl.zeros_like(a)), 1)
+    return tl.sum(a * b, 1)
+
+
+@triton.jit
+def _cosine(r, o, UNIT: tl.constexpr, ACC):
     """The norm of r, those of both limited below, and the cosine."""
     least = tl.full((), _LEAST_NORM, ACC)
-    norm = tl.sqrt(tl.sum(r * r, 1))
-    r_norm, o_norm = tl.maximum(norm, least), tl.maximum(tl.sqrt(tl.sum(o * o, 1)), least)
-    return norm, r_norm, o_norm, tl.sum(r * o, 1) / (r_norm * o_norm)
+    norm = tl.sqrt(_sum_of_products(r, r, UNIT))
+    r_norm = tl.maximum(norm, least)
+    o_norm = tl.maximum(tl.sqrt(_sum_of_products(o, o, UNIT)), least)
+    return norm, r_norm, o_norm, _sum_of_products(r, o, UNIT) / (r_norm * o_norm)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -70,9 +84,10 @@ def forward_kernel(
     image, place, exists = _token(rows, N, count)
     r_tile = _load(r, stride_rb, stride_rn, image, place, exists, C, BLOCK_C, UNIT, ACC)
     o_tile = _load(o, stride_ob, stride_on, image, place, exists, C, BLOCK_C, UNIT, ACC)
-    _, _, _, cosine = _cosine(r_tile, o_tile, ACC)
+    _, _, _, cosine = _cosine(r_tile, o_tile, UNIT, ACC)
     error = r_tile - o_tile
-    tl.store(d + rows, tl.sum(error * error, 1) / C + 1 - cosine, mask=exists)
+    square = _sum_of_products(error, error, UNIT)
+    tl.store(d + rows, square / C + 1 - cosine, mask=exists)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -87,7 +102,7 @@ def backward_kernel(
     r_tile = _load(r, stride_rb, stride_rn, image, place, exists, C, BLOCK_C, UNIT, ACC)
     o_tile = _load(o, stride_ob, stride_on, image, place, exists, C, BLOCK_C, UNIT, ACC)
     g = tl.load(grad + image * stride_gb + place * stride_gn, mask=exists, other=0.0)
-    norm, r_norm, o_norm, cosine = _cosine(r_tile, o_tile, ACC)
+    norm, r_norm, o_norm, cosine = _cosine(r_tile, o_tile, UNIT, ACC)
     toward = 1 / (r_norm * o_norm)
     # A token that is all zeros has no direction to turn from.
     turn = tl.where(norm > 0, cosine / (r_norm * tl.where(norm > 0, norm, 1.0)), 0.0)
@@ -118,7 +133,7 @@ def launch(
 
 @torch.library.custom_op("rlr_fast::token_distance", mutates_args=())
 def _forward(reconstructed: Tensor, original: Tensor) -> Tensor:
-    r, o = _launch.unit_columns(reconstructed), _launch.unit_columns(original)
+    r, o = _launch.addressable(reconstructed), _launch.addressable(original)
     distance = r.new_empty(r.shape[:2], dtype=_exact(r, o))
     launch(forward_kernel, r, o, (r, o, distance))
     return distance
@@ -131,7 +146,7 @@ def _(reconstructed: Tensor, original: Tensor) -> Tensor:
 
 @torch.library.custom_op("rlr_fast::token_distance_backward", mutates_args=())
 def _backward(grad: Tensor, reconstructed: Tensor, original: Tensor) -> Tensor:
-    r, o = _launch.unit_columns(reconstructed), _launch.unit_columns(original)
+    r, o = _launch.addressable(reconstructed), _launch.addressable(original)
     gradient = torch.empty_like(r, memory_format=torch.contiguous_format)
     launch(backward_kernel, r, o, (grad, r, o, gradient), grad.stride())
     return gradient

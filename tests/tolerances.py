@@ -36,23 +36,29 @@ def rounded_terms(inputs: Sequence[Tensor]) -> dict[str, float]:
     }
 
 
-def assert_within_budget(
-    name: str, actual: Tensor, eager: Tensor, exact: Tensor, terms: float
-) -> None:
-    """Check that ``actual`` errs at most twice as much as plain PyTorch, plus a rounding band.
+def budget(actual: Tensor, eager: Tensor, exact: Tensor, terms: float) -> tuple[Tensor, Tensor]:
+    """Return the largest error of ``actual``, and what is allowed.
+
+    That is twice as much as plain PyTorch errs, plus a rounding band.
 
     Args:
-        name: What is compared, for the message.
         actual: Result under test.
         eager: The definition computed in the same dtype.
         exact: The definition in float64, from the same inputs.
         terms: See `rounded_terms`.
     """
-    assert actual.dtype == eager.dtype, f"{name}: dtype {actual.dtype}, expected {eager.dtype}"
-    assert actual.shape == exact.shape, f"{name}: {actual.shape}, expected {exact.shape}"
     band = _BAND[actual.dtype] * torch.finfo(actual.dtype).eps * exact.abs().max()
     band += torch.finfo(torch.promote_types(actual.dtype, torch.float32)).eps * terms
     allowed = 2 * (eager.double() - exact).abs().max() + band
-    error = (actual.double() - exact).abs().max()
+    return (actual.double() - exact).abs().max(), allowed
+
+
+def assert_within_budget(
+    name: str, actual: Tensor, eager: Tensor, exact: Tensor, terms: float
+) -> None:
+    """Check that a result is within its `budget`; ``name`` is for the message."""
+    assert actual.dtype == eager.dtype, f"{name}: dtype {actual.dtype}, expected {eager.dtype}"
+    assert actual.shape == exact.shape, f"{name}: {actual.shape}, expected {exact.shape}"
+    error, allowed = budget(actual, eager, exact, terms)
     # Written so that NaN fails.
     assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"

@@ -1,4 +1,7 @@
-"""The ``rlr-fast`` command: one verb a job."""
+"""The ``rlr-fast`` command: one verb per job.
+
+May import everything; nothing but `__main__` imports it.
+"""
 
 from __future__ import annotations
 

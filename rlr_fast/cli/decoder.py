@@ -18,8 +18,9 @@ from rlr_fast.cli.common import (
 from rlr_fast.cli.options import Parser, UsageError, positive
 from rlr_fast.data.words import counted
 from rlr_fast.models.checkpoint import CheckpointError
+from rlr_fast.training.decoder import train_decoder
 from rlr_fast.training.progress import progress_bar
-from rlr_fast.visualization.decoder import check_decoder_file, save_decoder, train_decoder
+from rlr_fast.visualization.decoder import check_decoder_file, save_decoder
 
 
 def add_decoder(verbs: Any) -> None:

@@ -57,10 +57,10 @@ def _eval(args: argparse.Namespace) -> int:
             if args.figures:
                 figures = FigureOptions(args.out / "figures", given_scale(args), args.per_defect)
             model = load_model(args)
-            if group.leads:
+            if group.is_main:
                 args.out.mkdir(parents=True, exist_ok=True)
         total = sum(len(samples) for samples in data.test.values())
-        with progress_bar("eval", total, args.quiet or not group.leads) as bar:
+        with progress_bar("eval", total, args.quiet or not group.is_main) as bar:
             result = evaluate(
                 model,
                 data,
@@ -68,7 +68,7 @@ def _eval(args: argparse.Namespace) -> int:
                 figures=figures,
                 progress=bar.update,
             )
-        if not group.leads:
+        if not group.is_main:
             return 0
     print(result.table(), flush=True)
     write_atomically(args.out / "metrics.json", result.to_json())

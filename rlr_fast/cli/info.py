@@ -16,8 +16,8 @@ from rlr_fast.config import PRESETS, ExecutionConfig, RLRConfig, short_windows
 from rlr_fast.functional import resolve_backend, unsupported_reason
 from rlr_fast.models.backbone import describe_weights
 from rlr_fast.models.checkpoint import CONFIG_FILE, read_config
+from rlr_fast.models.environment import environment, start_device
 from rlr_fast.models.rlr import RLRModel
-from rlr_fast.training.environment import environment, start_device
 
 
 def describe(config: RLRConfig, device: torch.device) -> tuple[dict[str, Any], str]:

@@ -51,14 +51,14 @@ def add_train(verbs: Any) -> None:
 
 def _train(args: argparse.Namespace) -> int:
     with processes() as group:
-        previous = group.from_leader(lambda: read_run(args.out) if args.resume else None)
+        previous = group.broadcast(lambda: read_run(args.out) if args.resume else None)
         with group.together():
             # A preset that is given counts, so that one that is not the run's is refused.
             preset = PRESETS[args.preset or "paper"]
             kept = None if args.preset else previous
             model = config_from(args, RLRConfig, kept["model"] if kept else preset.model)
             recipe = config_from(args, TrainConfig, kept["recipe"] if kept else preset.train)
-            if args.resume and previous is None and group.leads:
+            if args.resume and previous is None and group.is_main:
                 _log.warning("there is no run in %s to resume; a new one begins", args.out)
             data = read_data(args)
             execution = execution_from(args, TrainExecution)
@@ -71,7 +71,7 @@ def _train(args: argparse.Namespace) -> int:
             resume=args.resume,
             quiet=args.quiet,
         )
-        if not group.leads:
+        if not group.is_main:
             return 0
     figures = ""
     if result.history:

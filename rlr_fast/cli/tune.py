@@ -14,8 +14,8 @@ from rlr_fast.cli.options import UsageError, add_fields, config_from, positive
 from rlr_fast.config import PRESETS, Precision, RLRConfig
 from rlr_fast.data.files import write_atomically
 from rlr_fast.functional import kernels, unsupported_reason, window_pair
+from rlr_fast.models.environment import choose_device
 from rlr_fast.models.rlr import RLRModel
-from rlr_fast.training.environment import choose_device
 from rlr_fast.training.progress import progress_bar
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -1,9 +1,11 @@
-"""Data sets on disk: reading, decoding and checking them."""
+"""Data sets on disk: reading, decoding and checking them; files, and threads that write them.
+
+May import `models`, for where the program runs, and what lies below it.
+"""
 
 from __future__ import annotations
 
 from rlr_fast.data.check import ClassReport, Problem, Report, check_dataset, format_report
-from rlr_fast.data.contents import describe_images
 from rlr_fast.data.images import (
     ImageBatch,
     ImageFailure,
@@ -21,6 +23,7 @@ from rlr_fast.data.layouts import (
     LAYOUTS,
     DataSet,
     Sample,
+    describe_images,
     detect_layout,
     list_images,
     pick_samples,

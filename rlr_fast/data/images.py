@@ -30,7 +30,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from rlr_fast.data.layouts import Sample
-from rlr_fast.data.threads import default_workers, map_ahead
+from rlr_fast.data.threads import map_ahead
+from rlr_fast.models.environment import default_workers
 
 # What Pillow raised over 150,000 broken files: cut short, or with bytes changed.
 _BROKEN_FILE = (

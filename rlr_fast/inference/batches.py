@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rlr_fast.config import InferenceExecution
+from rlr_fast.models.environment import start_device
 from rlr_fast.models.precision import autocast, check_precision
 from rlr_fast.models.rlr import RLRModel
-from rlr_fast.training.environment import start_device
 
 # Batches that a device works on while the caller uses the one before.
 _AHEAD = {"cuda": 1}

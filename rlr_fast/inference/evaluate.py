@@ -27,9 +27,9 @@ from rlr_fast.data import (
 )
 from rlr_fast.inference.batches import check_placed, score_batches
 from rlr_fast.inference.metrics import class_metrics, format_table, mean_metrics
+from rlr_fast.models.environment import environment
 from rlr_fast.models.rlr import RLRModel
 from rlr_fast.training.distributed import Processes, processes
-from rlr_fast.training.environment import environment
 from rlr_fast.visualization import SheetRow, sample_sheet
 
 
@@ -121,9 +121,9 @@ def evaluate(
         with group.together():
             check_placed(model, execution)
             data.require_test()
-            if group.leads:
+            if group.is_main:
                 check_masks(data)
-        if group.count > 1:
+        if group.world_size > 1:
             how = {"precision": execution.precision, "batch": execution.batch_size}
             group.agree(_decisive(model, data) | how)
         model.eval()
@@ -139,8 +139,8 @@ def evaluate(
             dealt += math.ceil(len(samples) / execution.batch_size)
             if progress is not None:
                 progress(len(samples) - share.done)
-            shares = group.to_leader(share)
-            if sum(group.exchange(len(share.indices))) == 0:
+            shares = group.gather(share)
+            if sum(group.all_gather(len(share.indices))) == 0:
                 raise group.alike(_nothing_read(name, shares))
             if shares is None:
                 continue
@@ -153,7 +153,7 @@ def evaluate(
                     _write_sheet(name, scored, figures, model.config.image_size)
                 except OSError as error:  # a full disk must not cost the metrics
                     failures.append(f"cannot write the figures of {name}: {error}")
-        return group.from_leader(
+        return group.broadcast(
             lambda: Evaluation(
                 classes,
                 mean_metrics(classes),
@@ -251,7 +251,7 @@ def check_masks(data: DataSet) -> None:
 def _deal(images: int, batch: int, dealt: int, processes: Processes) -> list[int]:
     """Return this process's images of a class: whole batches, in turn after ``dealt`` others."""
     turns = range(math.ceil(images / batch))
-    mine = [turn for turn in turns if (dealt + turn) % processes.count == processes.rank]
+    mine = [turn for turn in turns if (dealt + turn) % processes.world_size == processes.rank]
     return [i for turn in mine for i in range(turn * batch, min((turn + 1) * batch, images))]
 
 

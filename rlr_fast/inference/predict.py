@@ -14,9 +14,10 @@ import torch
 from rlr_fast.config import InferenceExecution
 from rlr_fast.data import iterate_images, iterate_pictures, list_images
 from rlr_fast.data.layouts import holds_masks
-from rlr_fast.data.threads import Writer, default_workers
+from rlr_fast.data.threads import Writer
 from rlr_fast.inference.batches import check_placed, score_batches
 from rlr_fast.inference.tiling import Sides, Tiles, checked_tiles, predict_tiled
+from rlr_fast.models.environment import default_workers
 from rlr_fast.models.precision import check_precision
 from rlr_fast.models.rlr import RLRModel
 from rlr_fast.visualization import Scale, prediction_picture

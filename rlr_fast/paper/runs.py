@@ -28,12 +28,12 @@ from rlr_fast.inference.evaluate import check_masks, evaluate
 from rlr_fast.inference.metrics import HEADINGS
 from rlr_fast.models.backbone import BackboneWeightsError
 from rlr_fast.models.checkpoint import CheckpointError
+from rlr_fast.models.environment import start_device
 from rlr_fast.models.precision import check_precision
 from rlr_fast.models.rlr import RLRModel
 from rlr_fast.paper.folder import TableFolder
 from rlr_fast.paper.report import REPORT_FILE, write_report
 from rlr_fast.paper.tables import LEVELS, PER_LEVEL, Row, Table
-from rlr_fast.training.environment import start_device
 from rlr_fast.training.feature_cache import CacheError
 from rlr_fast.training.progress import progress_bar
 from rlr_fast.training.run_dir import TrainingError

@@ -58,7 +58,7 @@ def calibrate(
         # A share may be empty: all its images unreadable.
         quantiles = torch.stack(pixels) if pixels else torch.empty(0, len(wanted))
         share = quantiles.cpu(), torch.cat(scores).cpu(), list(categories)
-    shares = processes.exchange(share)
+    shares = processes.all_gather(share)
     means = torch.cat([pixel for pixel, _, _ in shares]).mean(0)
     score = torch.cat([score for _, score, _ in shares])
     names = [name for _, _, categories in shares for name in categories]

@@ -15,14 +15,13 @@ from typing import Any, cast
 import torch
 
 from rlr_fast.config import RLRConfig, TrainConfig, TrainExecution
-from rlr_fast.data import DataSet, ImageFailure, Sample
-from rlr_fast.data.contents import describe_images
+from rlr_fast.data import DataSet, ImageFailure, Sample, describe_images
 from rlr_fast.data.files import write_atomically
+from rlr_fast.models.environment import environment, start_device
 from rlr_fast.models.precision import check_precision
 from rlr_fast.models.rlr import RLRModel, Standardize
 from rlr_fast.training.calibration import CALIBRATION_FILE, calibrate
 from rlr_fast.training.distributed import Processes, processes
-from rlr_fast.training.environment import environment, start_device
 from rlr_fast.training.feature_cache import cached_features
 from rlr_fast.training.features import Features, FreshFeatures
 from rlr_fast.training.progress import progress_bar
@@ -104,9 +103,9 @@ def train(
                 "model": config.to_dict(),
                 "recipe": dataclasses.asdict(recipe),
                 "data": describe_images(data, data.train),
-                "processes": group.count,
+                "processes": group.world_size,
             }
-            if group.leads:
+            if group.is_main:
                 check_folder(out, record, resume)
             torch.manual_seed(recipe.seed)
             model = RLRModel(config, backend=execution.backend).to(device)
@@ -126,7 +125,7 @@ def train(
             progress=partial(progress, "train"),
         )
         with group.together():
-            if group.leads:
+            if group.is_main:
                 record["environment"] = environment(device)
                 record["way"] = {
                     "backend": execution.backend,
@@ -138,7 +137,7 @@ def train(
         trainer.fit(quiet)
         calibration = calibrate(model, features, [s.category for s in samples], group)
         with group.together():
-            if group.leads:
+            if group.is_main:
                 write_atomically(out / CALIBRATION_FILE, json.dumps(calibration, indent=2))
                 if trainer.history:
                     loss_curve(trainer.history, out / CURVE_FILE)
@@ -155,12 +154,12 @@ def _check_request(
 ) -> None:
     data.require_train()
     check_precision(recipe.precision, device)
-    if processes.count > 1 and device.type not in ("cpu", "cuda"):
+    if processes.world_size > 1 and device.type not in ("cpu", "cuda"):
         raise ValueError(f"several processes need device cpu or cuda, got {str(device)!r}")
     images = sum(map(len, data.train.values()))
-    if images < processes.count:
+    if images < processes.world_size:
         raise TrainingError(
-            f"{images} training images cannot be shared among {processes.count} processes; "
+            f"{images} training images cannot be shared among {processes.world_size} processes; "
             f"start {images} at most"
         )
 
@@ -183,10 +182,10 @@ def _features(
 ) -> tuple[Features, list[Sample], list[ImageFailure]]:
     """Return the features of this process's share, their samples, and all processes' failures."""
     samples = [sample for group in data.train.values() for sample in group]
-    mine = samples[processes.rank :: processes.count]
+    mine = samples[processes.rank :: processes.world_size]
     with (
         processes.together(),
-        progress_bar("features", len(mine), quiet or not processes.leads) as bar,
+        progress_bar("features", len(mine), quiet or not processes.is_main) as bar,
     ):
         threads = processes.workers(execution.workers)
 
@@ -205,12 +204,12 @@ def _features(
                 execution.cache,
                 workers=threads,
                 progress=done,
-                sharers=processes.here,
+                sharers=processes.local_world_size,
             )
-    shares = processes.exchange(features.failures)
+    shares = processes.all_gather(features.failures)
     failures = sorted(
         (
-            ImageFailure(rank + processes.count * failure.index, failure.error)
+            ImageFailure(rank + processes.world_size * failure.index, failure.error)
             for rank, share in enumerate(shares)
             for failure in share
         ),
@@ -239,7 +238,7 @@ def _fit_standardization(model: RLRModel, features: Features, processes: Process
             for total, level in zip(sums, tokens, strict=True):
                 values = level.flatten(0, 1).double()
                 total += torch.stack((values.sum(0), values.square().sum(0)))
-    shares = processes.exchange((len(features), [total.cpu() for total in sums]))
+    shares = processes.all_gather((len(features), [total.cpu() for total in sums]))
     images = sum(count for count, _ in shares)
     for j, (module, (height, width)) in enumerate(zip(modules, model.backbone.grids, strict=True)):
         total = torch.stack([share[j] for _, share in shares]).sum(0)

@@ -13,8 +13,9 @@ from conftest import make_tree
 from PIL import Image
 from torch._inductor.exc import InductorError
 
-from rlr_fast.cli import common, main
+from rlr_fast.cli import main
 from rlr_fast.data.files import write_atomically
+from rlr_fast.inference import batches
 from rlr_fast.visualization import comparison_sheet, reconstructions
 
 FLAGS = [
@@ -79,7 +80,12 @@ def test_predict_in_tiles(trained, tmp_path, capsys):
 @pytest.mark.parametrize("verb", ["predict", "eval"])
 def test_compile_is_for_batches_of_the_given_size(trained, tmp_path, verb, monkeypatch):
     compiled = []
-    monkeypatch.setattr(common, "compile_model", lambda _, size: compiled.append(size))
+
+    def compile_model(model, size):
+        compiled.append(size)
+        model.compiled_batch = size
+
+    monkeypatch.setattr(batches, "compile_model", compile_model)
     argv = [verb, str(trained / "data"), "--checkpoint", str(trained / "run"), "--quiet"]
     assert main([*argv, "--out", str(tmp_path / "plain")]) == 0
     assert main([*argv, "--out", str(tmp_path), "--compile", "--batch-size", "3"]) == 0
@@ -90,7 +96,7 @@ def test_a_machine_that_cannot_compile_is_told_in_a_line(trained, tmp_path, caps
     def no_compiler(*_):
         raise InductorError(RuntimeError("No working C++ compiler found"), None)
 
-    monkeypatch.setattr(common, "compile_model", no_compiler)
+    monkeypatch.setattr(batches, "compile_model", no_compiler)
     argv = ["predict", trained / "data", "--checkpoint", trained / "run", "--out", tmp_path]
     message = refused(capsys, *argv, "--compile")
     assert "cannot compile here" in message and "C++ compiler" in message

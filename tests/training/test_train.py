@@ -345,7 +345,7 @@ def test_diversity_counts_once_per_step_over_micro_batches_and_processes(tmp_pat
     names = [name for name, _ in model.levels.named_parameters()]
 
     class Share(Processes):
-        def exchange(self, value):
+        def all_gather(self, value):
             return [4, 1]
 
     def gradients(rank, part, size):

@@ -13,6 +13,7 @@ from rlr_fast import RLRModel
 from rlr_fast.data import iterate_images
 from rlr_fast.data.files import write_tensors
 from rlr_fast.models.checkpoint import CheckpointError, read_weights
+from rlr_fast.training.decoder import train_decoder
 from rlr_fast.training.run_dir import TrainingError
 from rlr_fast.visualization.decoder import (
     Decoder,
@@ -20,7 +21,6 @@ from rlr_fast.visualization.decoder import (
     check_decoder_file,
     load_decoder,
     save_decoder,
-    train_decoder,
 )
 
 

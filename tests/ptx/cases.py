@@ -1,0 +1,136 @@
+"""What the machine runs: every kernel, on grids, windows and inputs that take it another way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+DTYPES = ("bf16", "fp16", "fp32")
+ARCHES = ("80", "90")
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One of the attention operators, forward and backward.
+
+    Attributes:
+        operator: ``"mlka"`` or ``"lca"``.
+        grid: (H, W) in tokens.
+        window: Height and width.
+        width: d of a head.
+        heads: h.
+        batch: B.
+        scale: Of the queries: large ones leave MLKA's bound of scores.
+        mixed: Whether only every other image has large queries.
+        programs: That a launch over the batch aims at: few walk over several images each.
+        strided: Whether query, key, value and output gradient lie between others in memory.
+        shared_value: Whether MLKA's value is without a batch.
+        tf32: Whether float32 may be multiplied as TF32; such a case is for float32 alone.
+        deterministic: Whether PyTorch's deterministic algorithms are asked for.
+    """
+
+    operator: str
+    grid: tuple[int, int]
+    window: int
+    width: int
+    heads: int = 2
+    batch: int = 3
+    scale: float = 1.0
+    mixed: bool = False
+    programs: int | None = None
+    strided: bool = False
+    shared_value: bool = False
+    tf32: bool = False
+    deterministic: bool = False
+
+
+@dataclass(frozen=True)
+class Block:
+    """Both operators of a block at once, with their shared preparation of keys."""
+
+    deterministic: bool = False
+
+
+@dataclass(frozen=True)
+class Distance:
+    """The distance of tokens of so many channels; ``strided``: that lie otherwise in memory."""
+
+    channels: int
+    strided: bool = False
+
+
+Case = Attention | Block | Distance
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """An attention case before operator and mode: see `Attention`."""
+
+    grid: tuple[int, int]
+    window: int
+    width: int
+    operators: tuple[str, ...] = ("mlka", "lca")
+    more: dict[str, object] = field(default_factory=dict)
+
+
+def _shape(
+    grid: tuple[int, int], window: int, width: int, *operators: str, **more: object
+) -> _Shape:
+    return _Shape(grid, window, width, operators or ("mlka", "lca"), more)
+
+
+_SHAPES = {
+    "16x16-w5-d64": _shape((16, 16), 5, 64),
+    "16x16-w5-d64-online": _shape((16, 16), 5, 64, scale=12.0),
+    "16x16-w5-d64-mixed": _shape((16, 16), 5, 64, scale=12.0, mixed=True),
+    "16x16-w5-d64-chunks": _shape((16, 16), 5, 64, heads=1, batch=21, programs=2),
+    "9x13-w5-d16": _shape((9, 13), 5, 16),
+    "9x13-w5-d16-online": _shape((9, 13), 5, 16, scale=24.0),
+    "9x13-w5-d16-chunks": _shape((9, 13), 5, 16, batch=20, programs=4, strided=True),
+    "8x8-w11-d16": _shape((8, 8), 11, 16),
+    "5x5-w11-d16": _shape((5, 5), 11, 16),
+    "24x24-w11-d16": _shape((24, 24), 11, 16, batch=2),
+    "24x24-w11-d16-mixed": _shape((24, 24), 11, 16, "mlka", batch=2, scale=12.0, mixed=True),
+    "32x32-w7-d32": _shape((32, 32), 7, 32, batch=2),
+    "16x16-w5-d128": _shape((16, 16), 5, 128, heads=1, batch=2),
+    "9x13-w5-d32-online": _shape((9, 13), 5, 32, scale=16.0),
+    "9x13-w5-d128-online": _shape((9, 13), 5, 128, heads=1, scale=10.0),
+    "20x20-w17-d16-raster": _shape((20, 20), 17, 16, "lca"),
+    "11x37-w15-d64-raster": _shape((11, 37), 15, 64, "lca", heads=1, batch=2),
+    "9x13-w5-d16-shared": _shape(
+        (9, 13), 5, 16, "mlka", batch=5, programs=4, shared_value=True
+    ),
+    "9x13-w5-d64-tf32": _shape((9, 13), 5, 64, tf32=True),
+    "16x16-w11-d64": _shape((16, 16), 11, 64, heads=1, batch=2),
+    "31x37-w7-d32": _shape((31, 37), 7, 32, heads=1, batch=2),
+}  # fmt: skip
+
+
+def _cases() -> Iterator[tuple[str, Case]]:
+    for label, shape in _SHAPES.items():
+        for operator in shape.operators:
+            for mode in ("", "-deterministic"):
+                yield (
+                    f"{operator}-{label}{mode}",
+                    Attention(
+                        operator, shape.grid, shape.window, shape.width,
+                        deterministic=bool(mode), **shape.more,  # type: ignore[arg-type]
+                    ),
+                )  # fmt: skip
+    yield "block", Block()
+    yield "block-deterministic", Block(deterministic=True)
+    for channels, strided in ((64, False), (100, True), (37, False), (256, False)):
+        yield f"distance-{channels}{'-strided' if strided else ''}", Distance(channels, strided)
+
+
+CASES: dict[str, Case] = dict(_cases())
+
+
+def applies(case: Case, dtype: str) -> bool:
+    """Return whether a case is for a dtype."""
+    return dtype == "fp32" or not getattr(case, "tf32", False)
+
+
+def matching(wanted: Callable[[str], bool]) -> list[str]:
+    """Return the names of the cases that are wanted, in their order."""
+    return [name for name in CASES if wanted(name)]
