@@ -212,7 +212,7 @@ def check_dataset(
 
 
 def format_report(report: Report) -> str:
-    """A report as text: a table of the classes, the problems, and one line that sums up.
+    """Return a report as text: a table of the classes, the problems, and one line that sums up.
 
     Of many problems of one kind in one class the first few are shown and the others counted.
     """
@@ -303,7 +303,7 @@ def _check_counts(
 
 
 def _check_unused(name: str, samples: list[Sample], data: DataSet) -> Iterable[Problem]:
-    """Masks that belong to no image one by one, images without use folder by folder."""
+    """Yield masks that belong to no image one by one, images without use folder by folder."""
     folder = data.folders[name]
     used = {str(path) for sample in samples for path in (sample.path, *sample.mask_paths)}
     truth = ("Data", "Masks") if data.layout == "visa" else ("ground_truth",)
@@ -323,7 +323,7 @@ def _check_unused(name: str, samples: list[Sample], data: DataSet) -> Iterable[P
 
 
 def _image_tree(folder: Path) -> Iterable[tuple[Path, list[Path]]]:
-    """Every folder from `folder` down, sorted, with the images right in it; no folder twice."""
+    """Yield every folder from `folder` down, sorted, with the images right in it, once."""
     seen: set[str] = set()  # Linked folders may lead back up.
     todo = [folder]
     while todo:
@@ -337,7 +337,7 @@ def _image_tree(folder: Path) -> Iterable[tuple[Path, list[Path]]]:
 
 
 def _leaks(data: DataSet) -> dict[Sample, Path]:
-    """Test sample → the image of training or validation, of any class, with the same content."""
+    """Return test sample → the same file among those of training or validation, of any class."""
     seen_by_length: dict[int, list[Sample]] = {}
     test_by_length: dict[int, list[Sample]] = {}
     for splits, by_length in (

@@ -111,7 +111,7 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
 
 
 def read_image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """(height, width) of an image file, from its header alone.
+    """Return (height, width) of an image file, from its header alone.
 
     Raises:
         UnreadableImageError: If the header cannot be read.
@@ -125,7 +125,7 @@ def read_image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
 
 
 def to_rgb(image: Image.Image, path: str | os.PathLike[str]) -> Image.Image:
-    """A decoded image in mode RGB, by the rules on top of this file.
+    """Return a decoded image in mode RGB, by the rules on top of this file.
 
     Args:
         image: What `open_image` returned.
@@ -156,7 +156,7 @@ def to_rgb(image: Image.Image, path: str | os.PathLike[str]) -> Image.Image:
 
 
 def load_image(path: str | os.PathLike[str], size: tuple[int, int]) -> torch.Tensor:
-    """An image file as RGB tensor (3, H, W) of uint8, resized to `size` by Lanczos.
+    """Return an image file as RGB tensor (3, H, W) of uint8, resized to `size` by Lanczos.
 
     Args:
         path: Image file.
@@ -170,28 +170,43 @@ def load_image(path: str | os.PathLike[str], size: tuple[int, int]) -> torch.Ten
 
 
 def load_mask(
-    paths: Sequence[str | os.PathLike[str]], image_size: tuple[int, int], size: tuple[int, int]
+    paths: Sequence[str | os.PathLike[str]],
+    image_size: tuple[int, int],
+    size: tuple[int, int],
+    image_name: str = "its image",
 ) -> torch.Tensor:
-    """Union of mask files as tensor (H, W) of bool; without files, nothing is marked.
+    """Return the union of mask files as tensor (H, W) of bool; without files, nothing is marked.
 
     Any pixel that is neither 0 (black) nor transparent in the file counts as anomalous, however
-    small its value. Palette masks count by colour.
+    small its value. Palette masks count by their colors.
 
     Args:
         paths: Mask files of one image.
         image_size: (height, width) of the image's file, which each mask must have.
-        size: (H, W) of the result, by nearest neighbour.
+        size: (H, W) of the result, by nearest neighbor.
+        image_name: The image, for the error.
 
     Raises:
         UnreadableImageError: If a file cannot be read.
-        ValueError: If a mask has another size than its image, or a size is not two positive
+        ValueError: If a mask has another size than its image, or `size` is not two positive
             integers.
     """
-    return _load_mask(paths, checked_size(image_size), checked_size(size), "its image")
+    size = checked_size(size)
+    union = np.zeros(image_size, dtype=bool)
+    for path in paths:
+        marked = read_mask(path)
+        if marked.shape != image_size:
+            raise ValueError(
+                f"a mask must have the size of its image: mask {str(path)!r} is "
+                f"{marked.shape[0]} x {marked.shape[1]}, {image_name} is "
+                f"{image_size[0]} x {image_size[1]} (height x width)"
+            )
+        union |= marked
+    return torch.from_numpy(resize_mask(union, size))
 
 
 def load_sample_mask(sample: Sample, size: tuple[int, int]) -> torch.Tensor:
-    """Ground truth of a sample as tensor (H, W) of bool; nothing is marked in a normal image.
+    """Return a sample's ground truth as tensor (H, W) of bool; a normal image has nothing marked.
 
     Args:
         sample: A sample of a data set.
@@ -210,7 +225,7 @@ def load_sample_mask(sample: Sample, size: tuple[int, int]) -> torch.Tensor:
             f"{str(sample.path)!r} (defect {sample.defect!r}) without one"
         )
     image_size = read_image_size(sample.path)
-    return _load_mask(sample.mask_paths, image_size, size, f"its image {str(sample.path)!r}")
+    return load_mask(sample.mask_paths, image_size, size, f"its image {str(sample.path)!r}")
 
 
 def iterate_images(
@@ -219,7 +234,7 @@ def iterate_images(
     batch_size: int,
     workers: int | None = None,
 ) -> Iterator[ImageBatch]:
-    """Images in the order of `items`, decoded ahead by threads while the caller is busy.
+    """Yield images in the order of `items`, decoded ahead by threads while the caller is busy.
 
     A file that cannot be read does not end the iteration: it is told in `ImageBatch.failures`, and
     the next one takes its place. So every batch has `batch_size` images but the last, which may
@@ -249,7 +264,7 @@ def iterate_images(
 def iterate_pictures(
     items: Sequence[Sample | str | os.PathLike[str]], workers: int | None = None
 ) -> Iterator[ImageBatch]:
-    """Images as `iterate_images` gives them, one a batch, each in the size of its file.
+    """Yield images as `iterate_images` does, one per batch, each in the size of its file.
 
     At most `_PICTURES_AHEAD` pictures wait decoded, since one can fill a gigabyte.
 
@@ -311,7 +326,7 @@ def _loaded(
 
 
 def resize_image(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """An RGB tensor (3, h, w) of uint8 resized to `size` (H, W) by Lanczos, as image files are."""
+    """Return an RGB tensor (3, h, w) of uint8 in `size` (H, W), by Lanczos as image files are."""
     pixels = np.ascontiguousarray(image.numpy().transpose(1, 2, 0))
     return _as_tensor(Image.fromarray(pixels), size)
 
@@ -319,7 +334,7 @@ def resize_image(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 def _load_image(
     path: str | os.PathLike[str], size: tuple[int, int] | None
 ) -> tuple[torch.Tensor, tuple[int, int]]:
-    """The image (3, H, W) in `size`, or in its own, and the (height, width) of its file."""
+    """Return the image (3, H, W) in `size` or its own, and the (height, width) of its file."""
     image = to_rgb(open_image(path), path)
     original_size = (image.height, image.width)
     return _as_tensor(image, original_size if size is None else size), original_size
@@ -332,27 +347,8 @@ def _as_tensor(image: Image.Image, size: tuple[int, int]) -> torch.Tensor:
     return torch.from_numpy(np.array(np.asarray(image).transpose(2, 0, 1), order="C"))
 
 
-def _load_mask(
-    paths: Sequence[str | os.PathLike[str]],
-    image_size: tuple[int, int],
-    size: tuple[int, int],
-    image_name: str,
-) -> torch.Tensor:
-    union = np.zeros(image_size, dtype=bool)
-    for path in paths:
-        marked = read_mask(path)
-        if marked.shape != image_size:
-            raise ValueError(
-                f"a mask must have the size of its image: mask {str(path)!r} is "
-                f"{marked.shape[0]} x {marked.shape[1]}, {image_name} is "
-                f"{image_size[0]} x {image_size[1]} (height x width)"
-            )
-        union |= marked
-    return torch.from_numpy(resize_mask(union, size))
-
-
 def read_mask(path: str | os.PathLike[str]) -> npt.NDArray[np.bool_]:
-    """A mask file as array (height, width) of bool, in the size it is stored in.
+    """Return a mask file as array (height, width) of bool, in the size it is stored in.
 
     Raises:
         UnreadableImageError: If the file cannot be read.
@@ -374,7 +370,7 @@ def read_mask(path: str | os.PathLike[str]) -> npt.NDArray[np.bool_]:
 
 
 def resize_mask(mask: npt.NDArray[np.bool_], size: tuple[int, int]) -> npt.NDArray[np.bool_]:
-    """A mask (height, width) of bool resized to `size` by nearest neighbour at pixel centres."""
+    """Return a mask (height, width) of bool in `size`, by nearest neighbor at pixel centers."""
     if mask.shape == size:
         return mask
     resized = Image.fromarray(mask.astype(np.uint8)).resize(
@@ -384,7 +380,7 @@ def resize_mask(mask: npt.NDArray[np.bool_], size: tuple[int, int]) -> npt.NDArr
 
 
 def checked_size(size: tuple[int, int]) -> tuple[int, int]:
-    """`size` itself, if it is two positive integers; ValueError otherwise."""
+    """Return `size` itself, if it is two positive integers; ValueError otherwise."""
     if (
         not isinstance(size, Sequence)
         or len(size) != 2

@@ -169,7 +169,7 @@ def pick_samples(samples: Sequence[Sample], per_defect: int) -> list[int]:
 
 
 def list_images(folder: str | os.PathLike[str]) -> list[Path]:
-    """Image files right in `folder`, sorted by name; hidden files and other suffixes are left out.
+    """Return the image files right in `folder`, sorted by name, without hidden ones.
 
     Links are followed, and one that leads nowhere is listed, so that its reader can say so.
     """
@@ -183,7 +183,7 @@ def holds_masks(folder: Path) -> bool:
 
 
 def detect_layout(root: str | os.PathLike[str]) -> str:
-    """Name of the layout in `LAYOUTS` that the folders under `root` follow.
+    """Return the name of the layout in `LAYOUTS` that the folders under `root` follow.
 
     Raises:
         ValueError: If `root` is not a folder, or nothing fits; says what was looked for and found.
@@ -248,7 +248,7 @@ def _existing_folder(root: str | os.PathLike[str]) -> Path:
 
 
 def normal_folder(layout: str) -> str:
-    """Name of the folders with normal images in a layout that has them."""
+    """Return the name of the folders with normal images in a layout that has them."""
     return "ok" if layout == "btad" else NORMAL
 
 
@@ -271,7 +271,7 @@ def _guess(root: Path) -> str | None:
 
 
 def _class_folders(root: Path, layout: str) -> dict[str, Path]:
-    """Class name → folder, sorted; empty where `root` is not of `layout` (any but ``visa``)."""
+    """Return class name → folder, sorted; empty where `root` is not of `layout`, any but visa."""
     if layout == "folder":
         return _plain_class_folders(root)
     normal = normal_folder(layout)
@@ -306,7 +306,7 @@ def _has_normal_images(folder: Path, normal: str) -> bool:
 
 
 def _selected(classes: Iterable[str] | None, known: Iterable[str]) -> list[str]:
-    """The classes asked for, sorted."""
+    """Return the classes asked for, sorted."""
     known = sorted(known)
     if classes is None:
         return known
@@ -374,7 +374,7 @@ def _read_visa(root: Path, classes: Iterable[str] | None) -> DataSet:
 
 
 def _visa_rows(table: Path) -> Iterator[tuple[str, str, str, str, str]]:
-    """Rows (object, split, label, image, mask) of VisA's table, checked."""
+    """Yield rows (object, split, label, image, mask) of VisA's table, checked."""
     columns = ("object", "split", "label", "image", "mask")
     with table.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
@@ -428,7 +428,7 @@ def _nothing_fits(root: Path, layouts: tuple[str, ...]) -> str:
 
 
 def _nearby(root: Path) -> Path | None:
-    """A folder next above or below `root` that follows a layout with splits."""
+    """Return a folder next above or below `root` that follows a layout with splits."""
     parent = Path(os.path.abspath(root)).parent
     if any(_has_normal_images(parent, normal) for normal in (NORMAL, "ok")):
         return parent
@@ -446,12 +446,12 @@ def _folder_name(folder: Path) -> str:
 
 
 def subfolders(folder: Path) -> dict[str, Path]:
-    """Name → path of the folders in `folder`, sorted, without hidden ones; empty for no folder."""
+    """Return name → path of the folders in `folder`, sorted, without hidden ones."""
     return {name: Path(path) for name, path in _scan(folder, folders=True)}
 
 
 def _image_names(folder: str | os.PathLike[str]) -> dict[str, str]:
-    """Name → path of the images in `folder`, sorted, without hidden ones; empty for no folder."""
+    """Return name → path of the images in `folder`, sorted, without hidden ones."""
     return {
         name: path
         for name, path in _scan(folder, folders=False)

@@ -321,7 +321,7 @@ def _join(samples: list[Sample], shares: list[_Share]) -> _Scored:
 
 
 def _mask(sample: Sample, size: tuple[int, int]) -> np.ndarray:
-    """Ground truth (H, W); without masks nothing is marked and pixel metrics are undefined."""
+    """Return ground truth (H, W); without masks nothing is marked, pixel metrics are undefined."""
     if not sample.mask_paths:
         return np.zeros(size, dtype=bool)
     return load_sample_mask(sample, size).numpy()

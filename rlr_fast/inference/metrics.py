@@ -263,7 +263,7 @@ def _sort_descending(
 
 
 def _ends_of_runs(values: NDArray[np.generic]) -> NDArray[np.bool_]:
-    """True at the last of each run of equal values, (n,)."""
+    """Return True at the last of each run of equal values, (n,)."""
     last = np.ones(len(values), dtype=bool)
     np.not_equal(values[1:], values[:-1], out=last[:-1])
     return last

@@ -120,7 +120,7 @@ def summary(
 
 
 def _over_seeds(runs: Sequence[Mapping[str, float | None]]) -> dict[str, dict[str, float]]:
-    """Mean and sample deviation of each metric, in percent, where it is defined."""
+    """Return mean and sample deviation of each metric, in percent, where it is defined."""
     found = {}
     for key in HEADINGS:
         values = [100 * v for run in runs if (v := run[key]) is not None]

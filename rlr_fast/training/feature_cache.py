@@ -80,7 +80,7 @@ class FeatureCache:
 
 
 def default_cache_root() -> Path:
-    """Where caches lie by default: ``rlr_fast`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    """Return where caches lie by default: ``rlr_fast`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
     root = os.environ.get("XDG_CACHE_HOME")
     return (Path(root) if root else Path.home() / ".cache") / "rlr_fast" / "features"
 

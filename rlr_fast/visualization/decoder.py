@@ -103,7 +103,7 @@ class Decoder(nn.Module):
 
 
 def _doublings(start: tuple[int, int], end: tuple[int, int]) -> list[tuple[int, int]]:
-    """Sizes after ``start`` up to ``end``, each twice the one before at most."""
+    """Return the sizes after ``start`` up to ``end``, each twice the one before at most."""
     sizes = []
     size = end
     while size[0] > start[0] or size[1] > start[1]:
