@@ -47,12 +47,14 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.verbose = 1
 
 
-def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
+def pytest_report_teststatus(
+    report: pytest.TestReport | pytest.CollectReport,
+) -> tuple[str, str, str] | None:
     """Show a benchmark's median in its line."""
-    median = dict(report.user_properties).get("median")
-    if report.when != "call" or not report.passed or median is None:
+    if isinstance(report, pytest.CollectReport) or report.when != "call" or not report.passed:
         return None
-    return "passed", ".", f"{median}"
+    median = dict(report.user_properties).get("median")
+    return None if median is None else ("passed", ".", f"{median}")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
