@@ -86,7 +86,7 @@ class RLRModel(
 
     Attributes:
         backbone: Frozen feature network (`Backbone`).
-        levels: One `Reconstructor` a level.
+        levels: One `Reconstructor` per level.
         compiled_batch: Images in a batch for which
             `rlr_fast.inference.batches.compile_model` compiled it.
 
@@ -137,7 +137,7 @@ class RLRModel(
 
     @property
     def device(self) -> torch.device:
-        """The device on which the model lies."""
+        """Return the device on which the model lies."""
         return next(self.levels.parameters()).device
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -205,13 +205,13 @@ class RLRModel(
         Args:
             tokens: [(B, N_j, C_j)] as from `tokens`.
         """
-        found = []
+        levels = []
         for j, standardize in enumerate(self.standardize):
             _, rebuilt = self._reconstruct_level(j, tokens[j])
-            found.append(
+            levels.append(
                 standardize.undo(rebuilt) if isinstance(standardize, Standardize) else rebuilt
             )
-        return found
+        return levels
 
     def distances(
         self, tokens: Sequence[Tensor], noise: Sequence[Tensor] | None = None
@@ -225,13 +225,13 @@ class RLRModel(
             noise: Standard normal numbers in the tokens' shapes for eq. 3; None for no
                 perturbation.
         """
-        found = []
+        levels = []
         for j in range(len(self.levels)):
             original, rebuilt = self._reconstruct_level(
                 j, tokens[j], None if noise is None else noise[j]
             )
-            found.append(distance(rebuilt, original, self.backend))
-        return found
+            levels.append(distance(rebuilt, original, self.backend))
+        return levels
 
     def _reconstruct_level(
         self, j: int, tokens: Tensor, noise: Tensor | None = None
