@@ -420,7 +420,7 @@ def launch_backward(
     sums = torch.zeros((2, heads, tokens, width), dtype=exact, device=q.device)
     if batch == 0:
         return sums[0], sums[1]
-    do = _launch.unit_columns(do)
+    do = _launch.addressable(do)
     places, chunk, chunks = _programs(geometry, tile, heads, batch)
     constants = _constants(geometry, tile, width, q.dtype)
     atomic = not torch.are_deterministic_algorithms_enabled()
@@ -448,7 +448,7 @@ def launch_backward(
 def _forward(
     query: Tensor, key: Tensor, bound: Tensor, value: Tensor, grid: list[int], window: list[int]
 ) -> tuple[Tensor, Tensor]:
-    query, key, value = map(_launch.unit_columns, (query, key, value))
+    query, key, value = map(_launch.addressable, (query, key, value))
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     return output, launch_forward(query, key, bound, value, output, Geometry.of(grid, window))
 
@@ -469,7 +469,7 @@ def _backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, saved: Tensor,
     grid: list[int], window: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    query, key, value = map(_launch.unit_columns, (query, key, value))
+    query, key, value = map(_launch.addressable, (query, key, value))
     dq = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     geometry = Geometry.of(grid, window)
     dk, dv = launch_backward(grad, query, key, value, output, saved, dq, geometry)

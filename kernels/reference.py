@@ -59,7 +59,7 @@ def prepare_kernel(
 
 @torch.library.custom_op("rlr_fast::prepare_key", mutates_args=())
 def _prepare(key: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    key = _launch.unit_columns(key)
+    key = _launch.addressable(key)
     heads, tokens, width = key.shape
     prepared = torch.empty((heads, tokens, width), dtype=key.dtype, device=key.device)
     bound = torch.empty((heads,), dtype=_launch.accumulator(key.dtype), device=key.device)

@@ -162,8 +162,8 @@ _BEFORE_3_9 = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
 _RASTER: dict[int, dict[str, dict[int, RasterTiles]]] = {
     90: {
         "raster_forward": {
-            16: RasterTiles(64, 128, fma_exp2_eighths=2, registers=0 if _BEFORE_3_9 else 160),
-            32: RasterTiles(64, 128, fma_exp2_eighths=2, stages=3),
+            16: RasterTiles(64, 128, fma_exp2_eighths=3, registers=160),
+            32: RasterTiles(128, 64, fma_exp2_eighths=3),
             64: RasterTiles(64, 64, fma_exp2_eighths=2, stages=3),
             128: RasterTiles(64, 64, fma_exp2_eighths=2),
         },
@@ -179,11 +179,16 @@ _RASTER: dict[int, dict[str, dict[int, RasterTiles]]] = {
 # What other architectures do otherwise.
 _RASTER[100] = _RASTER[90] | {
     "raster_forward": _RASTER[90]["raster_forward"]
-    | {16: RasterTiles(128, 64, fma_exp2_eighths=2), 64: RasterTiles(64, 64, stages=3)},
+    | {16: RasterTiles(128, 64, fma_exp2_eighths=3), 64: RasterTiles(64, 64, stages=3)},
     "raster_key": _RASTER[90]["raster_key"]
     | {128: RasterTiles(32, 64, separate_dq=True, stages=1)},
 }
 _RASTER[80] = _RASTER[90] | {
+    "raster_forward": _RASTER[90]["raster_forward"]
+    | {
+        16: RasterTiles(64, 128, fma_exp2_eighths=2),
+        32: RasterTiles(64, 128, fma_exp2_eighths=2, stages=3),
+    },
     "raster_key": {
         16: RasterTiles(64, 64, blocks=2, separate_dq=True, stages=1),
         32: RasterTiles(64, 64, separate_dq=True, stages=1),

@@ -205,13 +205,13 @@ class RLRModel(
         Args:
             tokens: [(B, N_j, C_j)] as from `tokens`.
         """
-        levels = []
+        reconstructed = []
         for j, standardize in enumerate(self.standardize):
             _, rebuilt = self._reconstruct_level(j, tokens[j])
-            levels.append(
+            reconstructed.append(
                 standardize.undo(rebuilt) if isinstance(standardize, Standardize) else rebuilt
             )
-        return levels
+        return reconstructed
 
     def distances(
         self, tokens: Sequence[Tensor], noise: Sequence[Tensor] | None = None
@@ -225,13 +225,13 @@ class RLRModel(
             noise: Standard normal numbers in the tokens' shapes for eq. 3; None for no
                 perturbation.
         """
-        levels = []
+        distances = []
         for j in range(len(self.levels)):
             original, rebuilt = self._reconstruct_level(
                 j, tokens[j], None if noise is None else noise[j]
             )
-            levels.append(distance(rebuilt, original, self.backend))
-        return levels
+            distances.append(distance(rebuilt, original, self.backend))
+        return distances
 
     def _reconstruct_level(
         self, j: int, tokens: Tensor, noise: Tensor | None = None

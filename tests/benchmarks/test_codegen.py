@@ -198,11 +198,15 @@ def of(batch):
         kernel = launch.kernel
         bind = create_function_from_signature(kernel.signature, kernel.params, backend)
         signature, constants, divisible = codegen.specialization(launch)
-        ours = [
-            ["constexpr", constants[n]] if n in constants
-            else [signature[n], "D" if n in divisible else ""]
-            for n in kernel.arg_names
-        ]
+
+        def ours_of(place, kind):
+            if isinstance(kind, tuple):
+                return list(zip(*(ours_of((place, i), k) for i, k in enumerate(kind))))
+            if place in constants:
+                return ["constexpr", constants[place]]
+            return [kind, "D" if place in divisible else ""]
+
+        ours = [ours_of(n, signature.get(n)) for n in kernel.arg_names]
         found[name] = [bind(*launch.arguments, **launch.constants)[1], ours]
     return found
 
@@ -230,5 +234,10 @@ def test_kernels_are_compiled_offline_as_a_launch_compiles_them(specializations)
     for launches in specializations:
         for name, (by_triton, ours) in launches.items():
             # None is what Triton did not look at, "" what it found nothing special about.
-            known = [[kind, "" if value is None else value] for kind, value in by_triton]
+            def filled(value):
+                if isinstance(value, list):
+                    return [filled(x) for x in value]
+                return "" if value is None else value
+
+            known = [[kind, filled(value)] for kind, value in by_triton]
             assert ours == known, name
