@@ -248,7 +248,7 @@ def iterate_images(
 def iterate_pictures(
     items: Sequence[Sample | str | os.PathLike[str]], workers: int | None = None
 ) -> Iterator[ImageBatch]:
-    """Images as `iterate_images` gives them, one a batch, each in the size of its file.
+    """Images as `iterate_images` gives them, one per batch, each in the size of its file.
 
     At most `_PICTURES_AHEAD` pictures wait decoded, since one can fill a gigabyte.
 

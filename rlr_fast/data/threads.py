@@ -51,7 +51,7 @@ def map_ahead(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-class Writer:
+class BackgroundWriter:
     """Threads that do jobs in order, with a bounded number of them waiting.
 
     A context manager: leaving it waits for every job, whatever the reason for leaving, so that an
@@ -98,7 +98,7 @@ class Writer:
         while self._pending:
             self._pending.popleft()[0].result()
 
-    def __enter__(self) -> Writer:
+    def __enter__(self) -> BackgroundWriter:
         return self
 
     def __exit__(
@@ -108,5 +108,5 @@ class Writer:
         traceback: TracebackType | None,
     ) -> None:
         self._pool.shutdown(wait=True)
-        if error is None:  # else it is the first thing to tell
+        if error is None:  # the block's own error comes first
             self.finish()

@@ -216,9 +216,9 @@ def _curve(score_maps: NDArray[np.floating], masks: NDArray[np.bool_]) -> _Curve
     regions = np.zeros(masks.shape, dtype=np.uint32)  # 0 for normal pixels, else the region, from 1
     count = 0
     for i in np.flatnonzero(masks.any(axis=(1, 2))):
-        labeled, found = ndimage.label(masks[i], structure=_EIGHT_CONNECTED)
+        labeled, more = ndimage.label(masks[i], structure=_EIGHT_CONNECTED)
         regions[i] = np.where(labeled > 0, labeled + count, 0)
-        count += found
+        count += more
     areas = np.bincount(regions.reshape(-1), minlength=1)  # (1 + regions,)
     if areas[0] == 0 or len(areas) == 1:
         return None
@@ -263,7 +263,7 @@ def _sort_descending(
 
 
 def _ends_of_runs(values: NDArray[np.generic]) -> NDArray[np.bool_]:
-    """True at the last of each run of equal values, (n,)."""
+    """Return True at the last of each run of equal values, (n,)."""
     last = np.ones(len(values), dtype=bool)
     np.not_equal(values[1:], values[:-1], out=last[:-1])
     return last

@@ -1,4 +1,4 @@
-"""Prediction: score image files, write a table row and a heat-map picture for each."""
+"""Prediction: score image files, write a table row and a heat map for each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from rlr_fast.config import InferenceExecution
 from rlr_fast.data import iterate_images, iterate_pictures, list_images
 from rlr_fast.data.layouts import holds_masks
-from rlr_fast.data.threads import Writer, default_workers
+from rlr_fast.data.threads import BackgroundWriter, default_workers
 from rlr_fast.inference.batches import check_placed, score_batches
 from rlr_fast.inference.tiling import Sides, Tiles, checked_tiles, predict_tiled
 from rlr_fast.models.precision import check_precision
@@ -45,7 +45,7 @@ class Prediction:
     Attributes:
         scores: Image score of each file that could be read.
         failures: What is wrong with the others.
-        results: The table, one row (path, score) a file.
+        results: The table, one row (path, score) per file.
     """
 
     scores: dict[Path, float]
@@ -62,7 +62,7 @@ def find_images(paths: Sequence[str | Path], out: Path | None = None) -> list[Im
     Raises:
         ValueError: A path does not exist, or there is no image in a folder.
     """
-    found: dict[Path, ImageFile] = {}
+    images: dict[Path, ImageFile] = {}
     pictures: set[Path] = set()
     for path in map(Path, paths):
         if path.is_dir():
@@ -86,14 +86,14 @@ def find_images(paths: Sequence[str | Path], out: Path | None = None) -> list[Im
             raise ValueError(f"paths: there is no {str(path)!r}")
         for file in files:
             place = file.relative_to(path.parent) if path.is_dir() else Path(file.name)
-            if file in found:
+            if file in images:
                 continue
             picture = _picture_name(place)
             if picture in pictures:  # files of one name from different folders
                 picture = _picture_name(Path(*file.resolve().parts[1:]))
             pictures.add(picture)
-            found[file] = ImageFile(file, picture)
-    return list(found.values())
+            images[file] = ImageFile(file, picture)
+    return list(images.values())
 
 
 def _picture_name(place: Path) -> Path:
@@ -155,7 +155,7 @@ def predict(
         open(
             out / RESULTS_FILE, "w", newline="", encoding="utf-8", errors="surrogateescape"
         ) as file,
-        Writer(workers, 2 * workers, _PIXELS_WAITING) as pictures,
+        BackgroundWriter(workers, 2 * workers, _PIXELS_WAITING) as pictures,
     ):
         table = csv.writer(file)
         table.writerow(("path", "score"))

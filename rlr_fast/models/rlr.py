@@ -86,7 +86,7 @@ class RLRModel(
 
     Attributes:
         backbone: Frozen feature network (`Backbone`).
-        levels: One `Reconstructor` a level.
+        levels: One `Reconstructor` per level.
         compiled_batch: Images in a batch for which
             `rlr_fast.inference.batches.compile_model` compiled it.
 
@@ -137,7 +137,7 @@ class RLRModel(
 
     @property
     def device(self) -> torch.device:
-        """The device on which the model lies."""
+        """Return the device on which the model lies."""
         return next(self.levels.parameters()).device
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

@@ -72,7 +72,7 @@ def calibrate(
 
 
 def _thinned(score_map: torch.Tensor) -> torch.Tensor:
-    """Every k-th pixel of each axis, so that 512² at most are left: torch.quantile has a limit."""
+    """Return every k-th pixel of each axis, 512² at most: torch.quantile has a limit."""
     step = max(1, max(score_map.shape[-2:]) // 512)
     return score_map[..., ::step, ::step]
 

@@ -29,7 +29,7 @@ from rlr_fast.data.images import (
 )
 from rlr_fast.data.layouts import Sample
 from rlr_fast.data.records import read_record
-from rlr_fast.data.threads import Writer
+from rlr_fast.data.threads import BackgroundWriter
 from rlr_fast.models.rlr import RLRModel
 
 Placement = Literal["auto", "gpu", "ram", "disk"]
@@ -80,7 +80,7 @@ class FeatureCache:
 
 
 def default_cache_root() -> Path:
-    """Where caches lie by default: ``rlr_fast`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    """Return where caches lie by default: ``rlr_fast`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
     root = os.environ.get("XDG_CACHE_HOME")
     return (Path(root) if root else Path.home() / ".cache") / "rlr_fast" / "features"
 
@@ -244,14 +244,14 @@ def _build(
             names = [f"level_{j}.bf16" for j in range(len(model.levels))]
             files = [stack.enter_context(open(partial / name, "wb")) for name in names]
             # One batch is written while the next is computed.
-            writer = stack.enter_context(Writer(threads=1, jobs=1))
+            writer = stack.enter_context(BackgroundWriter(threads=1, jobs=1))
             for batch in iterate_images(samples, model.config.image_size, _BATCH, workers):
                 failures += [
                     _Failure(f.index, str(f.error.path), f.error.reason) for f in batch.failures
                 ]
                 if len(batch.images):
-                    found = model.tokens(batch.images.to(device))
-                    stored = [tokens.to(torch.bfloat16).contiguous() for tokens in found]
+                    levels = model.tokens(batch.images.to(device))
+                    stored = [tokens.to(torch.bfloat16).contiguous() for tokens in levels]
                     writer.submit(functools.partial(_append, files, stored))
                 if progress is not None:
                     progress(len(batch.images) + len(batch.failures))

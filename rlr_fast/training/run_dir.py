@@ -19,7 +19,7 @@ from torch import Tensor
 from rlr_fast.config import short_windows
 from rlr_fast.data.files import check_writable, write_atomically, write_tensors
 from rlr_fast.data.records import read_record
-from rlr_fast.data.threads import Writer
+from rlr_fast.data.threads import BackgroundWriter
 from rlr_fast.models.checkpoint import CONFIG_FILE, WEIGHTS_FILE, CheckpointError, read_weights
 
 RUN_FILE = "run.json"
@@ -221,11 +221,11 @@ class CheckpointWriter:
 
     def __init__(self, out: Path, epoch: int) -> None:
         self._out, self._epoch = out, epoch
-        self._writer = Writer(1, 1)
+        self._writer = BackgroundWriter(1, 1)
 
     @property
     def busy(self) -> bool:
-        """Whether the disk is still at the last one."""
+        """Return whether the disk is still at the last one."""
         return self._writer.busy
 
     def write(self, checkpoint: Checkpoint) -> None:

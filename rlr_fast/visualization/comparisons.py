@@ -68,7 +68,7 @@ def comparison_sheet(
     *,
     panel_size: int = 192,
 ) -> None:
-    """Writes a sheet of reconstructions, a row a sample, a group of columns a run.
+    """Write a sheet of reconstructions: a row per sample, a group of columns per run.
 
     The first group holds image, ground truth and original features; each run's group its score map
     in its own fixed color scale, with a bar below, and the reconstructed features. Several runs
@@ -167,7 +167,7 @@ def comparison_sheet(
 
 
 def _panels(row: ComparisonRow, scales: Sequence[Scale], size: int) -> list[Image.Image]:
-    """The panels of one row from left to right, each size x size."""
+    """Return the panels of one row from left to right, each size x size."""
     image = read_image(row.image)
     fitted = fitted_size(image, size)
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 
 def loss_curve(history: Sequence[Mapping[str, float]], path: str | os.PathLike[str]) -> None:
-    """Plots the loss of a training run over epochs, log scale, with its last values written out.
+    """Plot the loss of a training run over epochs, log scale, with its last values written out.
 
     A series of more than 400 records is drawn faint, under its running mean over 1/100 of the run.
     Records that lack a series, and values that are NaN or infinite, leave gaps.
@@ -92,7 +92,7 @@ def _draw_series(
     color: Any,
     width: float,
 ) -> tuple[float, float] | None:
-    """Draws one series; returns the epoch and height of its last point, None if it has none."""
+    """Draw one series; return the epoch and height of its last point, None if it has none."""
     defined = np.flatnonzero(~np.isnan(values))
     if len(defined) == 0:
         return None
@@ -106,7 +106,7 @@ def _draw_series(
 
 
 def _running_mean(values: NDArray[np.float64], count: int) -> NDArray[np.float64]:
-    """Mean of the last ``count`` values at each place, those that are NaN left out."""
+    """Return the mean of the last ``count`` values at each place, those that are NaN left out."""
     defined = ~np.isnan(values)
     sums = np.concatenate([[0.0], np.cumsum(np.where(defined, values, 0))])
     counts = np.concatenate([[0], np.cumsum(defined)])
@@ -118,7 +118,7 @@ def _running_mean(values: NDArray[np.float64], count: int) -> NDArray[np.float64
 
 
 def _label_ends(ax: Axes, ends: Sequence[tuple[str, float, Any]]) -> None:
-    """Writes texts (text, height, color) at the right, moved apart where they would touch."""
+    """Write texts (text, height, color) at the right, moved apart where they would touch."""
     shown = sorted((end for end in ends if end[1] > 0), key=lambda end: end[1])
     if not shown:
         return

@@ -1,4 +1,4 @@
-"""Reconstructed features made visible: a sheet a class, of one run or of two side by side."""
+"""Reconstructed features made visible: a sheet per class, of one run or of two side by side."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def reconstruction_sheets(
     workers: int | None = None,
     progress: Callable[[int], object] = lambda images: None,
 ) -> tuple[list[Path], list[str]]:
-    """Write a sheet a class: normal and defective images, score maps and reconstructed features.
+    """Write a sheet per class: normal and defective images, score maps and reconstructed features.
 
     The colors of features are the first three principal components of one level's original tokens
     over the shown images of a class, in the scale in which the first run compares them. The
@@ -184,7 +184,7 @@ def _rows(
 ) -> list[ComparisonRow]:
     first = runs[0].model
     device = first.device
-    images = torch.stack([one.image for one in shown])
+    images = torch.stack([sample.image for sample in shown])
     tokens = [
         first.tokens(batch.to(device)) for batch in images.split(InferenceExecution.batch_size)
     ]
@@ -211,14 +211,14 @@ def _rows(
         views.append([RunView(*of) for of in zip(maps, scores, painted, pictures, strict=True)])
     return [
         ComparisonRow(
-            image=one.image.permute(1, 2, 0).numpy(),
-            mask=one.mask,
-            defect=one.sample.defect,
+            image=shown_sample.image.permute(1, 2, 0).numpy(),
+            mask=shown_sample.mask,
+            defect=shown_sample.sample.defect,
             features=colors.paint(original, grid),
             runs=of_runs,
             decoded=picture,
         )
-        for one, original, picture, of_runs in zip(
+        for shown_sample, original, picture, of_runs in zip(
             shown, originals, decoded(tokens), zip(*views, strict=True), strict=True
         )
     ]

@@ -68,7 +68,7 @@ def sample_sheet(
     panel_size: int = 192,
     rows_per_column: int = 16,
 ) -> None:
-    """Writes a sheet of samples: image, ground truth, score map and overlay in every row.
+    """Write a sheet of samples: image, ground truth, score map and overlay in every row.
 
     Each row is captioned with category, defect and image score. The outline of the ground truth is
     drawn on the overlay. More than ``rows_per_column`` rows are laid out in several equal columns.
@@ -160,7 +160,7 @@ def sample_sheet(
 
 
 def _panels(row: SheetRow, scale: Scale, alpha: float, size: int) -> list[Image.Image]:
-    """The four panels of one row, each size x size."""
+    """Return the four panels of one row, each size x size."""
     picture = read_image(row.image)
     fitted = fitted_size(picture, size)
     picture = np.asarray(Image.fromarray(picture).resize(fitted, Image.Resampling.LANCZOS))
@@ -182,14 +182,14 @@ def _panels(row: SheetRow, scale: Scale, alpha: float, size: int) -> list[Image.
 
 
 def fitted_size(picture: NDArray[np.uint8], size: int) -> tuple[int, int]:
-    """(width, height) of a picture (H, W, 3) whose longer side is made ``size``."""
+    """Return (width, height) of a picture (H, W, 3) whose longer side is made ``size``."""
     height, width = picture.shape[:2]
     factor = size / max(height, width)
     return max(1, round(width * factor)), max(1, round(height * factor))
 
 
 def truth_panel(mask: ArrayLike | torch.Tensor | None, fitted: tuple[int, int]) -> Image.Image:
-    """The ground truth (h, w) as a picture of (width, height); without one, words that say so."""
+    """Return the ground truth (h, w) as a picture of (width, height); without one, it says so."""
     if mask is None:
         truth = Image.new("RGB", fitted, EMPTY)
         where = (fitted[0] / 2, fitted[1] / 2)
@@ -201,7 +201,7 @@ def truth_panel(mask: ArrayLike | torch.Tensor | None, fitted: tuple[int, int]) 
 
 
 def _outline(picture: NDArray[np.uint8], mask: NDArray[np.bool_], width: int) -> None:
-    """Draws the border around a mask into a picture, outside the mask, so as to hide no score."""
+    """Draw the border around a mask into a picture, outside the mask, so as to hide no score."""
     structure = np.ones((3, 3), dtype=bool)
     # Pinholes of a speckled mask are closed, or their outlines would cover the defect.
     margin = 3 * width
@@ -212,7 +212,7 @@ def _outline(picture: NDArray[np.uint8], mask: NDArray[np.bool_], width: int) ->
 
 
 def centered(panel: Image.Image, size: int) -> Image.Image:
-    """The panel in the middle of a square of paper."""
+    """Return the panel in the middle of a square of paper."""
     square = Image.new("RGB", (size, size), PAPER)
     square.paste(panel, ((size - panel.width) // 2, (size - panel.height) // 2))
     return square
