@@ -7,18 +7,18 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from rlr_fast.cli.flags import Classes, Config, Data, Layout, Pixels, Positive, Quiet, Whole
+from rlr_fast.cli import flags
 
 
 def check(
-    data: Data,
+    data: flags.Data,
     /,
     *,
-    config: Config | None = None,
-    layout: Layout = "auto",
-    classes: Classes = None,
-    image_size: Pixels | None = None,
-    workers: Positive | None = None,
+    config: flags.Config | None = None,
+    layout: flags.Layout = "auto",
+    classes: flags.Classes = None,
+    image_size: flags.Pixels | None = None,
+    workers: flags.Positive | None = None,
 ) -> int:
     """Decode every file of a data set; say what would stop a run or spoil its numbers.
 
@@ -38,12 +38,12 @@ def make(
     out: Path,
     /,
     *,
-    config: Config | None = None,
-    size: Annotated[Pixels, Parameter(show_default="256")] = (256,),
-    seed: Whole = 0,
-    classes: Classes = None,
-    train: Positive = 48,
-    quiet: Quiet = False,
+    config: flags.Config | None = None,
+    size: Annotated[flags.Pixels, Parameter(show_default="256")] = (256,),
+    seed: flags.Whole = 0,
+    classes: flags.Classes = None,
+    train: flags.Positive = 48,
+    quiet: flags.Quiet = False,
 ) -> int:
     """Make the synthetic inspection set, in the layout of MVTec-AD.
 

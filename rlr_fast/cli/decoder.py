@@ -4,38 +4,26 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rlr_fast.cli.flags import (
-    NONE_GIVEN,
-    BackboneWeights,
-    Checkpoint,
-    Classes,
-    Config,
-    Data,
-    Execution,
-    Layout,
-    Positive,
-    Quiet,
-    Whole,
-)
+from rlr_fast.cli import flags
 from rlr_fast.config import InferenceExecution
 
 
 def train(
-    data: Data,
+    data: flags.Data,
     /,
     *,
-    checkpoint: Checkpoint,
+    checkpoint: flags.Checkpoint,
     out: Path,
-    epochs: Positive = 40,
-    batch_size: Positive = 4,
+    epochs: flags.Positive = 40,
+    batch_size: flags.Positive = 4,
     lr: float = 2e-3,
-    seed: Whole = 0,
-    config: Config | None = None,
-    layout: Layout = "auto",
-    classes: Classes = None,
-    backbone_weights: BackboneWeights | None = None,
-    quiet: Quiet = False,
-    execution: Execution = NONE_GIVEN,
+    seed: flags.Whole = 0,
+    config: flags.Config | None = None,
+    layout: flags.Layout = "auto",
+    classes: flags.Classes = None,
+    backbone_weights: flags.BackboneWeights | None = None,
+    quiet: flags.Quiet = False,
+    execution: flags.Execution = flags.NONE_GIVEN,
 ) -> int:
     """Train a decoder, which paints features as pictures for figures.
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlr_fast.cli.flags import NONE_GIVEN, Config, Execution, Quiet, Whole
+from rlr_fast.cli import flags
 from rlr_fast.config import PRESETS, ExecutionConfig, InferenceExecution, TrainExecution
 
 if TYPE_CHECKING:
@@ -114,10 +114,10 @@ def run_demo(
 def demo(
     *,
     out: Path = Path("rlr-fast-demo"),
-    seed: Whole = 0,
-    config: Config | None = None,
-    quiet: Quiet = False,
-    execution: Execution = NONE_GIVEN,
+    seed: flags.Whole = 0,
+    config: flags.Config | None = None,
+    quiet: flags.Quiet = False,
+    execution: flags.Execution = flags.NONE_GIVEN,
 ) -> int:
     """Make a synthetic data set, train a small model on it, evaluate it and write pictures.
 

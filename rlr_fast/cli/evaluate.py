@@ -2,39 +2,25 @@
 
 from __future__ import annotations
 
-from rlr_fast.cli.flags import (
-    NONE_GIVEN,
-    BackboneWeights,
-    Checkpoint,
-    Classes,
-    Config,
-    Data,
-    InferenceExecutionFlags,
-    Layout,
-    Out,
-    Positive,
-    Quiet,
-    Scale,
-    Switch,
-)
+from rlr_fast.cli import flags
 from rlr_fast.config import InferenceExecution
 
 
 def evaluate(
-    data: Data,
+    data: flags.Data,
     /,
     *,
-    checkpoint: Checkpoint,
-    out: Out,
-    figures: Switch = False,
-    per_defect: Positive = 1,
-    scale: Scale | None = None,
-    config: Config | None = None,
-    layout: Layout = "auto",
-    classes: Classes = None,
-    backbone_weights: BackboneWeights | None = None,
-    quiet: Quiet = False,
-    execution: InferenceExecutionFlags = NONE_GIVEN,
+    checkpoint: flags.Checkpoint,
+    out: flags.Out,
+    figures: flags.Switch = False,
+    per_defect: flags.Positive = 1,
+    scale: flags.Scale | None = None,
+    config: flags.Config | None = None,
+    layout: flags.Layout = "auto",
+    classes: flags.Classes = None,
+    backbone_weights: flags.BackboneWeights | None = None,
+    quiet: flags.Quiet = False,
+    execution: flags.InferenceExecution = flags.NONE_GIVEN,
 ) -> int:
     """Measure a trained model on the test images: seven metrics per class, and their means.
 

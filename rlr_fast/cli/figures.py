@@ -6,37 +6,25 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlr_fast.cli.flags import (
-    NONE_GIVEN,
-    BackboneWeights,
-    Classes,
-    Config,
-    Data,
-    Execution,
-    Layout,
-    Out,
-    Positive,
-    Quiet,
-    Whole,
-)
+from rlr_fast.cli import flags
 from rlr_fast.config import InferenceExecution
 
 
 def figures(
-    data: Data,
+    data: flags.Data,
     /,
     *,
     checkpoint: tuple[str, ...],
-    out: Out,
+    out: flags.Out,
     decoder: Path | None = None,
-    level: Whole | None = None,
-    per_defect: Positive = 1,
-    config: Config | None = None,
-    layout: Layout = "auto",
-    classes: Classes = None,
-    backbone_weights: BackboneWeights | None = None,
-    quiet: Quiet = False,
-    execution: Execution = NONE_GIVEN,
+    level: flags.Whole | None = None,
+    per_defect: flags.Positive = 1,
+    config: flags.Config | None = None,
+    layout: flags.Layout = "auto",
+    classes: flags.Classes = None,
+    backbone_weights: flags.BackboneWeights | None = None,
+    quiet: flags.Quiet = False,
+    execution: flags.Execution = flags.NONE_GIVEN,
 ) -> int:
     """Make reconstructed features visible: a sheet per class.
 

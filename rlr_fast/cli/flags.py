@@ -15,18 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
 import docstring_parser
 from cyclopts import Group, Parameter
 
-from rlr_fast.config import (
-    PRESETS,
-    ExecutionConfig,
-    InferenceExecution,
-    RLRConfig,
-    TrainConfig,
-    TrainExecution,
-    Window,
-    short_windows,
-)
+from rlr_fast import config
 
-_PRESETS = ", ".join(f"{name} ({preset.about})" for name, preset in PRESETS.items())
+_PRESETS = ", ".join(f"{name} ({preset.about})" for name, preset in config.PRESETS.items())
 _GROUPS = {
     title: Group(title, sort_key=place)
     for place, title in enumerate(("Model", "Recipe", "Execution"), 1)
@@ -47,7 +38,7 @@ def _positive(text: str) -> int:
     return value
 
 
-def _window(text: str) -> Window:
+def _window(text: str) -> config.Window:
     try:
         sides = [int(side) for side in text.lower().split("x")]
     except ValueError:
@@ -83,7 +74,7 @@ _HINTS: dict[Any, Any] = {
     int | None: Annotated[int, _one(_whole)],
     tuple[int, ...]: _WHOLES,
     tuple[int, int]: _WHOLES,  # a single number stands for both sides
-    tuple[Window, ...]: Annotated[tuple[int, ...], _several(_window)],
+    tuple[config.Window, ...]: Annotated[tuple[int, ...], _several(_window)],
 }
 
 
@@ -110,7 +101,7 @@ def _settings(
             continue
         default = field.default
         if isinstance(default, tuple):
-            values = short_windows(default) if field.name == "windows" else default
+            values = config.short_windows(default) if field.name == "windows" else default
             default = " ".join(map(str, values))
         hint = _HINTS.get(hints[field.name], hints[field.name])
         told = Parameter(
@@ -128,20 +119,20 @@ if TYPE_CHECKING:
     Model = dict[str, Any]
     Recipe = dict[str, Any]
     Execution = dict[str, Any]
-    TrainExecutionFlags = dict[str, Any]
-    InferenceExecutionFlags = dict[str, Any]
+    TrainExecution = dict[str, Any]
+    InferenceExecution = dict[str, Any]
     Preset = str
     Sides = tuple[int, int]
 else:
-    Model = _settings(RLRConfig, "Model")
-    Recipe = _settings(TrainConfig, "Recipe")
-    Execution = _settings(ExecutionConfig, "Execution", without=["compile"])
-    TrainExecutionFlags = _settings(
-        TrainExecution, "Execution", aliases={"micro_batch_size": "--piece"}
+    Model = _settings(config.RLRConfig, "Model")
+    Recipe = _settings(config.TrainConfig, "Recipe")
+    Execution = _settings(config.ExecutionConfig, "Execution", without=["compile"])
+    TrainExecution = _settings(
+        config.TrainExecution, "Execution", aliases={"micro_batch_size": "--piece"}
     )
-    InferenceExecutionFlags = _settings(InferenceExecution, "Execution")
+    InferenceExecution = _settings(config.InferenceExecution, "Execution")
     Preset = Annotated[
-        Literal[tuple(PRESETS)],
+        Literal[tuple(config.PRESETS)],
         Parameter(help=f"Where the settings start: {_PRESETS}.", show_default="paper"),
     ]
     Sides = Annotated[int, _one(_sides)]

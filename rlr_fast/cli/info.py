@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 from cyclopts import Parameter
 
-from rlr_fast.cli.flags import NONE_GIVEN, Config, Execution, Model, Preset, Quiet, Switch
+from rlr_fast.cli import flags
 from rlr_fast.config import PRESETS, Backend, ExecutionConfig, RLRConfig, from_dict, short_windows
 
 if TYPE_CHECKING:
@@ -114,13 +114,13 @@ def _text(values: dict[str, Any]) -> str:
 
 def info(
     *,
-    preset: Preset = "paper",
+    preset: flags.Preset = "paper",
     checkpoint: Path | None = None,
-    as_json: Annotated[Switch, Parameter(name="--json")] = False,
-    config: Config | None = None,
-    quiet: Quiet = False,
-    model: Model = NONE_GIVEN,
-    execution: Execution = NONE_GIVEN,
+    as_json: Annotated[flags.Switch, Parameter(name="--json")] = False,
+    config: flags.Config | None = None,
+    quiet: flags.Quiet = False,
+    model: flags.Model = flags.NONE_GIVEN,
+    execution: flags.Execution = flags.NONE_GIVEN,
 ) -> int:
     """Show versions, devices, backends, and what a model consists of.
 

@@ -5,20 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Literal
 
-from rlr_fast.cli.flags import (
-    NONE_GIVEN,
-    Classes,
-    Config,
-    Data,
-    Layout,
-    Model,
-    Out,
-    Positive,
-    Preset,
-    Quiet,
-    Recipe,
-    TrainExecutionFlags,
-)
+from rlr_fast.cli import flags
 from rlr_fast.config import PRESETS, RLRConfig, TrainConfig, TrainExecution, from_dict
 
 TableName = Literal["1", "2", "3", "4", "5", "S1", "S2", "windows", "perturbation"]
@@ -26,20 +13,20 @@ TableName = Literal["1", "2", "3", "4", "5", "S1", "S2", "windows", "perturbatio
 
 def paper(
     table: TableName,
-    data: Data,
+    data: flags.Data,
     /,
     *,
-    out: Out,
-    seeds: Positive = 3,
+    out: flags.Out,
+    seeds: flags.Positive = 3,
     only: tuple[str, ...] | None = None,
-    config: Config | None = None,
-    preset: Preset = "paper",
-    layout: Layout = "auto",
-    classes: Classes = None,
-    quiet: Quiet = False,
-    model: Model = NONE_GIVEN,
-    recipe: Recipe = NONE_GIVEN,
-    execution: TrainExecutionFlags = NONE_GIVEN,
+    config: flags.Config | None = None,
+    preset: flags.Preset = "paper",
+    layout: flags.Layout = "auto",
+    classes: flags.Classes = None,
+    quiet: flags.Quiet = False,
+    model: flags.Model = flags.NONE_GIVEN,
+    recipe: flags.Recipe = flags.NONE_GIVEN,
+    execution: flags.TrainExecution = flags.NONE_GIVEN,
 ) -> int:
     """Train and measure all rows of a table of the paper, beside its figures.
 

@@ -7,18 +7,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from rlr_fast.cli.flags import (
-    NONE_GIVEN,
-    BackboneWeights,
-    Checkpoint,
-    Config,
-    InferenceExecutionFlags,
-    Out,
-    Quiet,
-    Scale,
-    Sides,
-    Switch,
-)
+from rlr_fast.cli import flags
 from rlr_fast.config import InferenceExecution
 
 
@@ -26,16 +15,16 @@ def predict(
     paths: Annotated[tuple[Path, ...], Parameter(name="PATH", required=True)],
     /,
     *,
-    checkpoint: Checkpoint,
-    out: Out,
-    no_pictures: Annotated[Switch, Parameter(negative=())] = False,
-    tile: Sides | None = None,
-    overlap: Sides | None = None,
-    scale: Scale | None = None,
-    config: Config | None = None,
-    backbone_weights: BackboneWeights | None = None,
-    quiet: Quiet = False,
-    execution: InferenceExecutionFlags = NONE_GIVEN,
+    checkpoint: flags.Checkpoint,
+    out: flags.Out,
+    no_pictures: Annotated[flags.Switch, Parameter(negative=())] = False,
+    tile: flags.Sides | None = None,
+    overlap: flags.Sides | None = None,
+    scale: flags.Scale | None = None,
+    config: flags.Config | None = None,
+    backbone_weights: flags.BackboneWeights | None = None,
+    quiet: flags.Quiet = False,
+    execution: flags.InferenceExecution = flags.NONE_GIVEN,
 ) -> int:
     """Score images: a table of scores, and a heat map of each image.
 

@@ -5,38 +5,26 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from rlr_fast.cli.flags import (
-    NONE_GIVEN,
-    Classes,
-    Config,
-    Data,
-    Layout,
-    Model,
-    Preset,
-    Quiet,
-    Recipe,
-    Switch,
-    TrainExecutionFlags,
-)
+from rlr_fast.cli import flags
 from rlr_fast.config import PRESETS, RLRConfig, TrainConfig, TrainExecution, from_dict
 
 _log = logging.getLogger(__name__)
 
 
 def train(
-    data: Data,
+    data: flags.Data,
     /,
     *,
     out: Path,
-    resume: Switch = False,
-    config: Config | None = None,
-    preset: Preset | None = None,
-    layout: Layout = "auto",
-    classes: Classes = None,
-    quiet: Quiet = False,
-    model: Model = NONE_GIVEN,
-    recipe: Recipe = NONE_GIVEN,
-    execution: TrainExecutionFlags = NONE_GIVEN,
+    resume: flags.Switch = False,
+    config: flags.Config | None = None,
+    preset: flags.Preset | None = None,
+    layout: flags.Layout = "auto",
+    classes: flags.Classes = None,
+    quiet: flags.Quiet = False,
+    model: flags.Model = flags.NONE_GIVEN,
+    recipe: flags.Recipe = flags.NONE_GIVEN,
+    execution: flags.TrainExecution = flags.NONE_GIVEN,
 ) -> int:
     """Train one model on the normal images of all classes.
 
