@@ -309,8 +309,8 @@ def _products(launch: Launch) -> float:
     count = {"forward_kernel": 2, "backward_query_kernel": 3, "backward_kernel": 5}.get(stem)
     if count is None:
         count = 4 if c["DQ"] == "separate" else 5
-    # Sums of rows that are products have eight columns.
-    return 2 * (count * c["D"] + c.get("P", 0) + 8 * c.get("SUM_BY_PRODUCT", False))
+    # Sums of rows that are products have 16 columns.
+    return 2 * (count * c["D"] + c.get("P", 0) + 16 * c.get("SUM_BY_PRODUCT", False))
 
 
 def predict(launch: Launch, shape: Shape, found: Sequence[Loop]) -> Prediction:

@@ -39,6 +39,10 @@ _SAFE_SCORE = tl.constexpr(80.0)
 # Score of a hidden key where powers of two are computed on the FMA units, which know no infinity:
 # their 2**24 weights of 2**-126 are together 2**-22 of the least weight of a key that is seen.
 _HIDDEN_SCORE = tl.constexpr(-126.0)
+# Columns of ones whose product with the weights is the sum of a row, in each. Eight would do, but
+# so narrow a tile is not swizzled, and Triton gives its descriptors a base offset that only
+# swizzled ones have.
+_SUMS = tl.constexpr(16)
 # A row's sum is below this only if it sees no key.
 _NO_KEYS = tl.constexpr(2.0**-100)
 
@@ -75,7 +79,7 @@ def _attend(
         p = exp2(s, FMA_EXP2_EIGHTHS)
         p_tile = p.to(v_tile.dtype)
         if SUM_BY_PRODUCT:
-            ones = tl.full((BLOCK_N, 8), 1.0, p_tile.dtype)
+            ones = tl.full((BLOCK_N, _SUMS), 1.0, p_tile.dtype)
             row_sum = dot(p_tile, ones, row_sum, PRECISION)
         else:
             # Over the groups of eight columns: within a thread. The rest is summed after the loop.
@@ -127,7 +131,7 @@ def forward_kernel(
     q_tile = load_rows(q, start_m, BLOCK_M, q_strides[2], N, D)
 
     acc = tl.zeros((BLOCK_M, D), ACC)
-    row_sum = tl.zeros((BLOCK_M, 8), ACC)
+    row_sum = tl.zeros((BLOCK_M, _SUMS if SUM_BY_PRODUCT else 8), ACC)
     safe = False
     if CERTIFIED:
         # |q · k| <= |q| |k| bounds every score of the tile.
@@ -147,7 +151,7 @@ def forward_kernel(
             H, W, RY, RX, D, BLOCK_M, BLOCK_N, INSIDE, True, 0, SUM_BY_PRODUCT, PRECISION,
         )  # fmt: skip
 
-    row_sum = tl.sum(row_sum, 1) * (0.125 if SUM_BY_PRODUCT else 1.0)
+    row_sum = tl.sum(row_sum, 1) * (1 / _SUMS if SUM_BY_PRODUCT else 1)
     # A row without keys: output 0, and lse = inf makes every weight of its backward 2**-inf = 0.
     some = row_sum > _NO_KEYS
     weight = tl.where(some, 1.0 / tl.where(some, row_sum, 1.0), 0.0)
@@ -173,8 +177,7 @@ def launch_forward(
         **geometry.constants(), D=width, BLOCK_M=tile.queries, BLOCK_N=tile.keys, INSIDE=inside,
         # Weights of 2**±80 fit bfloat16 and float32, not float16.
         CERTIFIED=q.dtype != torch.float16, FMA_EXP2_EIGHTHS=_fma_exp2_eighths(tile, q.dtype),
-        # Wider heads are bound by their products or by memory.
-        SUM_BY_PRODUCT=q.element_size() == 2 and width <= 32,
+        SUM_BY_PRODUCT=tile.sum_by_product and q.element_size() == 2,
         PRECISION=_launch.precision(q.dtype), **tile.options(),
     )  # fmt: skip
     return lse
