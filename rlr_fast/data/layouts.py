@@ -25,17 +25,15 @@ from __future__ import annotations
 import contextlib
 import csv
 import difflib
-import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 NORMAL = "good"
 """`Sample.defect` of an image without a defect, whatever its layout calls the folder."""
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"})
 """Lower-case suffixes that make a file an image; the case on disk does not matter."""
 
 VISA_SPLIT = Path("split_csv", "1cls.csv")
@@ -62,6 +60,8 @@ _NOT_CLASSES = frozenset(
         *("anomaly", "anomalies", "abnormal"),
     }
 )
+# Folders of masks, with the folder of images beside them.
+_IMAGES_BESIDE = {"ground_truth": "test", "Masks": "Images"}
 _LOCO_DEFECTS = frozenset({"logical_anomalies", "structural_anomalies"})
 
 
@@ -172,6 +172,12 @@ def list_images(folder: str | os.PathLike[str]) -> list[Path]:
     Links are followed, and one that leads nowhere is listed, so that its reader can say so.
     """
     return [Path(path) for path in _image_names(folder).values()]
+
+
+def holds_masks(folder: Path) -> bool:
+    """Return whether a folder holds a data set's masks: it lies beside that of their images."""
+    images = _IMAGES_BESIDE.get(folder.name)
+    return images is not None and (folder.parent / images).is_dir()
 
 
 def detect_layout(root: str | os.PathLike[str]) -> str:
@@ -461,21 +467,3 @@ def _scan(folder: str | os.PathLike[str], folders: bool) -> list[tuple[str, str]
             )
     except (FileNotFoundError, NotADirectoryError):
         return []
-
-
-def describe_images(data: DataSet, images: Mapping[str, Sequence[Sample]]) -> dict[str, Any]:
-    """Say which of a set's images a run takes, by names and sizes, wherever the folder lies."""
-    digest, count = hashlib.sha256(), 0
-    for samples in images.values():
-        for sample in samples:
-            name = os.path.relpath(sample.path, data.root)
-            size = sample.path.stat().st_size if sample.path.exists() else None
-            digest.update(os.fsencode(f"{name}\0{size}\n"))
-            count += 1
-    return {
-        "root": str(data.root),
-        "layout": data.layout,
-        "classes": list(data.classes),
-        "images": count,
-        "files_digest": digest.hexdigest(),
-    }

@@ -76,8 +76,8 @@ class FigureOptions:
     """Which test images `evaluate` shows, and how.
 
     Attributes:
-        folder: Where the sheets are written, one a class.
-        scale: Fixed colour scale (low, high).
+        folder: Where the sheets are written, one per class.
+        scale: Fixed color scale (low, high).
         per_defect: Images of each kind of defect, and of ``good``.
     """
 
@@ -173,7 +173,7 @@ def protocol(model: RLRModel, data: DataSet) -> dict[str, Any]:
         "setting": "one model for all classes",
         "data": {"root": str(data.root), "layout": data.layout, "classes": list(data.classes)},
         "image_size": list(size),
-        "mask": "non-zero in the file, nearest-neighbour resize",
+        "mask": "non-zero in the file, nearest-neighbor resize",
         "pixel_score": "score map, not smoothed",
         "image_score": f"maximum of the score map{smoothed}",
         "f1max": "every distinct score as threshold",
@@ -232,12 +232,12 @@ def check_masks(data: DataSet) -> None:
                 wrong.append(f"{sample.path} shows a defect and has no mask")
             for mask in sample.mask_paths:
                 try:
-                    size, found = read_image_size(sample.path), read_image_size(mask)
+                    size, of_mask = read_image_size(sample.path), read_image_size(mask)
                 except UnreadableImageError:
                     continue  # reported when its turn comes
-                if found != size:
+                if of_mask != size:
                     wrong.append(
-                        f"{mask} is {found[0]} x {found[1]}, its image {sample.path} is "
+                        f"{mask} is {of_mask[0]} x {of_mask[1]}, its image {sample.path} is "
                         f"{size[0]} x {size[1]}"
                     )
     if wrong:
@@ -272,9 +272,11 @@ def _score(
     batches = iterate_images(
         [samples[i] for i in mine], size, execution.batch_size, execution.workers
     )
-    for batch, found in score_batches(model, ((b, b.images) for b in batches), execution.precision):
+    for batch, scored in score_batches(
+        model, ((b, b.images) for b in batches), execution.precision
+    ):
         failures += [ImageFailure(mine[f.index], f.error) for f in batch.failures]
-        for index, score_map, score in zip(batch.indices, found.maps, found.scores, strict=True):
+        for index, score_map, score in zip(batch.indices, scored.maps, scored.scores, strict=True):
             row = len(kept)
             try:
                 masks[row] = _mask(samples[mine[index]], size)
@@ -321,7 +323,7 @@ def _join(samples: list[Sample], shares: list[_Share]) -> _Scored:
 
 
 def _mask(sample: Sample, size: tuple[int, int]) -> np.ndarray:
-    """Ground truth (H, W); without masks nothing is marked and pixel metrics are undefined."""
+    """Return the ground truth (H, W); without masks nothing is marked, pixel metrics undefined."""
     if not sample.mask_paths:
         return np.zeros(size, dtype=bool)
     return load_sample_mask(sample, size).numpy()

@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from rlr_fast.config import check_seed
-from rlr_fast.data import DataSet, ImageFailure, Sample, describe_images, iterate_images
+from rlr_fast.data import DataSet, ImageFailure, Sample, iterate_images
+from rlr_fast.data.contents import describe_images
 from rlr_fast.models.rlr import RLRModel
 from rlr_fast.training.run_dir import TrainingError
 from rlr_fast.visualization.decoder import DecoderResult, decoder_for
@@ -38,7 +39,7 @@ def train_decoder(
         model: Its backbone and neighborhood give the features, on the device where it lies.
         data: Its ``train`` samples are used.
         epochs: Passes over them, positive.
-        batch_size: Images a step, positive.
+        batch_size: Images per step, positive.
         lr: Adam's learning rate at the start, positive.
         seed: Of weights and order of images, from 0 to 2**29 - 1.
         workers: Threads that decode images.
@@ -95,12 +96,12 @@ def train_decoder(
             raise TrainingError(f"no training image can be read: {failures[rows[0]].error}")
         schedule.step()
         history.append({"epoch": epoch, "loss": total / seen})
-    found = sorted(failures.values(), key=lambda failure: failure.index)
+    left_out = sorted(failures.values(), key=lambda failure: failure.index)
     about = {
         **{"epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed},
-        **{"data": describe_images(data, data.train), "left_out": len(found)},
+        **{"data": describe_images(data, data.train), "left_out": len(left_out)},
     }
-    return DecoderResult(decoder.eval(), history, found, about)
+    return DecoderResult(decoder.eval(), history, left_out, about)
 
 
 def _readable(samples: Sequence[Sample], failures: Mapping[int, ImageFailure]) -> list[int]:

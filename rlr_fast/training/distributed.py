@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rlr_fast.models.environment import default_workers
+from rlr_fast.data.threads import default_workers
 
 T = TypeVar("T")
 
@@ -57,7 +57,7 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process prints and writes."""
+        """Return whether this process prints and writes."""
         return self.rank == 0
 
     def workers(self, wanted: int | None) -> int:

@@ -245,7 +245,7 @@ class Trainer:
         return 1.0
 
     def _seed(self, index: int) -> int:
-        """A seed of this process for each step (index from 0) and each epoch (index -1 - epoch)."""
+        """Return this process's seed of a step (index from 0) or of an epoch (index -1 - epoch)."""
         # Hashed: a CPU's generator takes the low 32 bits alone.
         name = f"{self.recipe.seed} {self.processes.rank} {index}".encode()
         return int.from_bytes(hashlib.blake2b(name, digest_size=7).digest(), "little")

@@ -37,7 +37,7 @@ class Decoder(nn.Module):
     """Convolutions from the tokens of all levels to an image.
 
     From the coarsest grid to the finest, then in doublings to the image: a level joins where its
-    grid is reached. Each channel is first normalised over the training set.
+    grid is reached. Each channel is first normalized over the training set.
 
     Args:
         channels: Channels of each level.
@@ -103,7 +103,7 @@ class Decoder(nn.Module):
 
 
 def _doublings(start: tuple[int, int], end: tuple[int, int]) -> list[tuple[int, int]]:
-    """Sizes after ``start`` up to ``end``, each twice the one before at most."""
+    """Return the sizes after ``start`` up to ``end``, each twice the one before at most."""
     sizes = []
     size = end
     while size[0] > start[0] or size[1] > start[1]:
@@ -123,7 +123,7 @@ class DecoderResult:
 
     Attributes:
         decoder: In eval mode.
-        history: A row an epoch, ``{"epoch": …, "loss": …}``.
+        history: A row per epoch, ``{"epoch": …, "loss": …}``.
         failures: Training images that could not be read and were left out.
         training: How it was made: arguments, data.
     """
@@ -158,7 +158,7 @@ def check_decoder_file(path: Path) -> None:
 def save_decoder(result: DecoderResult, model: RLRModel, path: Path) -> None:
     """Write a decoder as a safetensors file that says how it was made and for which features.
 
-    The losses are written beside it, a line an epoch.
+    The losses are written beside it, a line per epoch.
 
     Args:
         result: What `rlr_fast.training.decoder.train_decoder` gave.
