@@ -81,7 +81,11 @@ def test_products_are_those_of_warp_groups(report, kernel, shape):
     names = {loop["name"] for loop in row["loops"]}
     plain = {"plain", "windowed"}
     online = {f"online {name}" for name in plain}
-    expected = {"halo"} if "lca" in kernel else plain | (online if "forward" in kernel else set())
+    expected = plain | (online if "forward" in kernel else set())
+    if "lca" in kernel:
+        # Wide heads take the maximum of every row, and so does the backward pass.
+        twice = kernel == "lca-forward" and "d64" not in shape
+        expected = {"halo", "online halo"} if twice else {"halo"}
     assert names == expected
     # A warp group's product has 64 rows. In LCA's backward the keys of a part of the halo are the
     # rows of dK and dV, so a part of fewer keys has to take the products of single warps.
