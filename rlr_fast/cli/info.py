@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 from cyclopts import Parameter
 
 from rlr_fast.cli.flags import NONE_GIVEN, Config, Execution, Model, Preset, Quiet, Switch
-from rlr_fast.config import PRESETS, ExecutionConfig, RLRConfig, from_dict, short_windows
+from rlr_fast.config import PRESETS, Backend, ExecutionConfig, RLRConfig, from_dict, short_windows
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +34,8 @@ def describe(config: RLRConfig, device: torch.device) -> tuple[dict[str, Any], s
     values["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     values["backends"] = {
         name: unsupported_reason(name, device) or "available"
-        for name in ("triton", "tiled", "dense")
+        for name in get_args(Backend)
+        if name != "auto"
     }
     values["auto"] = resolve_backend("auto", device)
     values["compile"] = "off; --compile of train, eval and predict turns it on"
