@@ -95,7 +95,7 @@ def problems(headline: bool, large: bool) -> Iterator[Problem]:
 
 
 def cases(headline: bool, large: bool) -> Iterator[Case]:
-    """Yield benchmarks in an order that lets neighbours share inputs, truth and rival."""
+    """Yield benchmarks in an order that lets neighbors share inputs, truth and rival."""
     telling = rivals.HEADLINE if DEVICE.type == "cuda" else rivals.CPU_HEADLINE
     for problem in problems(headline, large):
         for rival in RIVALS:

@@ -18,7 +18,7 @@ from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
 # An SM's shared memory in bytes and the clocks of one scheduler for one FP32 instruction of a
-# warp: sm_80 has 16 FP32 lanes a scheduler, later data centre architectures 32.
+# warp: sm_80 has 16 FP32 lanes a scheduler, later data center architectures 32.
 _SHARED = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
 _FP32_CLOCKS = {80: 2, 90: 1, 100: 1}
 # The system's own shared memory in each program; from sm_90 on the cubin's count includes it.

@@ -34,7 +34,7 @@ def exp2(x, FMA_EXP2_EIGHTHS: tl.constexpr):  # (M, N)
     The special-function unit gives 16 powers a clock and multiprocessor, the FMA units 128
     operations: splitting the work lets both run. Columns go in groups of eight because a thread
     then knows at compile time which of its registers belong to which unit (a matrix fragment holds
-    two neighbouring columns of each group), and the unused half of the choice is never computed.
+    two neighboring columns of each group), and the unused half of the choice is never computed.
     """
     if FMA_EXP2_EIGHTHS == 0:
         return tl.exp2(x)

@@ -2,7 +2,7 @@
 
     output_i = Σ_j softmax_j(q_i · k_j) v_j     over the keys j in the clipped window of token i
 
-query (B, h, N, d); key (h, N, d) as `prepare_key` leaves it (centred, in log2 units); value
+query (B, h, N, d); key (h, N, d) as `prepare_key` leaves it (centered, in log2 units); value
 (h, N, d). No row is empty. Backward, with P the weights:
 
     dS = P ∘ (dO Vᵀ - delta),   delta_i = Σ_j P_ij (dO Vᵀ)_ij,   dQ = ln2 · dS K,
@@ -116,7 +116,7 @@ def forward_kernel(
 ):  # fmt: skip
     """Output of the positions of one tile and ``chunk`` images; head fastest.
 
-    Heads lie side by side in memory: at d = 16 a row is one sector, and the neighbouring head's
+    Heads lie side by side in memory: at d = 16 a row is one sector, and the neighboring head's
     program takes the next. The halo is HALO_A + HALO_B keys, as powers of two fit it closer.
     """
     BLOCK_M: tl.constexpr = IMAGES * PH * PW

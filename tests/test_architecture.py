@@ -13,11 +13,9 @@ PACKAGE = Path(__file__).parents[1] / "rlr_fast"
 
 # From the bottom; who stands on a floor imports from the floors below it.
 FLOORS = (
-    {"kernels", "ops"},
+    {"config", "kernels", "ops"},
     {"functional"},
-    {"config"},
-    {"models"},
-    {"data"},
+    {"models", "data"},
     {"visualization"},
     {"training"},
     {"inference"},

@@ -1,6 +1,6 @@
 """Data sets on disk: reading, decoding and checking them; files, and threads that write them.
 
-May import `models`, for where the program runs, and what lies below it.
+May import `config` and `functional`, and does not know of models.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from rlr_fast.data.layouts import (
     LAYOUTS,
     DataSet,
     Sample,
-    describe_images,
     detect_layout,
     list_images,
     pick_samples,
@@ -41,7 +40,6 @@ __all__ = [
     "Sample",
     "UnreadableImageError",
     "check_dataset",
-    "describe_images",
     "detect_layout",
     "format_report",
     "iterate_images",

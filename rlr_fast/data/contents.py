@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rlr_fast.data.images import UnreadableImageError, open_image, read_mask, to_rgb
 from rlr_fast.data.layouts import DataSet, Sample
@@ -16,6 +17,24 @@ FILES = {"train": "training images", "test": "test images", "masks": "test masks
 
 Digests = dict[str, dict[str, str]]
 """Of each class, a digest of each kind of `FILES`."""
+
+
+def describe_images(data: DataSet, images: Mapping[str, Sequence[Sample]]) -> dict[str, Any]:
+    """Return which of a set's images a run takes, by names and sizes, wherever the folder lies."""
+    digest, count = hashlib.sha256(), 0
+    for samples in images.values():
+        for sample in samples:
+            name = os.path.relpath(sample.path, data.root)
+            size = sample.path.stat().st_size if sample.path.exists() else None
+            digest.update(os.fsencode(f"{name}\0{size}\n"))
+            count += 1
+    return {
+        "root": str(data.root),
+        "layout": data.layout,
+        "classes": list(data.classes),
+        "images": count,
+        "files_digest": digest.hexdigest(),
+    }
 
 
 def file_digests(data: DataSet) -> Digests:

@@ -2,16 +2,16 @@
 
 What becomes of a picture, the same in training, testing and prediction:
 
-- Grey, palette and CMYK pictures become RGB as Pillow converts them; colour profiles are ignored.
+- Gray, palette and CMYK pictures become RGB as Pillow converts them; color profiles are ignored.
 - Transparent pixels are laid over black: what cannot be seen cannot be scored.
-- 16-bit pixels keep their high byte (65535 → 255), as Pillow does for 16-bit colour. The full range
+- 16-bit pixels keep their high byte (65535 → 255), as Pillow does for 16-bit color. The full range
   counts, not the range of the file: two files with equal pixels stay equal. 12-bit data should thus
   be stretched to 16 bits before.
 - 32-bit integers and floats have no agreed white and are refused.
 - The orientation in EXIF is not applied: masks are drawn on the pixels as stored.
 - Of several frames or pages the first is read.
 - Images are resized by Lanczos; masks are thresholded ``!= 0`` as stored, then resized by nearest
-  neighbour (pixel centres, as Pillow and torchvision do).
+  neighbor (pixel centers, as Pillow and torchvision do).
 
 Every size is (height, width) in pixels.
 """
@@ -30,8 +30,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from rlr_fast.data.layouts import Sample
-from rlr_fast.data.threads import map_ahead
-from rlr_fast.models.environment import default_workers
+from rlr_fast.data.threads import default_workers, map_ahead
 
 # What Pillow raised over 150,000 broken files: cut short, or with bytes changed.
 _BROKEN_FILE = (
@@ -210,7 +209,7 @@ def load_sample_mask(sample: Sample, size: tuple[int, int]) -> torch.Tensor:
 
     Args:
         sample: A sample of a data set.
-        size: (H, W) of the result, by nearest neighbour.
+        size: (H, W) of the result, by nearest neighbor.
 
     Raises:
         UnreadableImageError: If a mask, or the header of the image, cannot be read.

@@ -25,12 +25,10 @@ from __future__ import annotations
 import contextlib
 import csv
 import difflib
-import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 NORMAL = "good"
 """`Sample.defect` of an image without a defect, whatever its layout calls the folder."""
@@ -469,21 +467,3 @@ def _scan(folder: str | os.PathLike[str], folders: bool) -> list[tuple[str, str]
             )
     except (FileNotFoundError, NotADirectoryError):
         return []
-
-
-def describe_images(data: DataSet, images: Mapping[str, Sequence[Sample]]) -> dict[str, Any]:
-    """Say which of a set's images a run takes, by names and sizes, wherever the folder lies."""
-    digest, count = hashlib.sha256(), 0
-    for samples in images.values():
-        for sample in samples:
-            name = os.path.relpath(sample.path, data.root)
-            size = sample.path.stat().st_size if sample.path.exists() else None
-            digest.update(os.fsencode(f"{name}\0{size}\n"))
-            count += 1
-    return {
-        "root": str(data.root),
-        "layout": data.layout,
-        "classes": list(data.classes),
-        "images": count,
-        "files_digest": digest.hexdigest(),
-    }

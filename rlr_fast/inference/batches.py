@@ -46,12 +46,13 @@ def load_model(
         backbone_weights: Where to take the backbone's weights from now.
 
     Raises:
-        ValueError: The device is not available here.
+        ValueError: The device is not available here, or does not have the precision.
         BackendError: The backend cannot run on the device.
         CheckpointError: A file is missing or damaged, or was trained on other backbone weights.
         BackboneWeightsError: The backbone's weights cannot be had.
     """
     device = start_device(execution)
+    check_precision(execution.precision, device)  # before the weights are read
     model: RLRModel = RLRModel.from_pretrained(
         checkpoint, backend=execution.backend, backbone_weights=backbone_weights
     )

@@ -77,7 +77,7 @@ class FigureOptions:
 
     Attributes:
         folder: Where the sheets are written, one a class.
-        scale: Fixed colour scale (low, high).
+        scale: Fixed color scale (low, high).
         per_defect: Images of each kind of defect, and of ``good``.
     """
 
@@ -173,7 +173,7 @@ def protocol(model: RLRModel, data: DataSet) -> dict[str, Any]:
         "setting": "one model for all classes",
         "data": {"root": str(data.root), "layout": data.layout, "classes": list(data.classes)},
         "image_size": list(size),
-        "mask": "non-zero in the file, nearest-neighbour resize",
+        "mask": "non-zero in the file, nearest-neighbor resize",
         "pixel_score": "score map, not smoothed",
         "image_score": f"maximum of the score map{smoothed}",
         "f1max": "every distinct score as threshold",

@@ -10,7 +10,7 @@ cross the threshold together, so the result does not depend on their order.
     AUPRO    = area under PRO(t) over FP(t) / N from 0 to max_fpr, trapezoids, divided by max_fpr
     PRO(t)   = mean over all anomalous regions of the part of the region whose score is >= t
 
-A region is a connected component of one ground truth mask, diagonal neighbours included
+A region is a connected component of one ground truth mask, diagonal neighbors included
 (8-connectivity), as in the evaluation code that MVTec publishes with MVTec-AD. FP(t) / N counts the
 normal pixels of all images, the anomalous images too. The curve is cut at ``max_fpr`` by linear
 interpolation. Numbers from 200 equidistant thresholds, as some papers report, differ slightly.
@@ -74,7 +74,7 @@ def class_metrics(
 
     Raises:
         ValueError: For a wrong shape or dtype, a score that is NaN or infinite, an anomalous pixel
-            in an image labelled normal, or ``max_fpr`` outside (0, 1].
+            in an image labeled normal, or ``max_fpr`` outside (0, 1].
     """
     image_scores, image_labels = _scored("scores", scores, "labels", labels, ndim=1)
     pixel_scores, pixel_labels = _scored("score_maps", score_maps, "masks", masks, ndim=3)
@@ -216,8 +216,8 @@ def _curve(score_maps: NDArray[np.floating], masks: NDArray[np.bool_]) -> _Curve
     regions = np.zeros(masks.shape, dtype=np.uint32)  # 0 for normal pixels, else the region, from 1
     count = 0
     for i in np.flatnonzero(masks.any(axis=(1, 2))):
-        labelled, found = ndimage.label(masks[i], structure=_EIGHT_CONNECTED)
-        regions[i] = np.where(labelled > 0, labelled + count, 0)
+        labeled, found = ndimage.label(masks[i], structure=_EIGHT_CONNECTED)
+        regions[i] = np.where(labeled > 0, labeled + count, 0)
         count += found
     areas = np.bincount(regions.reshape(-1), minlength=1)  # (1 + regions,)
     if areas[0] == 0 or len(areas) == 1:

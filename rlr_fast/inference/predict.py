@@ -14,10 +14,9 @@ import torch
 from rlr_fast.config import InferenceExecution
 from rlr_fast.data import iterate_images, iterate_pictures, list_images
 from rlr_fast.data.layouts import holds_masks
-from rlr_fast.data.threads import Writer
+from rlr_fast.data.threads import Writer, default_workers
 from rlr_fast.inference.batches import check_placed, score_batches
 from rlr_fast.inference.tiling import Sides, Tiles, checked_tiles, predict_tiled
-from rlr_fast.models.environment import default_workers
 from rlr_fast.models.precision import check_precision
 from rlr_fast.models.rlr import RLRModel
 from rlr_fast.visualization import Scale, prediction_picture
@@ -128,7 +127,7 @@ def predict(
         tile: Score every picture at its own resolution, in tiles of this side or (height, width);
             see `rlr_fast.inference.tiling.predict_tiled`. A picture smaller than a tile is a
             failure. By default pictures are resized to the model's image size.
-        overlap: Pixels that neighbouring tiles share at least; an eighth of the tile by default.
+        overlap: Pixels that neighboring tiles share at least; an eighth of the tile by default.
         progress: Called with the number of files done since the last call.
 
     Returns:

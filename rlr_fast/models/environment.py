@@ -69,14 +69,6 @@ def start_device(execution: ExecutionConfig) -> torch.device:
     return device
 
 
-def default_workers() -> int:
-    """Threads that decode images: the processors this process may use, 8 at most."""
-    # sched_getaffinity sees the limits of a container or a batch queue; only Linux has it.
-    if hasattr(os, "sched_getaffinity"):
-        return min(8, len(os.sched_getaffinity(0)))
-    return min(8, os.cpu_count() or 1)
-
-
 def device_name(device: torch.device) -> str:
     """Return a device's name as its maker gives it, e.g. for a record of timings."""
     if device.type == "cuda":

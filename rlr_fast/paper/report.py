@@ -29,32 +29,16 @@ Finished = Mapping[str, Mapping[int, Metrics]]
 """Metrics by row and seed."""
 
 
-def write_report(
-    out: Path,
-    table: Table,
-    base: RLRConfig,
-    recipe: TrainConfig,
-    data: DataSet,
-    seeds: Sequence[int],
-    finished: Finished,
-    left_out: Sequence[str],
-) -> None:
+def write_report(out: Path, content: Mapping[str, Any]) -> None:
     """Write ``table.json``, ``table.csv`` and ``table.md`` into ``out``, each whole or not at all.
 
     Args:
         out: An existing folder.
-        table: What the rows are.
-        base: The model that they vary.
-        recipe: Of every run.
-        data: What they learned from and were tested on.
-        seeds: Those that were asked for.
-        finished: What is known of each row.
-        left_out: Files of ``data`` that cannot be read, a line each.
+        content: Of `summary`.
 
     Raises:
         OSError: A file cannot be written; the old one is as it was.
     """
-    content = summary(table, base, recipe, data, seeds, finished, left_out)
     write_atomically(out / "table.json", json.dumps(content, indent=2, ensure_ascii=False))
     write_atomically(out / "table.csv", to_csv(content))
     write_atomically(out / REPORT_FILE, to_markdown(content))
@@ -69,9 +53,18 @@ def summary(
     finished: Finished,
     left_out: Sequence[str],
 ) -> dict[str, Any]:
-    """Return the table as plain values, in percent; see `write_report`.
+    """Return the table as plain values, in percent.
 
     What is published stands in it only where ``data`` has the classes on which it was measured.
+
+    Args:
+        table: What the rows are.
+        base: The model that they vary.
+        recipe: Of every run.
+        data: What they learned from and were tested on.
+        seeds: Those that were asked for.
+        finished: What is known of each row.
+        left_out: Files of ``data`` that cannot be read, a line each.
     """
     comparable = is_paper_data(table, data.classes)
     first = next((run for runs in finished.values() for run in runs.values()), None)

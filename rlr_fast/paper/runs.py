@@ -32,7 +32,7 @@ from rlr_fast.models.environment import start_device
 from rlr_fast.models.precision import check_precision
 from rlr_fast.models.rlr import RLRModel
 from rlr_fast.paper.folder import TableFolder
-from rlr_fast.paper.report import REPORT_FILE, write_report
+from rlr_fast.paper.report import REPORT_FILE, summary, write_report
 from rlr_fast.paper.tables import LEVELS, PER_LEVEL, Row, Table
 from rlr_fast.training.feature_cache import CacheError
 from rlr_fast.training.progress import progress_bar
@@ -162,7 +162,7 @@ def run_table(
         met = [failure for metrics in results for failure in metrics.failures]
         left_out = list(dict.fromkeys([*unreadable, *met]))
         try:
-            write_report(out, table, base, recipe, data, wanted, finished, left_out)
+            write_report(out, summary(table, base, recipe, data, wanted, finished, left_out))
         except OSError as error:
             raise TrainingError(
                 f"cannot write the table in {str(out)!r}: {error}; finished runs are kept, and the "

@@ -78,7 +78,7 @@ def _thinned(score_map: torch.Tensor) -> torch.Tensor:
 
 
 def color_scale(checkpoint: Path) -> tuple[float, float]:
-    """Return the fixed colour scale (low, high) of a checkpoint's heat maps.
+    """Return the fixed color scale (low, high) of a checkpoint's heat maps.
 
     Low is the median pixel of normal training images; high lies three times as far above it as
     their highest pixels (quantile 0.999). Normal images stay dark, whatever is shown beside them.
@@ -96,7 +96,7 @@ def color_scale(checkpoint: Path) -> tuple[float, float]:
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{checkpoint} has no {CALIBRATION_FILE} (written when training ends), so heat maps "
-            "have no colour scale"
+            "have no color scale"
         ) from error
     except (OSError, ValueError, KeyError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else error

@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from rlr_fast.config import check_seed
-from rlr_fast.data import DataSet, ImageFailure, Sample, describe_images, iterate_images
+from rlr_fast.data import DataSet, ImageFailure, Sample, iterate_images
+from rlr_fast.data.contents import describe_images
 from rlr_fast.models.rlr import RLRModel
 from rlr_fast.training.run_dir import TrainingError
 from rlr_fast.visualization.decoder import DecoderResult, decoder_for

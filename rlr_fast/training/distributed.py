@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rlr_fast.models.environment import default_workers
+from rlr_fast.data.threads import default_workers
 
 T = TypeVar("T")
 

@@ -98,12 +98,12 @@ def cached_features(
     """Return the features of ``samples``, computed now or taken from an earlier run.
 
     A cache is known by everything that decides its numbers: backbone and fingerprint of its
-    weights, levels, image size, neighbourhood, and path, size and time of change of each file. It
+    weights, levels, image size, neighborhood, and path, size and time of change of each file. It
     appears under its name only when complete, so half a cache is never read. Of several processes
     each asks for the images of its own share, and keeps a cache of them.
 
     Args:
-        model: Its backbone and neighbourhood give the features, on the device where it lies.
+        model: Its backbone and neighborhood give the features, on the device where it lies.
         samples: The images.
         root: Folder of all caches; default `default_cache_root`.
         placement: ``gpu``, ``ram``, ``disk``, or ``auto``: the first of them with room.

@@ -15,7 +15,8 @@ from typing import Any, cast
 import torch
 
 from rlr_fast.config import RLRConfig, TrainConfig, TrainExecution
-from rlr_fast.data import DataSet, ImageFailure, Sample, describe_images
+from rlr_fast.data import DataSet, ImageFailure, Sample
+from rlr_fast.data.contents import describe_images
 from rlr_fast.data.files import write_atomically
 from rlr_fast.models.environment import environment, start_device
 from rlr_fast.models.precision import check_precision

@@ -37,7 +37,7 @@ class Decoder(nn.Module):
     """Convolutions from the tokens of all levels to an image.
 
     From the coarsest grid to the finest, then in doublings to the image: a level joins where its
-    grid is reached. Each channel is first normalised over the training set.
+    grid is reached. Each channel is first normalized over the training set.
 
     Args:
         channels: Channels of each level.

@@ -7,12 +7,12 @@ import os
 import matplotlib
 from PIL import ImageFont
 
-Colour = tuple[int, int, int]
+Color = tuple[int, int, int]
 
-INK: Colour = (32, 32, 32)
-FAINT: Colour = (112, 112, 112)
-PAPER: Colour = (255, 255, 255)
-EMPTY: Colour = (236, 236, 236)
+INK: Color = (32, 32, 32)
+FAINT: Color = (112, 112, 112)
+PAPER: Color = (255, 255, 255)
+EMPTY: Color = (236, 236, 236)
 
 
 def number(value: float) -> str:

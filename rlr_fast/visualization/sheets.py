@@ -19,7 +19,7 @@ from rlr_fast.visualization.fonts import (
     FAINT,
     INK,
     PAPER,
-    Colour,
+    Color,
     number,
     shortened,
     typeface,
@@ -35,7 +35,7 @@ from rlr_fast.visualization.heat_maps import (
     read_image,
 )
 
-_OUTLINE: Colour = (0, 229, 255)
+_OUTLINE: Color = (0, 229, 255)
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def sample_sheet(
 
     Args:
         rows: The samples, at least one; about 60 make a sheet that can still be looked at.
-        scale: The scores of the first and the last colour, ``low < high``.
+        scale: The scores of the first and the last color, ``low < high``.
         path: File to write; its folder must exist, its suffix names the format (.png, .jpg, .pdf).
         alpha: Opacity of the overlay from the middle of the scale, in [0, 1].
         panel_size: Longer side of a panel in pixels, at least 64; images are resized to it.
@@ -123,8 +123,8 @@ def sample_sheet(
         panels_left = left + text_width + 2 * gap
         titles = ("image", "ground truth", "score map", "overlay")
         for i, title in enumerate(titles):
-            centre = panels_left + i * (panel_size + gap) + panel_size / 2
-            draw.text((centre, margin + line / 2), title, FAINT, font, anchor="mm")
+            center = panels_left + i * (panel_size + gap) + panel_size / 2
+            draw.text((center, margin + line / 2), title, FAINT, font, anchor="mm")
         first = column * per_column
         for j in range(first, min(first + per_column, len(rows))):
             y = top + (j - first) * (panel_size + gap)
@@ -171,7 +171,7 @@ def _panels(row: SheetRow, scale: Scale, alpha: float, size: int) -> list[Image.
         # Any part of a defect marks its pixel, or a small one would vanish from the outline.
         _outline(over, np.asarray(truth)[..., 0] > 0, max(1, size // 128))
     return [
-        centred(panel, size)
+        centered(panel, size)
         for panel in (
             Image.fromarray(picture),
             truth,
@@ -196,8 +196,8 @@ def truth_panel(mask: ArrayLike | torch.Tensor | None, fitted: tuple[int, int]) 
         font = typeface(max(11, max(fitted) // 13))
         ImageDraw.Draw(truth).text(where, "no mask", FAINT, font, anchor="mm")
         return truth
-    grey = Image.fromarray(_read_mask(mask).astype(np.uint8) * 255)
-    return grey.resize(fitted, Image.Resampling.BOX).convert("RGB")
+    gray = Image.fromarray(_read_mask(mask).astype(np.uint8) * 255)
+    return gray.resize(fitted, Image.Resampling.BOX).convert("RGB")
 
 
 def _outline(picture: NDArray[np.uint8], mask: NDArray[np.bool_], width: int) -> None:
@@ -211,7 +211,7 @@ def _outline(picture: NDArray[np.uint8], mask: NDArray[np.bool_], width: int) ->
     picture[border[margin:-margin, margin:-margin]] = _OUTLINE
 
 
-def centred(panel: Image.Image, size: int) -> Image.Image:
+def centered(panel: Image.Image, size: int) -> Image.Image:
     """Return the panel in the middle of a square of paper."""
     square = Image.new("RGB", (size, size), PAPER)
     square.paste(panel, ((size - panel.width) // 2, (size - panel.height) // 2))

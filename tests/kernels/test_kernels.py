@@ -16,12 +16,12 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from rlr_fast.cli.tune import tune
 from tolerances import assert_within_budget, rounded_terms
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from rlr_fast import RLRModel
-from rlr_fast.cli.tune import tune
 from rlr_fast.functional import (
     block_attention,
     local_cross_attention,
@@ -64,7 +64,7 @@ EXACT = torch.float32 if ON_GPU else torch.float64
 
 @pytest.fixture(params=["atomic", "deterministic"])
 def mode(request, monkeypatch) -> Iterator[str]:
-    """Both kinds of backward, each with uninitialised memory full of NaN."""
+    """Both kinds of backward, each with uninitialized memory full of NaN."""
     if request.param == "atomic":
         torch.use_deterministic_algorithms(False)
         for name in ("empty", "empty_like"):
@@ -149,7 +149,7 @@ def check(operator: Callable[..., Tensor], inputs: list[Tensor], *args: Any) -> 
         pytest.param((1, 37), 5, 2, id="one-row-of-tokens"),
         pytest.param((37, 1), 5, 2, id="one-column-of-tokens"),
         pytest.param((6, 6), 1, 2, id="window-of-one"),
-        pytest.param((5, 5), 5, 2, id="window-covers-grid-from-centre"),
+        pytest.param((5, 5), 5, 2, id="window-covers-grid-from-center"),
         pytest.param((5, 5), 11, 2, id="window-covers-grid"),
         pytest.param((4, 20), (9, 3), 2, id="window-higher-than-grid"),
         pytest.param((3, 6), 3, 17, id="batch-beyond-a-tile"),
@@ -303,7 +303,7 @@ def test_row_without_keys_is_zero_and_gives_no_gradient(mode):
     inputs = make_inputs(MLKA, (3, 5), dtype=torch.float32)
     found = results(MLKA, inputs, (3, 5), (3, 5), backend="triton")
     for name in ("output", "dquery"):
-        assert (found[name][:, :, 7] == 0).all()  # the centre: its window holds all of 3x5
+        assert (found[name][:, :, 7] == 0).all()  # the center: its window holds all of 3x5
         assert (found[name][:, :, :7].abs().amax(-1) > 0).all()
     inputs[3].zero_()
     inputs[3][:, :, 7] = 1

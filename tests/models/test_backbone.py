@@ -48,11 +48,11 @@ def test_features_are_timms_bit_for_bit_in_one_layout_and_to_rounding_in_another
     ).eval()
     ours = Backbone(name, str(tmp_path / "weights.pth"), out_indices, size)
     images = torch.rand(2, 3, *size)
-    normalised = (images - ours.mean) / ours.std
+    normalized = (images - ours.mean) / ours.std
     with torch.no_grad():
-        contiguous = theirs(normalised)
+        contiguous = theirs(normalized)
         theirs = theirs.to(memory_format=torch.channels_last)
-        channels_last = theirs(normalised.contiguous(memory_format=torch.channels_last))
+        channels_last = theirs(normalized.contiguous(memory_format=torch.channels_last))
     for mine, same, other in zip(ours(images), channels_last, contiguous, strict=True):
         assert torch.equal(mine, same)
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5 * other.abs().max().item())
@@ -258,7 +258,7 @@ def test_wrong_name_or_level_is_a_clear_error(name, out_indices, message):
         torch.rand(1, 3, 32, 33),
         torch.ones(1, 3, 32, 32).long(),
     ],
-    ids=["no-batch", "grey", "other-size", "int64"],
+    ids=["no-batch", "gray", "other-size", "int64"],
 )
 def test_images_of_another_shape_are_refused(images):
     with pytest.raises(ValueError, match="images must be"):

@@ -462,7 +462,7 @@ def test_the_command(tree, tmp_path, capsys):
     assert main([*argv, "--epochs", "2"]) == 2
     assert "epochs was 1, now 2" in capsys.readouterr().err
     assert main(["paper", "6", str(tree), "--out", out]) == 2
-    assert "'perturbation'" in capsys.readouterr().err
+    assert '"perturbation"' in capsys.readouterr().err
 
 
 # The table

@@ -231,7 +231,7 @@ def test_all_images_in_one_step_give_the_weights_of_one_process(folder, alone):
         assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
 
 
-def test_standardisation_and_calibration_are_those_of_all_images(folder, alone):
+def test_standardization_and_calibration_are_those_of_all_images(folder, alone):
     values = [json.loads((folder / n / "calibration.json").read_text()) for n in ("whole", "alone")]
     (whole, expected) = values
     assert whole["pixel"] == pytest.approx(expected["pixel"], rel=1e-4)
@@ -359,7 +359,7 @@ def test_processes_do_not_repeat_each_others_numbers(dataset, tmp_path):
 
 @pytest.mark.parametrize(
     "command",
-    ["demo", "data make d", "data check d", "predict p --checkpoint r --out o", "tune", "info"],
+    ["demo", "data make d", "data check d", "predict p --checkpoint r --out o", "info"],
 )
 def test_verbs_for_one_process_refuse_torchrun(command, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")

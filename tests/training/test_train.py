@@ -274,7 +274,7 @@ def test_a_class_whose_images_are_all_corrupt_stops_before_training(dataset, tmp
         run(dataset, tmp_path / "run", tmp_path)
 
 
-def test_standardisation_is_that_of_the_training_set(dataset, tmp_path):
+def test_standardization_is_that_of_the_training_set(dataset, tmp_path):
     config = dataclasses.replace(SMALL, standardize=True)
     run(dataset, tmp_path / "run", tmp_path, config)
     model = RLRModel.from_pretrained(tmp_path / "run")

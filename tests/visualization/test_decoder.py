@@ -180,7 +180,7 @@ def test_file_gives_the_same_pictures_and_serves_another_run(small, model, datas
     [
         pytest.param({"out_indices": (1, 2)}, r"out_indices \[2, 3\], here \[1, 2\]", id="levels"),
         pytest.param({"image_size": (64, 64)}, "image_size", id="size"),
-        pytest.param({"neighborhood": 1}, "neighborhood 3, here 1", id="neighbourhood"),
+        pytest.param({"neighborhood": 1}, "neighborhood 3, here 1", id="neighborhood"),
         pytest.param({}, "fingerprint", id="weights"),
     ],
 )

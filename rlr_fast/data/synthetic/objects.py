@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from rlr_fast.data.synthetic import noise
-from rlr_fast.data.synthetic.canvas import Canvas, colour, mix, step
+from rlr_fast.data.synthetic.canvas import Canvas, color, mix, step
 from rlr_fast.data.synthetic.noise import Array, Stream
 from rlr_fast.data.synthetic.product import Fault, Product, kinds_but
 
@@ -14,14 +14,14 @@ def _background(canvas: Canvas, stream: Stream, code: str, grain: float) -> None
     """Fill the picture with a matte sheet; the product region starts empty."""
     mottle = canvas.fractal(stream.child("sheet"), 1.5, 2) * 0.02
     fine = canvas.fractal(stream.child("grain"), 30, 2, 0.8) * grain
-    canvas.albedo[:] = colour(code) * (1 + mottle + fine)[..., None]
+    canvas.albedo[:] = color(code) * (1 + mottle + fine)[..., None]
     canvas.height[:] = 0.02 * fine
     canvas.product[:] = 0
 
 
-def _wrapped(angle: Array, centre: float) -> Array:
-    """Return the distance of angles from ``centre``, in 0..pi."""
-    return np.abs((angle - np.float32(centre) + np.pi) % (2 * np.pi) - np.pi)
+def _wrapped(angle: Array, center: float) -> Array:
+    """Return the distance of angles from ``center``, in 0..pi."""
+    return np.abs((angle - np.float32(center) + np.pi) % (2 * np.pi) - np.pi)
 
 
 def _washer(canvas: Canvas, stream: Stream, fault: Fault | None) -> None:
@@ -68,7 +68,7 @@ def _hex_bolt(canvas: Canvas, stream: Stream, fault: Fault | None) -> None:
     v, u = canvas.pose(stream.child("pose"), 0.025, 2.5, 0.012)
     plate = 1 + 0.04 * canvas.fractal(stream.child("plating"), 3, 4)
     patina = canvas.noise(stream.child("patina"), 1.2)[..., None]
-    zinc = mix(colour("87867f"), colour("97885c"), np.clip(0.45 + 0.18 * patina, 0, 1))
+    zinc = mix(color("87867f"), color("97885c"), np.clip(0.45 + 0.18 * patina, 0, 1))
     zinc = zinc * plate[..., None]
 
     # Shank and thread: a cylinder whose radius follows the helix.
@@ -160,14 +160,14 @@ def _capsule(canvas: Canvas, stream: Stream, fault: Fault | None) -> None:
     ) -> None:
         over = np.maximum(np.abs(u) - (length - radius), 0)
         roundness = np.sqrt(np.maximum(radius**2 - across**2 - over**2, 0.0008))
-        # Gelatin lets light through: its edge is deeper in colour than its middle.
+        # Gelatin lets light through: its edge is deeper in color than its middle.
         depth = (0.78 + 0.22 * np.clip(roundness / radius, 0, 1)) * swirl
-        tint = colour(code) * depth[..., None]
+        tint = color(code) * depth[..., None]
         for position, width in marks:
             ink = step(0.006, -0.006, np.abs(printed - position) - width)
             ink = ink * step(0.7, 0.62, np.abs(across / radius))
             ink = ink * (0.85 + 0.1 * canvas.noise(stream.child("ink"), 30))
-            tint = mix(tint, colour("2b2a33"), (0.85 * ink)[..., None])
+            tint = mix(tint, color("2b2a33"), (0.85 * ink)[..., None])
         canvas.lay(shape, tint, roundness * 0.9, 1.6)
 
     drift = stream.uniform("print drift", -0.012, 0.012)
@@ -178,7 +178,7 @@ def _capsule(canvas: Canvas, stream: Stream, fault: Fault | None) -> None:
     half(v, u - slip - slant * v, body_radius, body_cover, "d9c9a3", body_marks)
     if no_cap:
         mouth = np.hypot((u - seam + 0.17) / 0.35, v) - body_radius * 0.93
-        canvas.lay(canvas.inside(mouth), colour("6d6047"), 0.0, 0.0)
+        canvas.lay(canvas.inside(mouth), color("6d6047"), 0.0, 0.0)
     half(cap_v, u, cap_radius, cap_cover, "9c3f2e", ((-0.30 - drift, 0.014),))
     lip = np.exp(-(((u - seam + 0.012) / 0.008) ** 2)) * cap_cover
     canvas.albedo *= (1 - 0.18 * lip)[..., None]
@@ -198,9 +198,9 @@ def _bottle_cap(canvas: Canvas, stream: Stream, fault: Fault | None) -> None:
     flat = np.zeros_like(radius)
     if fault and fault.kind == "missing_part" and fault.severity > 0.5:
         # A run of flutes that the press did not form.
-        centre = fault.stream.uniform("centre", -np.pi, np.pi)
+        center = fault.stream.uniform("centre", -np.pi, np.pi)
         reach = fault.grow(0.20, 0.55)
-        flat = step(reach + 0.12, reach, _wrapped(angle, centre))
+        flat = step(reach + 0.12, reach, _wrapped(angle, center))
     wave = np.cos(2 * np.pi * (turn - flute - 0.5)) * depth * (1 - flat)
     edge = radius - (0.80 + 0.032 * wave)
     cover = canvas.inside(edge)
@@ -223,16 +223,16 @@ def _bottle_cap(canvas: Canvas, stream: Stream, fault: Fault | None) -> None:
     ink = np.maximum(step(0.008, -0.008, star), step(0.008, -0.008, ring))
     ink = ink * step(-0.008, 0.008, ring_radius - 0.085)
     if fault and fault.kind == "missing_part" and fault.severity <= 0.5:
-        centre = fault.stream.uniform("centre", -np.pi, np.pi)
+        center = fault.stream.uniform("centre", -np.pi, np.pi)
         reach = 0.22 + 0.9 * fault.severity
-        ink = ink * step(reach, reach + 0.05, _wrapped(ring_angle, centre))
+        ink = ink * step(reach, reach + 0.05, _wrapped(ring_angle, center))
     lacquer = 1 + 0.03 * canvas.fractal(stream.child("lacquer"), 4, 3)
     wear = 1 - 0.10 * step(1.6, 2.6, canvas.noise(stream.child("wear"), 16))
-    tint = colour("b02a25") * lacquer[..., None]
-    tint = mix(tint, colour("e8dfc4") * (lacquer * wear)[..., None], (0.95 * ink)[..., None])
+    tint = color("b02a25") * lacquer[..., None]
+    tint = mix(tint, color("e8dfc4") * (lacquer * wear)[..., None], (0.95 * ink)[..., None])
     # Along the flutes the lacquer is stretched thin and the tinplate shines through.
     bare = skirt * step(0.35, 1.0, wave)
-    tint = mix(tint, colour("b9a9a2"), (0.30 * bare)[..., None])
+    tint = mix(tint, color("b9a9a2"), (0.30 * bare)[..., None])
     canvas.lay(cover, tint, height, 1.0)
     canvas.occlusion *= 1 - 0.30 * skirt * step(0.2, -0.9, wave) * (1 - flat) * cover
     canvas.product[:] = cover

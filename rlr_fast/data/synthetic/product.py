@@ -52,10 +52,10 @@ class Product:
         name: folder name.
         draw: fills a canvas from the picture's stream; handles the two part faults itself.
         kinds: the defects that this class can have.
-        scratch: colour code of freshly scratched material.
-        inside: colour code seen in a hole or crack.
-        stains: colour codes of what gets spilt on it.
-        debris: colour codes of particles and fibres found on it.
+        scratch: color code of freshly scratched material.
+        inside: color code seen in a hole or crack.
+        stains: color codes of what gets spilt on it.
+        debris: color codes of particles and fibres found on it.
     """
 
     name: str
