@@ -47,12 +47,14 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.verbose = 1
 
 
-def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
+def pytest_report_teststatus(
+    report: pytest.TestReport | pytest.CollectReport,
+) -> tuple[str, str, str] | None:
     """Show a benchmark's median in its line."""
-    median = dict(report.user_properties).get("median")
+    median = dict(getattr(report, "user_properties", ())).get("median")
     if report.when != "call" or not report.passed or median is None:
         return None
-    return "passed", ".", f"{median}"
+    return "passed", ".", str(median)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
