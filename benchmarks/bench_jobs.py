@@ -38,6 +38,9 @@ SIDE = 512  # of the files: inspection cameras give more pixels than the model s
 BATCH = 64 if GPU else 8
 RECIPE = TrainConfig(epochs=3, batch_size=BATCH, precision="bf16" if GPU else "fp32")
 
+# Of the jobs, those that a headline on a CPU has the time for.
+CPU_HEADLINE = ("test_train[auto]", "test_predict[scores]")
+
 # Wall time: files, host and device all belong to a job.
 pytestmark = pytest.mark.benchmark(min_rounds=3)
 

@@ -86,7 +86,7 @@ def cases(headline: bool, large: bool) -> list[Case]:
     """Return what this device times."""
     backends = ("triton", "tiled", "dense") if GPU else ("tiled", "dense")
     batches: tuple[int, ...] = (4, 64) if GPU else (1,)
-    if headline:
+    if headline and GPU:
         backends, batches = ("triton", "tiled"), (64,)
     found = []
     for part in () if headline else PARTS:
@@ -99,7 +99,7 @@ def cases(headline: bool, large: bool) -> list[Case]:
                 if GPU or large or sum(costs) < 2:
                     found.append(Case(part, level, batch, backend))
     whole_batches = (1, 8) if large and not GPU else batches
-    rivals = () if headline else (AUTHORS, SDPA)
+    rivals = () if headline and GPU else (SDPA,) if headline else (AUTHORS, SDPA)
     for part in ("training-step", "inference-from-features", "inference-from-images"):
         for batch, backend in itertools.product(whole_batches, (*backends, *rivals)):
             if backend in rivals and part == "inference-from-images":

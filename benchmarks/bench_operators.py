@@ -86,7 +86,7 @@ def problems(headline: bool, large: bool) -> Iterator[Problem]:
         if gpu:
             batches: tuple[int, ...] = (64,) if headline else BATCHES
         else:
-            batches = CPU_BATCHES.get(shape.side, (1,) if large else ())
+            batches = (1,) if headline else CPU_BATCHES.get(shape.side, (1,) if large else ())
         for operator in reversed(OPERATORS):
             for batch in batches:
                 problem = Problem(operator, shape, batch, dtype)
@@ -95,16 +95,17 @@ def problems(headline: bool, large: bool) -> Iterator[Problem]:
 
 
 def cases(headline: bool, large: bool) -> Iterator[Case]:
-    """Yield benchmarks in an order that lets neighbours share inputs, truth and rival."""
+    """Yield benchmarks in an order that lets neighbors share inputs, truth and rival."""
+    telling = rivals.HEADLINE if DEVICE.type == "cuda" else rivals.CPU_HEADLINE
     for problem in problems(headline, large):
         for rival in RIVALS:
-            if DEVICE.type not in rival.devices or (headline and rival.name not in rivals.HEADLINE):
+            if DEVICE.type not in rival.devices or (headline and rival.name not in telling):
                 continue
             for direction in DIRECTIONS:
                 case = Case(problem, rival, direction)
                 if case.worth_while(headline, large):
                     yield case
-        if problem.operator == "lca":
+        if problem.operator == "lca" and not (headline and DEVICE.type == "cpu"):
             for direction in DIRECTIONS:
                 yield Case(problem, None, direction)
 

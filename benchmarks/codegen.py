@@ -143,28 +143,45 @@ class Row:
     error: str = ""
 
 
-def specialization(launch: Launch) -> tuple[dict[str, str], dict[str, Any], list[str]]:
+# An argument's name, or with the index of an element of a tuple.
+Place = str | tuple[str, int]
+
+
+def specialization(
+    launch: Launch,
+) -> tuple[dict[str, str | tuple[str, ...]], dict[Place, Any], list[Place]]:
     """Types, constants and what is divisible by 16, by argument, as Triton finds them at a launch.
 
     1 is a constant, and multiples of 16 are known as such, but for arguments that a kernel leaves
-    out of its specialization.
+    out of its specialization. The elements of a tuple are arguments of their own.
     """
-    signature: dict[str, str] = {}
-    constants, divisible = dict(launch.constants), []
-    for parameter, value in zip(launch.kernel.params, launch.arguments, strict=False):
-        name, special = parameter.name, not parameter.do_not_specialize
+    constants: dict[Place, Any] = dict(launch.constants)
+    divisible: list[Place] = []
+
+    def kind(place: Place, value: Any, special: bool) -> str:
         if isinstance(value, Tensor):
-            signature[name] = "*" + _TYPES[value.dtype]
+            named = "*" + _TYPES[value.dtype]
             aligned = value.storage_offset() * value.element_size() % 16 == 0
         elif isinstance(value, float):
-            signature[name], aligned = "fp32", False
+            named, aligned = "fp32", False
         elif value == 1 and special:
-            constants[name], aligned = 1, False
+            constants[place] = 1
+            return "constexpr"
         else:
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            named = "i32" if -(2**31) <= value < 2**31 else "i64"
             aligned = value % 16 == 0
         if aligned and special:
-            divisible.append(name)
+            divisible.append(place)
+        return named
+
+    signature: dict[str, str | tuple[str, ...]] = {}
+    for parameter, value in zip(launch.kernel.params, launch.arguments, strict=False):
+        name, special = parameter.name, not parameter.do_not_specialize
+        if isinstance(value, tuple):
+            kinds = (kind((name, i), element, special) for i, element in enumerate(value))
+            signature[name] = tuple(kinds)
+        else:
+            signature[name] = kind(name, value, special)
     return signature, constants, divisible
 
 
@@ -229,7 +246,8 @@ def loops(code: Sequence[sass.Instruction], launch: Launch, arch: str) -> list[L
     elements = scores / (32 * launch.options["num_warps"])
     counted = [sass.count(loop.instructions) for loop in sass.loops(code) if loop.innermost]
     counted = sorted((n for n in counted if n["ex2"]), key=lambda n: (n["ex2"], n.issue))
-    names = ["halo"]
+    # LCA's forward kernel has a second loop, with the maximum of a row, behind its first.
+    names = ["halo", "online halo"] if launch.constants.get("TRY_WITHOUT_MAXIMUM") else ["halo"]
     if "INSIDE" in launch.constants:
         names = ["windowed"] if launch.constants["INSIDE"] else ["plain", "windowed"]
         if "CERTIFIED" in launch.constants:
@@ -292,7 +310,8 @@ def _products(launch: Launch) -> float:
     count = {"forward_kernel": 2, "backward_query_kernel": 3, "backward_kernel": 5}.get(stem)
     if count is None:
         count = 4 if c["DQ"] == "separate" else 5
-    return 2 * (count * c["D"] + c.get("P", 0))
+    # Sums of rows that are products have 16 columns.
+    return 2 * (count * c["D"] + c.get("P", 0) + 16 * c.get("SUM_BY_PRODUCT", False))
 
 
 def predict(launch: Launch, shape: Shape, found: Sequence[Loop]) -> Prediction:
@@ -473,8 +492,6 @@ def passes(made: Iterable[str]) -> dict[str, list[str]]:
         for mode in MODES:
             names = [f"{operator}-{stem}{mode}" for stem in stems[1:]]
             names += [f"{operator}-delta"] if mode else []
-            # dK and dV are gathered each.
-            names += [f"{operator}-gather{mode}"]
             found[f"{operator} backward{mode.replace('-', ' ')}"] = [n for n in names if n in made]
     return found
 

@@ -29,7 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--benchmark-headline",
         action="store_true",
-        help="the few figures that matter most, within minutes on a GPU",
+        help="the few figures that matter most: minutes, on a GPU and on two cores of a CPU",
     )
     group.addoption(
         "--benchmark-large", action="store_true", help="also problems that take a CPU minutes"
@@ -41,14 +41,38 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Show a line for each benchmark, unless told to be quiet."""
+    if config.getoption("--benchmark") and config.option.verbose == 0:
+        config.option.verbose = 1
+
+
+def pytest_report_teststatus(
+    report: pytest.TestReport | pytest.CollectReport,
+) -> tuple[str, str, str] | None:
+    """Show a benchmark's median in its line."""
+    if isinstance(report, pytest.CollectReport) or report.when != "call" or not report.passed:
+        return None
+    median = dict(report.user_properties).get("median")
+    return None if median is None else ("passed", ".", f"{median}")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keep the benchmarks alone, or all but them."""
-    wanted = config.getoption("--benchmark")
-    kept = [item for item in items if _is_benchmark(item) == wanted]
-    dropped = [item for item in items if _is_benchmark(item) != wanted]
+    benchmark, headline = map(config.getoption, ("--benchmark", "--benchmark-headline"))
+    kept, dropped = [], []
+    for item in items:
+        wanted = _is_benchmark(item) == benchmark and not (headline and _is_left_out(item))
+        (kept if wanted else dropped).append(item)
     if dropped:
         config.hook.pytest_deselected(items=dropped)
         items[:] = kept
+
+
+def _is_left_out(item: pytest.Item) -> bool:
+    """Return whether a headline on a CPU leaves a benchmark out of those of its file."""
+    chosen = getattr(getattr(item, "module", None), "CPU_HEADLINE", None)
+    return chosen is not None and bench_device().type == "cpu" and item.name not in chosen
 
 
 def _is_benchmark(item: pytest.Item) -> bool:
@@ -72,7 +96,9 @@ def recorder(pytestconfig: pytest.Config) -> Recorder:
 
 
 @pytest.fixture
-def measure(benchmark: Any, recorder: Recorder) -> Callable[..., None]:
+def measure(
+    benchmark: Any, recorder: Recorder, record_property: Callable[[str, object], None]
+) -> Callable[..., None]:
     """Check, then time one call, and record what came of it.
 
     ``measure(info, group, prepare, make, graph=False, context=nullcontext)``: ``prepare()`` checks
@@ -108,6 +134,8 @@ def measure(benchmark: Any, recorder: Recorder) -> Callable[..., None]:
             recorder.add({**info, "outcome": "wrong", "reason": str(error)})
             raise
         benchmark.extra_info.update(found, errors=errors)
+        if "median_s" in found:
+            record_property("median", timing.in_words(float(found["median_s"])))
         recorder.add({**info, "outcome": "ok", "errors": errors, **found})
 
     return run

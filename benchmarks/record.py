@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from rlr_fast.training.environment import environment, package_version
+from rlr_fast.models.environment import environment, package_version
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"

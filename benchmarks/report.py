@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import record
+from benchmarks.timing import in_words
 
 README = Path(__file__).resolve().parent / "README.md"
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
@@ -65,13 +66,6 @@ def _heading(name: str, content: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _time(seconds: float) -> str:
-    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
-        if seconds >= size or unit == "µs":
-            return f"{seconds / size:.3g} {unit}"
-    raise AssertionError
-
-
 def _bytes(count: float) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
@@ -84,9 +78,9 @@ def _cell(result: Result | None) -> str:
         return {"unavailable": "n/a", "wrong": "WRONG"}.get(outcome, outcome)
     if "median_s" not in result:
         return "checked"
-    text = _time(result["median_s"])
+    text = in_words(result["median_s"])
     if "graph_median_s" in result:
-        text += f" ({_time(result['graph_median_s'])})"
+        text += f" ({in_words(result['graph_median_s'])})"
     return text
 
 

@@ -18,7 +18,7 @@ from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
 # An SM's shared memory in bytes and the clocks of one scheduler for one FP32 instruction of a
-# warp: sm_80 has 16 FP32 lanes a scheduler, later data centre architectures 32.
+# warp: sm_80 has 16 FP32 lanes a scheduler, later data center architectures 32.
 _SHARED = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
 _FP32_CLOCKS = {80: 2, 90: 1, 100: 1}
 # The system's own shared memory in each program; from sm_90 on the cubin's count includes it.
@@ -168,27 +168,28 @@ class Bound:
 
 def compile_kernel(
     kernel: Any,
-    signature: Mapping[str, str],
-    constexprs: Mapping[str, Any],
+    signature: Mapping[str, str | tuple[str, ...]],
+    constexprs: Mapping[Any, Any],
     *,
     arch: int | str,
     num_warps: int,
     num_stages: int,
     maxnreg: int | None = None,
-    divisible: Sequence[str] = (),
+    divisible: Sequence[Any] = (),
 ) -> CompiledKernel:
     """Compile a kernel for an architecture that need not be present.
 
     Args:
         kernel: A function under ``triton.jit``.
-        signature: Types by argument, as ``"*bf16"`` or ``"i32"``; constexprs may be left out.
-        constexprs: Values of the compile-time arguments.
+        signature: Types by argument, as ``"*bf16"`` or ``"i32"``, for a tuple those of its
+            elements; constexprs may be left out.
+        constexprs: Values of the compile-time arguments, by name, or (name, index) in a tuple.
         arch: 80, 90 or 100, or the name of an AMD architecture such as ``"gfx942"``.
         num_warps: Warps a program.
         num_stages: Depth of the software pipeline.
         maxnreg: Most registers a thread, where given.
-        divisible: Pointers aligned to 16 bytes and integers that are multiples of 16; at a launch
-            Triton finds these by itself.
+        divisible: Names, or (name, index), of pointers aligned to 16 bytes and integers that are
+            multiples of 16; at a launch Triton finds these by itself.
     """
     if triton.knobs.runtime.interpret or not isinstance(kernel, JITFunction):
         raise RuntimeError("only a triton.jit kernel compiles, and only without TRITON_INTERPRET")
@@ -196,11 +197,16 @@ def compile_kernel(
     options = {"num_warps": num_warps, "num_stages": num_stages}
     if maxnreg is not None:
         options["maxnreg"] = maxnreg
+
+    def path(place: str | tuple[str, int]) -> tuple[int, ...]:
+        name, *index = (place,) if isinstance(place, str) else place
+        return (kernel.arg_names.index(name), *index)
+
     source = ASTSource(
         fn=kernel,
-        signature=dict(signature) | {name: "constexpr" for name in constexprs},
-        constexprs=dict(constexprs),
-        attrs={(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible},
+        signature=dict(signature) | {n: "constexpr" for n in constexprs if isinstance(n, str)},
+        constexprs={path(place): value for place, value in constexprs.items()},
+        attrs={path(place): [["tt.divisibility", 16]] for place in divisible},
     )
     return triton.compile(source, target=GPUTarget(backend, arch, warp), options=options)
 

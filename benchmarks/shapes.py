@@ -139,7 +139,7 @@ class Inputs(NamedTuple):
 def make_inputs(problem: Problem, device: torch.device, seed: int = 0) -> Inputs:
     """Draw inputs whose softmax leans on near tokens, so that a wrong window is a large error.
 
-    Queries and keys are noise plus a code of the token's place that is alike for neighbours. With
+    Queries and keys are noise plus a code of the token's place that is alike for neighbors. With
     noise alone, one key too many among thousands would change a result by less than its rounding.
     """
     generator = torch.Generator().manual_seed(seed)

@@ -1,6 +1,6 @@
 """Triton kernels of the two attention operators and of the token distance, forward and backward.
 
-They need torch and triton alone. `rlr_fast.functional` checks arguments and chooses between them
+They import torch and triton alone. `rlr_fast.functional` checks arguments and chooses between them
 and the PyTorch paths; these functions are its Triton path and check nothing.
 """
 

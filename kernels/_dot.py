@@ -16,14 +16,18 @@ def _upper(x):
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """``a @ b``, added to ``acc`` and in its dtype unless that is None; in the order of `tl.dot`.
 
-    "tf32x3" is spelt out: Triton's own adds in an accumulator of its own and tests it for NaN,
-    which takes half as many instructions again, and more registers.
+    "tf32x3" is spelt out: Triton's own tests its sums for NaN, which takes half as many
+    instructions again, and more registers. Tensor cores cut off what a sum has no room for, which
+    over a long chain in one accumulator is a bias and no longer float32's accuracy; so the product
+    has an accumulator of its own, where the small terms come first, and a plain addition, which
+    rounds, adds it to ``acc``.
     """
     if PRECISION == "tf32x3":
         a_upper, b_upper = _upper(a), _upper(b)
-        acc = tl.dot(a - a_upper, b_upper, acc, input_precision="tf32")
-        acc = tl.dot(a_upper, b - b_upper, acc, input_precision="tf32")
-        return tl.dot(a_upper, b_upper, acc, input_precision="tf32")
+        product = tl.dot(a - a_upper, b_upper, input_precision="tf32")
+        product = tl.dot(a_upper, b - b_upper, product, input_precision="tf32")
+        product = tl.dot(a_upper, b_upper, product, input_precision="tf32")
+        return product if acc is None else acc + product
     elif acc is None:
         return tl.dot(a, b, input_precision=PRECISION)
     else:

@@ -173,6 +173,11 @@ def launch(
         kernel[(programs,)](*arguments, **constants, **options)
 
 
-def unit_columns(tensor: Tensor) -> Tensor:
-    """Return the tensor with unit stride in its last dimension; a copy only if it has another."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+def addressable(tensor: Tensor) -> Tensor:
+    """Return the tensor as the kernels address its rows; a copy only if it lies otherwise.
+
+    Columns have unit stride, and the offsets within a block of at most 256 rows fit int32.
+    """
+    if tensor.stride(-1) == 1 and tensor.stride(-2) < 2**31 // 256:
+        return tensor
+    return tensor.contiguous()

@@ -26,19 +26,21 @@ def exp2_on_fma(x):
 
 
 @triton.jit
-def exp2(x, FMA_EXP2_EIGHTHS: tl.constexpr):  # (M, N)
+def exp2(x, FMA_EXP2_EIGHTHS: tl.constexpr, CLAMP: tl.constexpr = False):  # (M, N)
     """``2**x``, with FMA_EXP2_EIGHTHS of every eight column groups on the FMA units.
 
-    The rest is on the MUFU.
+    The rest is on the MUFU. With CLAMP the FMA units take x of any size, as if it were the nearest
+    number in [-126, 126].
 
     The special-function unit gives 16 powers a clock and multiprocessor, the FMA units 128
     operations: splitting the work lets both run. Columns go in groups of eight because a thread
     then knows at compile time which of its registers belong to which unit (a matrix fragment holds
-    two neighbouring columns of each group), and the unused half of the choice is never computed.
+    two neighboring columns of each group), and the unused half of the choice is never computed.
     """
     if FMA_EXP2_EIGHTHS == 0:
         return tl.exp2(x)
     group = tl.arange(0, x.shape[1]) // 8
     # Stride 3 spreads the groups, so that the two units alternate.
     on_fma = (group * 3) % 8 < FMA_EXP2_EIGHTHS
-    return tl.where(on_fma[None, :], exp2_on_fma(x), tl.exp2(x))
+    bounded = tl.minimum(tl.maximum(x, -126.0), 126.0) if CLAMP else x
+    return tl.where(on_fma[None, :], exp2_on_fma(bounded), tl.exp2(x))

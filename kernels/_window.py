@@ -17,13 +17,9 @@ def within(distance, RADIUS: tl.constexpr):
 
 
 @triton.jit
-def inside_window(
-    offs_m, offs_n, W: tl.constexpr, RY: tl.constexpr, RX: tl.constexpr
-):  # (M,), (N,) -> (M, N)
-    """Whether tokens m and n lie in each other's window."""
-    near_y = within((offs_n // W)[None, :] - (offs_m // W)[:, None], RY)
-    near_x = within((offs_n % W)[None, :] - (offs_m % W)[:, None], RX)
-    return near_y & near_x
+def inside_window(m, n, W: tl.constexpr, RY: tl.constexpr, RX: tl.constexpr):
+    """Whether tokens m and n, shaped to be broadcast, lie in each other's window."""
+    return within(n // W - m // W, RY) & within(n % W - m % W, RX)
 
 
 @triton.jit

@@ -28,7 +28,7 @@ def _forward(
     projected: Tensor, keys: Tensor, bound: Tensor, value: Tensor, grid: list[int],
     window: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    projected, keys, value = map(_launch.unit_columns, (projected, keys, value))
+    projected, keys, value = map(_launch.addressable, (projected, keys, value))
     heads, tokens, width = value.shape
     batch, geometry = projected.shape[0], Geometry.of(grid, window)
     output = projected.new_empty((batch, tokens, 2 * heads * width))
@@ -62,7 +62,7 @@ def _backward(
     grad: Tensor, projected: Tensor, keys: Tensor, value: Tensor, output: Tensor, lse: Tensor,
     saved: Tensor, grid: list[int], window: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    grad, projected, keys, value = map(_launch.unit_columns, (grad, projected, keys, value))
+    grad, projected, keys, value = map(_launch.addressable, (grad, projected, keys, value))
     heads, _, width = value.shape
     geometry = Geometry.of(grid, window)
     d_projected = torch.empty_like(projected, memory_format=torch.contiguous_format)

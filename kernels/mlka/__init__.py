@@ -2,7 +2,7 @@
 
     output_i = Σ_j softmax_j(q_i · k_j) v_j     over the keys j outside the window of token i
 
-query (B, h, N, d); key (h, N, d) as `prepare_key` leaves it (centred, in log2 units); value
+query (B, h, N, d); key (h, N, d) as `prepare_key` leaves it (centered, in log2 units); value
 (B, h, N, d), or (h, N, d). A row whose window covers the grid has no key: output 0 and no gradient.
 Backward, with P the weights and lse their log2-sum-exp2:
 

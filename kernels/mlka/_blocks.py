@@ -1,4 +1,4 @@
-"""Blocks of tokens in raster order: their rows, the range of their windows, the pairs they see."""
+"""Blocks of tokens in raster order: their rows in memory, and which pairs see each other."""
 
 from __future__ import annotations
 
@@ -12,20 +12,31 @@ from rlr_fast.kernels.tiles import Problem, RasterTiles, choose
 
 
 @triton.jit
+def head_of(base, strides, i_b, i_h):
+    """Pointer to the (N, D) matrix of an image and head; strides are those of (batch, head, …)."""
+    return base + i_b * strides[0] + i_h * strides[1]
+
+
+@triton.jit
+def row_pointers(base, start, SIZE: tl.constexpr, stride, D: tl.constexpr):
+    """Pointers (SIZE, D) to rows of an (N, D) matrix that `_launch.addressable` let through."""
+    offs = tl.arange(0, SIZE)[:, None] * stride + tl.arange(0, D)[None, :]
+    return base + tl.cast(start, tl.int64) * stride + offs
+
+
+@triton.jit
 def load_rows(
     base, start, SIZE: tl.constexpr, stride, N: tl.constexpr, D: tl.constexpr,
     BLOCKS: tl.constexpr = 1,
 ):  # fmt: skip
-    """Rows ``start … start + SIZE - 1`` of an (N, D) matrix with unit column stride, 0 beyond N.
+    """Rows ``start … start + SIZE - 1``, 0 beyond N.
 
     A program takes BLOCKS such blocks, so that the last of them may lie beyond N altogether.
     """
-    offs = tl.arange(0, SIZE)
-    columns = tl.arange(0, D)[None, :]
-    pointers = base + tl.cast(start, tl.int64) * stride + (offs[:, None] * stride + columns)
+    pointers = row_pointers(base, start, SIZE, stride, D)
     if N % (SIZE * BLOCKS) == 0:
         return tl.load(pointers)
-    return tl.load(pointers, mask=(start + offs < N)[:, None], other=0.0)
+    return tl.load(pointers, mask=(start + tl.arange(0, SIZE) < N)[:, None], other=0.0)
 
 
 @triton.jit
@@ -33,28 +44,47 @@ def store_rows(
     base, tile, start, SIZE: tl.constexpr, stride, N: tl.constexpr, D: tl.constexpr,
     BLOCKS: tl.constexpr = 1,
 ):  # fmt: skip
-    """The inverse of `_rows`."""
-    offs = tl.arange(0, SIZE)
-    columns = tl.arange(0, D)[None, :]
-    pointers = base + tl.cast(start, tl.int64) * stride + (offs[:, None] * stride + columns)
+    """The inverse of `load_rows`."""
+    pointers = row_pointers(base, start, SIZE, stride, D)
     tile = tile.to(base.dtype.element_ty)
     if N % (SIZE * BLOCKS) == 0:
         tl.store(pointers, tile)
     else:
-        tl.store(pointers, tile, mask=(start + offs < N)[:, None])
+        tl.store(pointers, tile, mask=(start + tl.arange(0, SIZE) < N)[:, None])
 
 
 @triton.jit
-def row_values(base, start, SIZE: tl.constexpr, N: tl.constexpr, OTHER: tl.constexpr):
-    """One value a row, OTHER beyond N."""
+def add_rows(base, tile, start, SIZE: tl.constexpr, stride, N: tl.constexpr, D: tl.constexpr):
+    """Add to rows atomically."""
+    pointers = row_pointers(base, start, SIZE, stride, D)
+    if N % SIZE == 0:
+        tl.atomic_add(pointers, tile, sem="relaxed")
+    else:
+        mask = (start + tl.arange(0, SIZE) < N)[:, None]
+        tl.atomic_add(pointers, tile, mask=mask, sem="relaxed")
+
+
+@triton.jit
+def load_row_values(base, start, SIZE: tl.constexpr, N: tl.constexpr):
+    """One value a row, 0 beyond N."""
     offs = start + tl.arange(0, SIZE)
     if N % SIZE == 0:
         return tl.load(base + offs)
-    return tl.load(base + offs, mask=offs < N, other=OTHER)
+    return tl.load(base + offs, mask=offs < N, other=0.0)
 
 
 @triton.jit
-def place(i, lo, hi, WINDOWED: tl.constexpr):
+def query_block(batch, BLOCK_M: tl.constexpr, N: tl.constexpr):
+    """First query, image and head of a program; query block fastest, head slowest."""
+    blocks: tl.constexpr = (N + BLOCK_M - 1) // BLOCK_M
+    pid = tl.program_id(0)
+    i_b = (pid // blocks % batch).to(tl.int64)
+    i_h = (pid // blocks // batch).to(tl.int64)
+    return pid % blocks * BLOCK_M, i_b, i_h
+
+
+@triton.jit
+def token_at(i, lo, hi, WINDOWED: tl.constexpr):
     """Token of loop index i: the windows lie in [lo, hi), all else is counted around them."""
     if WINDOWED:
         return i
@@ -71,27 +101,32 @@ def loop_end(lo, hi, BLOCK: tl.constexpr, N: tl.constexpr, WINDOWED: tl.constexp
 
 @triton.jit
 def visible(
-    rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
-    RY: tl.constexpr, RX: tl.constexpr, INSIDE: tl.constexpr, WINDOWED: tl.constexpr,
+    owned, met, keys, KEYS: tl.constexpr, N: tl.constexpr, W: tl.constexpr, RY: tl.constexpr,
+    RX: tl.constexpr, INSIDE: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
-    """(M, N) bool: which pairs attend to each other; only where a test is needed at all."""
+    """Which of the tokens that a program owns and of those it meets in a loop see each other.
+
+    Both are shaped to be broadcast, and ``keys`` is one of them. Keys go in multiples of KEYS, so
+    that some may lie beyond N: these are seen by none. Queries beyond N see what they like, as
+    nothing that follows from them is kept.
+    """
     seen = tl.full((1, 1), True, tl.int1)
     if WINDOWED:
-        near = inside_window(rows, columns, W, RY, RX)
+        # In this order all but one subtraction leaves the loop.
+        near = inside_window(owned, met, W, RY, RX)
         seen = near if INSIDE else ~near
-    if N % ROWS != 0:
-        seen = seen & (rows < N)[:, None]
-    if N % COLUMNS != 0:
-        seen = seen & (columns < N)[None, :]
+    if N % KEYS != 0:
+        seen = seen & (keys < N)
     return seen
 
 
 def raster_tiles(kernel: str, q: Tensor, geometry: Geometry) -> RasterTiles:
+    """Return the tiles of a kernel for queries (B, h, N, d)."""
     batch, _, _, width = q.shape
     return choose(Problem(kernel, geometry, width, batch, q.dtype, q.device))
 
 
-def value_strides(v: Tensor) -> tuple[int, int, int]:
-    """Strides (batch, head, token) of a value, with 0 for a batch that shares it."""
+def value_strides(v: Tensor) -> tuple[int, ...]:
+    """Return the strides (batch, head, token) of a value, with 0 for a batch that shares it."""
     strides = v.stride()[:-1]
-    return (0, *strides) if v.dim() == 3 else strides  # type: ignore[return-value]
+    return (0, *strides) if v.dim() == 3 else strides

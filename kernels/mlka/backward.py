@@ -1,4 +1,13 @@
-"""MLKA's backward kernels: a program owns a block of keys and a chunk of the batch, or queries."""
+"""MLKA backward: a program owns a block of keys of one head, and walks over a chunk of the batch.
+
+    P = 2**(s - lse),   dV = Pᵀ dO,   dS = P ∘ (dO Vᵀ - delta),   delta_i = dO_i · O_i,
+    dK = ln2 · Σ_batch dSᵀ Q,   dQ = ln2 · dS K
+
+dV is finished per image; dK stays in registers over the chunk, and the few chunks are summed in
+order. dQ is a sum over the blocks of keys, that is over programs: where one block holds all keys it
+is stored, else added by float32 atomics, or left to a second kernel that owns queries and computes
+the weights again. Deterministic but for the atomics.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +23,15 @@ from rlr_fast.kernels._dot import dot
 from rlr_fast.kernels._launch import Geometry
 from rlr_fast.kernels._window import window_range
 from rlr_fast.kernels.mlka._blocks import (
+    add_rows,
+    head_of,
+    load_row_values,
     load_rows,
     loop_end,
-    place,
+    query_block,
     raster_tiles,
-    row_values,
     store_rows,
+    token_at,
     value_strides,
     visible,
 )
@@ -29,103 +41,114 @@ _LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit(do_not_specialize=["batch", "heads"])
 def delta_kernel(
-    o, do, delta,
-    stride_ob, stride_oh, stride_on, stride_dob, stride_doh, stride_don, batch, heads,
+    o, do, delta, o_strides, do_strides, batch, heads,
     N: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Delta (B, h, N) = rowsum(dO ∘ O); head fastest, because heads lie side by side in memory."""
+    blocks: tl.constexpr = (N + BLOCK_M - 1) // BLOCK_M
     pid = tl.program_id(0)
     i_h = (pid % heads).to(tl.int64)
-    start_m = pid // heads % ((N + BLOCK_M - 1) // BLOCK_M) * BLOCK_M
-    i_b = (pid // heads // ((N + BLOCK_M - 1) // BLOCK_M)).to(tl.int64)
-    o_tile = load_rows(o + i_b * stride_ob + i_h * stride_oh, start_m, BLOCK_M, stride_on, N, D)
-    do_tile = load_rows(
-        do + i_b * stride_dob + i_h * stride_doh, start_m, BLOCK_M, stride_don, N, D
-    )
+    start_m = pid // heads % blocks * BLOCK_M
+    i_b = (pid // heads // blocks).to(tl.int64)
+    o_tile = load_rows(head_of(o, o_strides, i_b, i_h), start_m, BLOCK_M, o_strides[2], N, D)
+    do_tile = load_rows(head_of(do, do_strides, i_b, i_h), start_m, BLOCK_M, do_strides[2], N, D)
     ACC: tl.constexpr = delta.dtype.element_ty
-    offs_m = start_m + tl.arange(0, BLOCK_M)
     row_delta = tl.sum(o_tile.to(ACC) * do_tile.to(ACC), 1)
+    offs_m = start_m + tl.arange(0, BLOCK_M)
     tl.store(delta + (i_b * heads + i_h) * N + offs_m, row_delta, mask=offs_m < N)
 
 
 @triton.jit
 def _key_step(
-    dk, dv, k, v, q, do, lse, delta, seen,
-    TESTED: tl.constexpr, PRECISION: tl.constexpr,
+    dk, dv, dq, k, v, q, do, row_lse, row_delta, start_n, start_m,
+    N: tl.constexpr, W: tl.constexpr, RY: tl.constexpr, RX: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KEYS: tl.constexpr,
+    INSIDE: tl.constexpr, WINDOWED: tl.constexpr, DQ: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dK, dV and Kᵀ dSᵀ of one block of keys and one of queries; scores lie as (keys, queries)."""
-    x = dot(k, tl.trans(q), None, PRECISION) - lse[None, :]
-    p = tl.exp2(x)
-    if TESTED:
+    """Add to dK, dV and dQ, which may be None, what a block of keys and one of queries give.
+
+    Scores lie as (keys, queries).
+    """
+    p = tl.exp2(dot(k, tl.trans(q), None, PRECISION) - row_lse[None, :])
+    if WINDOWED or N % KEYS != 0:
+        queries = start_m + tl.arange(0, BLOCK_M)[None, :]
+        keys = start_n + tl.arange(0, BLOCK_N)[:, None]
+        seen = visible(keys, queries, keys, KEYS, N, W, RY, RX, INSIDE, WINDOWED)
         p = tl.where(seen, p, 0.0)
     dv = dot(p.to(do.dtype), do, dv, PRECISION)
-    ds = p * (dot(v, tl.trans(do), None, PRECISION) - delta[None, :])
+    ds = p * (dot(v, tl.trans(do), None, PRECISION) - row_delta[None, :])
     ds = ds.to(q.dtype)
     dk = dot(ds, q, dk, PRECISION)
-    return dk, dv, ds
+    if DQ != "separate":
+        dq = dot(tl.trans(ds), k, dq, PRECISION)
+    return dk, dv, dq
 
 
 @triton.jit
 def _key_gradients(
     dk_a, dv_a, dk_b, dv_b, k_a, v_a, k_b, v_b, start_n,
-    q, do, lse, delta, dq, stride_qn, stride_don, stride_dqn, lo, hi,
-    N: tl.constexpr, W: tl.constexpr, RY: tl.constexpr, RX: tl.constexpr,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr,
-    INSIDE: tl.constexpr, WINDOWED: tl.constexpr, DQ: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q, do, lse, delta, dq, q_stride, do_stride, dq_stride, lo, hi,
+    N: tl.constexpr, W: tl.constexpr, RY: tl.constexpr, RX: tl.constexpr, D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr,
+    INSIDE: tl.constexpr, WINDOWED: tl.constexpr, DQ: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Accumulate the queries of one or two neighbouring blocks of keys, as `_attend` does."""
-    TESTED: tl.constexpr = WINDOWED or N % BLOCK_M != 0 or N % (BLOCKS * BLOCK_N) != 0
-    offs_a = start_n + tl.arange(0, BLOCK_N)
-    offs_b = offs_a + BLOCK_N
+    """Accumulate the queries of one or two blocks of keys: those of [lo, hi), or all others."""
+    KEYS: tl.constexpr = BLOCKS * BLOCK_N
     first = lo if WINDOWED else 0
     for i in tl.range(first, loop_end(lo, hi, BLOCK_M, N, WINDOWED), BLOCK_M):
-        start = place(i, lo, hi, WINDOWED)
-        offs_m = start + tl.arange(0, BLOCK_M)
-        q_tile = load_rows(q, start, BLOCK_M, stride_qn, N, D)
-        do_tile = load_rows(do, start, BLOCK_M, stride_don, N, D)
-        row_lse = row_values(lse, start, BLOCK_M, N, 0.0)
-        row_delta = row_values(delta, start, BLOCK_M, N, 0.0)
-        seen = visible(offs_a, offs_m, BLOCK_N, BLOCK_M, N, W, RY, RX, INSIDE, WINDOWED)
-        dk_a, dv_a, ds = _key_step(
-            dk_a, dv_a, k_a, v_a, q_tile, do_tile, row_lse, row_delta, seen,
-            TESTED, PRECISION,
+        start_m = token_at(i, lo, hi, WINDOWED)
+        q_tile = load_rows(q, start_m, BLOCK_M, q_stride, N, D)
+        do_tile = load_rows(do, start_m, BLOCK_M, do_stride, N, D)
+        row_lse = load_row_values(lse, start_m, BLOCK_M, N)
+        row_delta = load_row_values(delta, start_m, BLOCK_M, N)
+        dk_a, dv_a, dq_tile = _key_step(
+            dk_a, dv_a, None, k_a, v_a, q_tile, do_tile, row_lse, row_delta, start_n, start_m,
+            N, W, RY, RX, BLOCK_M, BLOCK_N, KEYS, INSIDE, WINDOWED, DQ, PRECISION,
         )  # fmt: skip
-        if DQ != "separate":
-            dq_tile = dot(tl.trans(ds), k_a, None, PRECISION)
         if BLOCKS == 2:
-            seen = visible(
-                offs_b, offs_m, BLOCKS * BLOCK_N, BLOCK_M, N, W, RY, RX, INSIDE, WINDOWED
-            )
-            dk_b, dv_b, ds = _key_step(
-                dk_b, dv_b, k_b, v_b, q_tile, do_tile, row_lse, row_delta, seen,
-                TESTED, PRECISION,
+            dk_b, dv_b, dq_tile = _key_step(
+                dk_b, dv_b, dq_tile, k_b, v_b, q_tile, do_tile, row_lse, row_delta,
+                start_n + BLOCK_N, start_m,
+                N, W, RY, RX, BLOCK_M, BLOCK_N, KEYS, INSIDE, WINDOWED, DQ, PRECISION,
             )  # fmt: skip
-            if DQ != "separate":
-                dq_tile = dot(tl.trans(ds), k_b, dq_tile, PRECISION)
         if DQ == "store":
-            store_rows(dq, dq_tile * _LN2, start, BLOCK_M, stride_dqn, N, D)
+            store_rows(dq, dq_tile * _LN2, start_m, BLOCK_M, dq_stride, N, D)
         if DQ == "add":
-            offs = tl.arange(0, BLOCK_M)[:, None] * stride_dqn + tl.arange(0, D)[None, :]
-            pointers = dq + tl.cast(start, tl.int64) * stride_dqn + offs
-            if N % BLOCK_M == 0:
-                tl.atomic_add(pointers, dq_tile * _LN2, sem="relaxed")
-            else:
-                tl.atomic_add(pointers, dq_tile * _LN2, mask=(offs_m < N)[:, None], sem="relaxed")
+            add_rows(dq, dq_tile * _LN2, start_m, BLOCK_M, dq_stride, N, D)
     return dk_a, dv_a, dk_b, dv_b
+
+
+@triton.jit
+def _load_keys(
+    base, start_n, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr, stride, N: tl.constexpr,
+    D: tl.constexpr,
+):  # fmt: skip
+    """The rows of a program's blocks of keys; one block stands for both."""
+    a = load_rows(base, start_n, BLOCK_N, stride, N, D, BLOCKS)
+    b = a
+    if BLOCKS == 2:
+        b = load_rows(base, start_n + BLOCK_N, BLOCK_N, stride, N, D, BLOCKS)
+    return a, b
+
+
+@triton.jit
+def _store_keys(
+    base, a, b, start_n, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr, stride, N: tl.constexpr,
+    D: tl.constexpr,
+):  # fmt: skip
+    """The inverse of `_load_keys`."""
+    store_rows(base, a, start_n, BLOCK_N, stride, N, D, BLOCKS)
+    if BLOCKS == 2:
+        store_rows(base, b, start_n + BLOCK_N, BLOCK_N, stride, N, D, BLOCKS)
 
 
 @triton.jit(do_not_specialize=["batch", "heads", "chunk"])
 def backward_key_kernel(
     q, k, v, do, lse, delta, dq, dk, dv,
-    stride_qb, stride_qh, stride_qn, stride_kh, stride_kn,
-    stride_vb, stride_vh, stride_vn, stride_dob, stride_doh, stride_don,
-    stride_dqb, stride_dqh, stride_dqn, stride_dvb, stride_dvh, stride_dvn,
-    batch, heads, chunk,
-    H: tl.constexpr, W: tl.constexpr, RY: tl.constexpr, RX: tl.constexpr,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr,
-    INSIDE: tl.constexpr, SHARED_VALUE: tl.constexpr, DQ: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q_strides, k_strides, v_strides, do_strides, dq_strides, dv_strides, batch, heads, chunk,
+    H: tl.constexpr, W: tl.constexpr, RY: tl.constexpr, RX: tl.constexpr, D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr, INSIDE: tl.constexpr,
+    SHARED_VALUE: tl.constexpr, DQ: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dV, and dK (chunks, h, N, D) of BLOCKS·BLOCK_N keys and ``chunk`` images; key block fastest.
 
@@ -142,78 +165,64 @@ def backward_key_kernel(
     start_n = pid % blocks * KEYS
     i_c = pid // blocks % chunks
     i_h = (pid // blocks // chunks).to(tl.int64)
-    k += i_h * stride_kh
-    k_a = load_rows(k, start_n, BLOCK_N, stride_kn, N, D)
-    k_b = k_a
-    if BLOCKS == 2:
-        k_b = load_rows(k, start_n + BLOCK_N, BLOCK_N, stride_kn, N, D, BLOCKS)
+    k_a, k_b = _load_keys(k + i_h * k_strides[0], start_n, BLOCK_N, BLOCKS, k_strides[1], N, D)
     dk_a = tl.zeros((BLOCK_N, D), ACC)
-    dv_a = tl.zeros((BLOCK_N, D), ACC)
-    dk_b, dv_b = dk_a, dv_a
+    dk_b, dv_a, dv_b = dk_a, dk_a, dk_a
     lo, hi = window_range(start_n, KEYS, BLOCK_M, H, W, RY)
 
     for i in range(i_c * chunk, tl.minimum(i_c * chunk + chunk, batch)):
         i_b = tl.cast(i, tl.int64)
-        q_image = q + i_b * stride_qb + i_h * stride_qh
-        do_image = do + i_b * stride_dob + i_h * stride_doh
-        v_image = v + i_b * stride_vb + i_h * stride_vh
-        dq_image = dq + i_b * stride_dqb + i_h * stride_dqh
+        q_image = head_of(q, q_strides, i_b, i_h)
+        do_image = head_of(do, do_strides, i_b, i_h)
+        dq_image = head_of(dq, dq_strides, i_b, i_h)
         lse_image = lse + (i_b * heads + i_h) * N
         delta_image = delta + (i_b * heads + i_h) * N
-        v_a = load_rows(v_image, start_n, BLOCK_N, stride_vn, N, D)
-        v_b = v_a
-        if BLOCKS == 2:
-            v_b = load_rows(v_image, start_n + BLOCK_N, BLOCK_N, stride_vn, N, D, BLOCKS)
+        v_image = head_of(v, v_strides, i_b, i_h)
+        v_a, v_b = _load_keys(v_image, start_n, BLOCK_N, BLOCKS, v_strides[2], N, D)
         if not SHARED_VALUE:
             dv_a = tl.zeros((BLOCK_N, D), ACC)
             dv_b = dv_a
         dk_a, dv_a, dk_b, dv_b = _key_gradients(
             dk_a, dv_a, dk_b, dv_b, k_a, v_a, k_b, v_b, start_n,
             q_image, do_image, lse_image, delta_image, dq_image,
-            stride_qn, stride_don, stride_dqn, lo, hi,
+            q_strides[2], do_strides[2], dq_strides[2], lo, hi,
             N, W, RY, RX, D, BLOCK_M, BLOCK_N, BLOCKS, INSIDE, True, DQ, PRECISION,
         )  # fmt: skip
         if not INSIDE:
             dk_a, dv_a, dk_b, dv_b = _key_gradients(
                 dk_a, dv_a, dk_b, dv_b, k_a, v_a, k_b, v_b, start_n,
                 q_image, do_image, lse_image, delta_image, dq_image,
-                stride_qn, stride_don, stride_dqn, lo, hi,
+                q_strides[2], do_strides[2], dq_strides[2], lo, hi,
                 N, W, RY, RX, D, BLOCK_M, BLOCK_N, BLOCKS, INSIDE, False, DQ, PRECISION,
             )  # fmt: skip
         if not SHARED_VALUE:
-            dv_image = dv + i_b * stride_dvb + i_h * stride_dvh
-            store_rows(dv_image, dv_a, start_n, BLOCK_N, stride_dvn, N, D)
-            if BLOCKS == 2:
-                store_rows(dv_image, dv_b, start_n + BLOCK_N, BLOCK_N, stride_dvn, N, D, BLOCKS)
+            dv_image = head_of(dv, dv_strides, i_b, i_h)
+            _store_keys(dv_image, dv_a, dv_b, start_n, BLOCK_N, BLOCKS, dv_strides[2], N, D)
 
     part = (i_c * heads + i_h) * N * D
-    store_rows(dk + part, dk_a * _LN2, start_n, BLOCK_N, D, N, D)
-    if BLOCKS == 2:
-        store_rows(dk + part, dk_b * _LN2, start_n + BLOCK_N, BLOCK_N, D, N, D, BLOCKS)
+    _store_keys(dk + part, dk_a * _LN2, dk_b * _LN2, start_n, BLOCK_N, BLOCKS, D, N, D)
     if SHARED_VALUE:
-        store_rows(dv + part, dv_a, start_n, BLOCK_N, D, N, D)
-        if BLOCKS == 2:
-            store_rows(dv + part, dv_b, start_n + BLOCK_N, BLOCK_N, D, N, D, BLOCKS)
+        _store_keys(dv + part, dv_a, dv_b, start_n, BLOCK_N, BLOCKS, D, N, D)
 
 
 @triton.jit
 def _query_gradient(
-    dq, q, do, row_lse, row_delta, offs_m, k, v, stride_kn, stride_vn, lo, hi,
-    N: tl.constexpr, W: tl.constexpr, RY: tl.constexpr, RX: tl.constexpr,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    INSIDE: tl.constexpr, WINDOWED: tl.constexpr, PRECISION: tl.constexpr,
+    dq, q, do, row_lse, row_delta, start_m, k, v, k_stride, v_stride, lo, hi,
+    N: tl.constexpr, W: tl.constexpr, RY: tl.constexpr, RX: tl.constexpr, D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, INSIDE: tl.constexpr, WINDOWED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Accumulate the keys of a block of queries: those of [lo, hi), or all others."""
     first = lo if WINDOWED else 0
     for i in tl.range(first, loop_end(lo, hi, BLOCK_N, N, WINDOWED), BLOCK_N):
-        start = place(i, lo, hi, WINDOWED)
-        k_tile = load_rows(k, start, BLOCK_N, stride_kn, N, D)
-        v_tile = load_rows(v, start, BLOCK_N, stride_vn, N, D)
-        x = dot(q, tl.trans(k_tile), None, PRECISION) - row_lse[:, None]
-        p = tl.exp2(x)
+        start_n = token_at(i, lo, hi, WINDOWED)
+        k_tile = load_rows(k, start_n, BLOCK_N, k_stride, N, D)
+        v_tile = load_rows(v, start_n, BLOCK_N, v_stride, N, D)
+        p = tl.exp2(dot(q, tl.trans(k_tile), None, PRECISION) - row_lse[:, None])
         if WINDOWED or N % BLOCK_N != 0:
-            offs_n = start + tl.arange(0, BLOCK_N)
-            seen = visible(offs_m, offs_n, BLOCK_M, BLOCK_N, N, W, RY, RX, INSIDE, WINDOWED)
+            queries = start_m + tl.arange(0, BLOCK_M)[:, None]
+            keys = start_n + tl.arange(0, BLOCK_N)[None, :]
+            seen = visible(queries, keys, keys, BLOCK_N, N, W, RY, RX, INSIDE, WINDOWED)
             p = tl.where(seen, p, 0.0)
         ds = p * (dot(do, tl.trans(v_tile), None, PRECISION) - row_delta[:, None])
         dq = dot(ds.to(k_tile.dtype), k_tile, dq, PRECISION)
@@ -223,50 +232,39 @@ def _query_gradient(
 @triton.jit(do_not_specialize=["batch", "heads"])
 def backward_query_kernel(
     q, k, v, do, lse, delta, dq,
-    stride_qb, stride_qh, stride_qn, stride_kh, stride_kn,
-    stride_vb, stride_vh, stride_vn, stride_dob, stride_doh, stride_don,
-    stride_dqb, stride_dqh, stride_dqn,
-    batch, heads,
-    H: tl.constexpr, W: tl.constexpr, RY: tl.constexpr, RX: tl.constexpr,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, INSIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q_strides, k_strides, v_strides, do_strides, dq_strides, batch, heads,
+    H: tl.constexpr, W: tl.constexpr, RY: tl.constexpr, RX: tl.constexpr, D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, INSIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """DQ of one block of queries, in fixed order; query block fastest, head slowest."""
     N: tl.constexpr = H * W
-    blocks: tl.constexpr = (N + BLOCK_M - 1) // BLOCK_M
-    pid = tl.program_id(0)
-    start_m = pid % blocks * BLOCK_M
-    i_b = (pid // blocks % batch).to(tl.int64)
-    i_h = (pid // blocks // batch).to(tl.int64)
-    offs_m = start_m + tl.arange(0, BLOCK_M)
-    q_tile = load_rows(q + i_b * stride_qb + i_h * stride_qh, start_m, BLOCK_M, stride_qn, N, D)
-    do_tile = load_rows(
-        do + i_b * stride_dob + i_h * stride_doh, start_m, BLOCK_M, stride_don, N, D
-    )
-    row_lse = row_values(lse + (i_b * heads + i_h) * N, start_m, BLOCK_M, N, 0.0)
-    row_delta = row_values(delta + (i_b * heads + i_h) * N, start_m, BLOCK_M, N, 0.0)
-    k += i_h * stride_kh
-    v += i_b * stride_vb + i_h * stride_vh
+    start_m, i_b, i_h = query_block(batch, BLOCK_M, N)
+    q_tile = load_rows(head_of(q, q_strides, i_b, i_h), start_m, BLOCK_M, q_strides[2], N, D)
+    do_tile = load_rows(head_of(do, do_strides, i_b, i_h), start_m, BLOCK_M, do_strides[2], N, D)
+    row_lse = load_row_values(lse + (i_b * heads + i_h) * N, start_m, BLOCK_M, N)
+    row_delta = load_row_values(delta + (i_b * heads + i_h) * N, start_m, BLOCK_M, N)
+    k += i_h * k_strides[0]
+    v = head_of(v, v_strides, i_b, i_h)
     lo, hi = window_range(start_m, BLOCK_M, BLOCK_N, H, W, RY)
     grad = tl.zeros((BLOCK_M, D), lse.dtype.element_ty)
     grad = _query_gradient(
-        grad, q_tile, do_tile, row_lse, row_delta, offs_m, k, v, stride_kn, stride_vn, lo, hi,
-        N, W, RY, RX, D, BLOCK_M, BLOCK_N, INSIDE, True, PRECISION,
+        grad, q_tile, do_tile, row_lse, row_delta, start_m, k, v, k_strides[1], v_strides[2],
+        lo, hi, N, W, RY, RX, D, BLOCK_M, BLOCK_N, INSIDE, True, PRECISION,
     )  # fmt: skip
     if not INSIDE:
         grad = _query_gradient(
-            grad, q_tile, do_tile, row_lse, row_delta, offs_m, k, v, stride_kn, stride_vn, lo, hi,
-            N, W, RY, RX, D, BLOCK_M, BLOCK_N, INSIDE, False, PRECISION,
+            grad, q_tile, do_tile, row_lse, row_delta, start_m, k, v, k_strides[1], v_strides[2],
+            lo, hi, N, W, RY, RX, D, BLOCK_M, BLOCK_N, INSIDE, False, PRECISION,
         )  # fmt: skip
-    dq += i_b * stride_dqb + i_h * stride_dqh
-    store_rows(dq, grad * _LN2, start_m, BLOCK_M, stride_dqn, N, D)
+    dq = head_of(dq, dq_strides, i_b, i_h)
+    store_rows(dq, grad * _LN2, start_m, BLOCK_M, dq_strides[2], N, D)
 
 
 def launch_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
     dq: Tensor, dv: Tensor | None, geometry: Geometry, inside: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Write dQ into ``dq`` and, of a value a image, dV into ``dv``.
+    """Write dQ into ``dq`` and, of a value per image, dV into ``dv``.
 
     Returns:
         dK, and dV of a value that the batch shares, both (h, N, d) in the accumulator's dtype.
@@ -275,9 +273,9 @@ def launch_backward(
     shared = v.dim() == 3
     exact = _launch.accumulator(q.dtype)
     if batch == 0:
-        zeros = torch.zeros((heads, tokens, width), dtype=exact, device=q.device)
-        return zeros, zeros.clone() if shared else None
-    do = _launch.unit_columns(do)
+        sums = torch.zeros((1 + shared, heads, tokens, width), dtype=exact, device=q.device)
+        return sums[0], sums[1] if shared else None
+    do = _launch.addressable(do)
     tile = raster_tiles("raster_key", q, geometry)
     keys = tile.keys * tile.blocks
     programs = triton.cdiv(tokens, keys) * heads
@@ -293,31 +291,28 @@ def launch_backward(
     dv_buffer = parts[1] if shared else dv
     assert dv_buffer is not None
     delta = torch.empty_like(lse)
+    _launch.launch(
+        delta_kernel, triton.cdiv(tokens, 128) * batch * heads,
+        o, do, delta, o.stride()[:3], do.stride()[:3], batch, heads,
+        N=tokens, D=width, BLOCK_M=128,
+    )  # fmt: skip
+    inputs = (q, k, v, do, lse, delta)
+    strides = (q.stride()[:3], k.stride()[:2], value_strides(v), do.stride()[:3])
     constants: dict[str, Any] = {**geometry.constants(), "D": width, "INSIDE": inside}
     constants["PRECISION"] = _launch.precision(q.dtype)
     _launch.launch(
-        delta_kernel, triton.cdiv(tokens, 128) * batch * heads,
-        o, do, delta, *o.stride()[:3], *do.stride()[:3], batch, heads,
-        N=tokens, D=width, BLOCK_M=128,
-    )  # fmt: skip
-    _launch.launch(
         backward_key_kernel, programs * chunks,
-        q, k, v, do, lse, delta, dq_buffer, parts[0], dv_buffer,
-        *q.stride()[:3], *k.stride()[:2], *value_strides(v), *do.stride()[:3],
-        *dq_buffer.stride()[:3], *dv_buffer.stride()[:3], batch, heads, chunk,
+        *inputs, dq_buffer, parts[0], dv_buffer,
+        *strides, dq_buffer.stride()[:3], dv_buffer.stride()[:3], batch, heads, chunk,
         BLOCK_M=tile.queries, BLOCK_N=tile.keys, BLOCKS=tile.blocks, SHARED_VALUE=shared,
-        DQ=mode, **tile.options(),
-        **constants,
+        DQ=mode, **constants, **tile.options(),
     )  # fmt: skip
     if mode == "separate":
         tile = raster_tiles("raster_query", q, geometry)
         _launch.launch(
             backward_query_kernel, triton.cdiv(tokens, tile.queries) * batch * heads,
-            q, k, v, do, lse, delta, dq,
-            *q.stride()[:3], *k.stride()[:2], *value_strides(v), *do.stride()[:3],
-            *dq.stride()[:3], batch, heads, BLOCK_M=tile.queries, BLOCK_N=tile.keys,
-            **tile.options(),
-            **constants,
+            *inputs, dq, *strides, dq.stride()[:3], batch, heads,
+            BLOCK_M=tile.queries, BLOCK_N=tile.keys, **constants, **tile.options(),
         )  # fmt: skip
     if mode == "add":
         dq.copy_(dq_buffer)

@@ -17,7 +17,7 @@ from rlr_fast.kernels.reference import prepare_key
 def _forward(
     query: Tensor, key: Tensor, bound: Tensor, value: Tensor, grid: list[int], window: list[int]
 ) -> tuple[Tensor, Tensor]:
-    query, key, value = map(_launch.unit_columns, (query, key, value))
+    query, key, value = map(_launch.addressable, (query, key, value))
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     geometry = Geometry.of(grid, window)
     return output, launch_forward(query, key, bound, value, output, geometry, inside=False)
@@ -36,7 +36,7 @@ def _backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor,
     grid: list[int], window: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    query, key, value = map(_launch.unit_columns, (query, key, value))
+    query, key, value = map(_launch.addressable, (query, key, value))
     dq = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     dv = None if value.dim() == 3 else torch.empty_like(dq)
     dk, dv_sum = launch_backward(

@@ -2,65 +2,57 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
-from typing import Any
 
-from rlr_fast.cli.common import (
-    add_backbone_weights,
-    add_dataset,
-    add_machine,
-    add_verb,
-    read_data,
-    read_model,
-    report_failures,
-)
-from rlr_fast.cli.options import Parser, UsageError, positive
-from rlr_fast.data.words import counted
-from rlr_fast.models.checkpoint import CheckpointError
-from rlr_fast.training.progress import progress_bar
-from rlr_fast.visualization.decoder import check_decoder_file, save_decoder, train_decoder
+from rlr_fast.cli import flags
+from rlr_fast.config import InferenceExecution
 
 
-def add_decoder(verbs: Any) -> None:
-    """Add the verb ``decoder`` and its job."""
-    parser: Parser = verbs.add_parser(
-        "decoder", help="train a decoder that paints features as pictures, for `figures`"
-    )
-    jobs = parser.add_subparsers(title="jobs", metavar="JOB", required=True)
-    train = add_verb(
-        jobs,
-        "train",
-        _decoder_train,
-        "learn to paint an image from its features, on the normal images of all classes; a decoder "
-        "serves every run of the same backbone, levels and image size",
-    )
-    add_dataset(train)
-    train.add_argument(
-        "--checkpoint", metavar="RUN", help="a run with the features to decode (needed)"
-    )
-    train.add_argument(
-        "--out", type=Path, metavar="FILE", help="the decoder, .safetensors (needed)"
-    )
-    train.set_defaults(needs=("checkpoint", "out"))
-    add_backbone_weights(train)
-    train.add_argument("--epochs", type=positive, default=40, metavar="N", help="passes over them")
-    train.add_argument("--batch-size", type=positive, default=4, metavar="N", help="images a step")
-    train.add_argument("--lr", type=float, default=2e-3, help="Adam's learning rate at the start")
-    train.add_argument("--seed", type=int, default=0, help="seed of weights and order of images")
-    add_machine(train)
+def train(
+    data: flags.Data,
+    /,
+    *,
+    checkpoint: flags.Checkpoint,
+    out: Path,
+    epochs: flags.Positive = 40,
+    batch_size: flags.Positive = 4,
+    lr: float = 2e-3,
+    seed: flags.Whole = 0,
+    config: flags.Config | None = None,
+    layout: flags.Layout = "auto",
+    classes: flags.Classes = None,
+    backbone_weights: flags.BackboneWeights | None = None,
+    quiet: flags.Quiet = False,
+    execution: flags.Execution = flags.NONE_GIVEN,
+) -> int:
+    """Train a decoder, which paints features as pictures for figures.
 
+    Args:
+        out: File of the decoder, named *.safetensors.
+        epochs: Passes over the images.
+        batch_size: Images per step.
+        lr: Adam's learning rate at the start.
+        seed: Seed of weights and order of images.
+    """
+    from rlr_fast.cli.common import report_failures
+    from rlr_fast.data import read_dataset
+    from rlr_fast.data.words import counted
+    from rlr_fast.inference.batches import load_model
+    from rlr_fast.models.checkpoint import CheckpointError
+    from rlr_fast.training.decoder import train_decoder
+    from rlr_fast.training.progress import progress_bar
+    from rlr_fast.visualization.decoder import check_decoder_file, save_decoder
 
-def _decoder_train(args: argparse.Namespace) -> int:
-    data = read_data(args)
-    data.require_train()
+    how = InferenceExecution(**execution)
+    images = read_dataset(data, layout, classes)
+    images.require_train()
     try:
-        check_decoder_file(args.out)
+        check_decoder_file(out)
     except (ValueError, CheckpointError) as error:
-        raise UsageError(f"--out: {error}") from error
-    model = read_model(args, args.checkpoint)
-    total = args.epochs * sum(len(samples) for samples in data.train.values())
-    with progress_bar("decoder", total, args.quiet) as bar:
+        raise ValueError(f"--out: {error}") from error
+    model = load_model(checkpoint, how, backbone_weights)
+    total = epochs * sum(len(samples) for samples in images.train.values())
+    with progress_bar("decoder", total, quiet) as bar:
 
         def show(images: int, loss: float) -> None:
             bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
@@ -68,15 +60,15 @@ def _decoder_train(args: argparse.Namespace) -> int:
 
         result = train_decoder(
             model,
-            data,
-            epochs=args.epochs,
-            batch_size=args.batch_size,
-            lr=args.lr,
-            seed=args.seed,
-            workers=args.workers,
+            images,
+            epochs=epochs,
+            batch_size=batch_size,
+            lr=lr,
+            seed=seed,
+            workers=how.workers,
             progress=show,
         )
-    save_decoder(result, model, args.out)
+    save_decoder(result, model, out)
     loss = result.history[-1]["loss"]
-    print(f"trained {counted(args.epochs, 'epoch')}, loss {loss:.4f}: {args.out}")
+    print(f"trained {counted(epochs, 'epoch')}, loss {loss:.4f}: {out}")
     return report_failures([str(failure.error) for failure in result.failures])

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from rlr_fast.cli.common import add_machine, add_verb, execution_from
+from rlr_fast.cli import flags
 from rlr_fast.config import PRESETS, ExecutionConfig, InferenceExecution, TrainExecution
-from rlr_fast.data import read_dataset
-from rlr_fast.data.files import write_atomically
-from rlr_fast.data.synthetic import make_dataset
-from rlr_fast.inference.batches import load_model
-from rlr_fast.inference.evaluate import Evaluation, FigureOptions, evaluate
-from rlr_fast.inference.predict import find_images, predict
-from rlr_fast.models.rlr import RLRModel
-from rlr_fast.training.calibration import color_scale
-from rlr_fast.training.progress import follow, progress_bar
-from rlr_fast.training.train import CURVE_FILE, train
+
+if TYPE_CHECKING:
+    from rlr_fast.inference.evaluate import Evaluation
 
 _PRESET = "tiny"
 
@@ -60,6 +52,17 @@ def run_demo(
         ValueError: ``out`` holds something else.
         BackboneWeightsError: The package with the backbone's weights is not installed.
     """
+    from rlr_fast.data import read_dataset
+    from rlr_fast.data.files import write_atomically
+    from rlr_fast.data.synthetic import make_dataset
+    from rlr_fast.inference.batches import load_model
+    from rlr_fast.inference.evaluate import FigureOptions, evaluate
+    from rlr_fast.inference.predict import find_images, predict
+    from rlr_fast.models.rlr import RLRModel
+    from rlr_fast.training.calibration import color_scale
+    from rlr_fast.training.progress import follow, progress_bar
+    from rlr_fast.training.train import CURVE_FILE, train
+
     start = time.perf_counter()
     preset = PRESETS[_PRESET]
     recipe = dataclasses.replace(preset.train, seed=seed)
@@ -108,26 +111,19 @@ def run_demo(
     )
 
 
-def add_demo(verbs: Any) -> None:
-    """Add the verb ``demo``."""
-    parser = add_verb(
-        verbs,
-        "demo",
-        _demo,
-        "make a synthetic data set, train a small model on it, evaluate it and write pictures: "
-        "minutes on a CPU",
-    )
-    parser.add_argument("--out", type=Path, default=Path("rlr-fast-demo"), help="folder of results")
-    parser.add_argument("--seed", type=int, default=0, help="seed of data and training")
-    add_machine(parser)
+def demo(
+    *,
+    out: Path = Path("rlr-fast-demo"),
+    seed: flags.Whole = 0,
+    config: flags.Config | None = None,
+    quiet: flags.Quiet = False,
+    execution: flags.Execution = flags.NONE_GIVEN,
+) -> int:
+    """Make a synthetic data set, train a small model on it, evaluate it and write pictures.
 
-
-def _demo(args: argparse.Namespace) -> int:
-    result = run_demo(
-        args.out,
-        execution_from(args, ExecutionConfig),
-        seed=args.seed,
-        quiet=args.quiet,
-    )
-    print(result)
+    Args:
+        out: Folder of data, run and results.
+        seed: Seed of data and training.
+    """
+    print(run_demo(out, ExecutionConfig(**execution), seed=seed, quiet=quiet))
     return 0

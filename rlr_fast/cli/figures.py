@@ -2,90 +2,72 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from rlr_fast.cli.common import (
-    add_backbone_weights,
-    add_dataset,
-    add_machine,
-    add_verb,
-    check_out,
-    read_data,
-    read_model,
-    report_failures,
-)
-from rlr_fast.cli.options import UsageError, positive
-from rlr_fast.data.words import counted
-from rlr_fast.training.calibration import color_scale
-from rlr_fast.training.progress import progress_bar
-from rlr_fast.visualization.decoder import load_decoder
-from rlr_fast.visualization.reconstructions import Run, check_runs, reconstruction_sheets
+from rlr_fast.cli import flags
+from rlr_fast.config import InferenceExecution
 
 
-def add_figures(verbs: Any) -> None:
-    """Add the verb ``figures``."""
-    parser = add_verb(
-        verbs,
-        "figures",
-        _figures,
-        "make reconstructed features visible: a sheet a class, of one run or of two side by side",
-    )
-    add_dataset(parser)
-    parser.add_argument(
-        "--checkpoint",
-        nargs="+",
-        metavar="RUN",
-        help="folder of a run; two stand side by side (needed)",
-    )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the sheets (needed)")
-    parser.set_defaults(
-        needs=("checkpoint", "out"), less_memory="a smaller --per-defect needs less"
-    )
-    add_backbone_weights(parser)
-    parser.add_argument(
-        "--decoder", type=Path, metavar="FILE", help="also paint the features, by `decoder train`"
-    )
-    parser.add_argument(
-        "--level",
-        type=int,
-        metavar="INDEX",
-        help="level of out_indices whose features are shown (default: the first)",
-    )
-    parser.add_argument(
-        "--per-defect", type=positive, default=1, metavar="N", help="samples of each defect"
-    )
-    add_machine(parser)
+def figures(
+    data: flags.Data,
+    /,
+    *,
+    checkpoint: tuple[str, ...],
+    out: flags.Out,
+    decoder: Path | None = None,
+    level: flags.Whole | None = None,
+    per_defect: flags.Positive = 1,
+    config: flags.Config | None = None,
+    layout: flags.Layout = "auto",
+    classes: flags.Classes = None,
+    backbone_weights: flags.BackboneWeights | None = None,
+    quiet: flags.Quiet = False,
+    execution: flags.Execution = flags.NONE_GIVEN,
+) -> int:
+    """Make reconstructed features visible: a sheet per class.
 
+    Args:
+        checkpoint: Folder of a run; those of two runs stand side by side.
+        decoder: File written by decoder train: also paint the features as pictures.
+        level: Level of out_indices whose features are shown; by default the first.
+        per_defect: Samples of each defect in a sheet.
+    """
+    from rlr_fast.cli.common import check_out, report_failures
+    from rlr_fast.data import read_dataset
+    from rlr_fast.data.words import counted
+    from rlr_fast.inference.batches import load_model
+    from rlr_fast.training.calibration import color_scale
+    from rlr_fast.training.progress import progress_bar
+    from rlr_fast.visualization.decoder import load_decoder
+    from rlr_fast.visualization.reconstructions import Run, check_runs, reconstruction_sheets
 
-def _figures(args: argparse.Namespace) -> int:
-    if len(args.checkpoint) > 2:
-        raise UsageError(f"--checkpoint takes one or two runs, got {len(args.checkpoint)}")
-    names = _names(args.checkpoint)
-    data = read_data(args)
-    data.require_test()
-    check_out(args.out)
+    how = InferenceExecution(**execution)
+    if len(checkpoint) > 2:
+        raise ValueError(f"--checkpoint takes one or two runs, got {len(checkpoint)}")
+    names = _names(checkpoint)
+    images = read_dataset(data, layout, classes)
+    images.require_test()
+    check_out(out)
     runs = [
-        Run(name, read_model(args, checkpoint), color_scale(Path(checkpoint)))
-        for name, checkpoint in zip(names, args.checkpoint, strict=True)
+        Run(name, load_model(run, how, backbone_weights), color_scale(Path(run)))
+        for name, run in zip(names, checkpoint, strict=True)
     ]
-    check_runs(runs, args.level)
-    decoder = None if args.decoder is None else load_decoder(args.decoder, runs[0].model)
-    with progress_bar("figures", None, args.quiet) as bar:
+    check_runs(runs, level)
+    painter = None if decoder is None else load_decoder(decoder, runs[0].model)
+    with progress_bar("figures", None, quiet) as bar:
         sheets, failures = reconstruction_sheets(
             runs,
-            data,
-            args.out,
-            decoder=decoder,
-            level=args.level,
-            per_defect=args.per_defect,
-            workers=args.workers,
+            images,
+            out,
+            decoder=painter,
+            level=level,
+            per_defect=per_defect,
+            workers=how.workers,
             progress=bar.update,
         )
-    print(f"{counted(len(sheets), 'sheet')}: {args.out}")
+    print(f"{counted(len(sheets), 'sheet')}: {out}")
     return report_failures(failures)
 
 
@@ -96,4 +78,4 @@ def _names(checkpoints: Sequence[str]) -> list[str]:
         names = [os.path.join(*some[-count:]) for some in parts]
         if len(set(names)) == len(names):
             return names
-    raise UsageError(f"--checkpoint names the same run twice: {' '.join(checkpoints)}")
+    raise ValueError(f"--checkpoint names the same run twice: {' '.join(checkpoints)}")

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
-import torch
+from cyclopts import Parameter
 
-from rlr_fast.cli.common import add_machine, add_verb, execution_from
-from rlr_fast.cli.options import add_fields, config_from
-from rlr_fast.config import PRESETS, ExecutionConfig, RLRConfig, short_windows
-from rlr_fast.functional import resolve_backend, unsupported_reason
-from rlr_fast.models.backbone import BackboneWeightsError
-from rlr_fast.models.checkpoint import CONFIG_FILE, read_config
-from rlr_fast.models.rlr import RLRModel
-from rlr_fast.training.environment import environment, start_device
+from rlr_fast.cli import flags
+from rlr_fast.config import PRESETS, Backend, ExecutionConfig, RLRConfig, from_dict, short_windows
+
+if TYPE_CHECKING:
+    import torch
 
 
 def describe(config: RLRConfig, device: torch.device) -> tuple[dict[str, Any], str]:
@@ -29,11 +25,17 @@ def describe(config: RLRConfig, device: torch.device) -> tuple[dict[str, Any], s
     Returns:
         The report as plain values, and as text.
     """
+    import torch
+
+    from rlr_fast.functional import resolve_backend, unsupported_reason
+    from rlr_fast.models.environment import environment
+
     values: dict[str, Any] = {"environment": environment(device)}
     values["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     values["backends"] = {
         name: unsupported_reason(name, device) or "available"
-        for name in ("triton", "tiled", "dense")
+        for name in get_args(Backend)
+        if name != "auto"
     }
     values["auto"] = resolve_backend("auto", device)
     values["compile"] = "off; --compile of train, eval and predict turns it on"
@@ -42,12 +44,11 @@ def describe(config: RLRConfig, device: torch.device) -> tuple[dict[str, Any], s
 
 
 def _model(config: RLRConfig) -> dict[str, Any]:
-    weights = "available"
-    try:
-        model = RLRModel(config)
-    except BackboneWeightsError as error:
-        weights = str(error).splitlines()[0]
-        model = RLRModel(dataclasses.replace(config, backbone_weights="random"))
+    from rlr_fast.models.backbone import describe_weights
+    from rlr_fast.models.rlr import RLRModel
+
+    weights = describe_weights(config.backbone, config.backbone_weights)
+    model = RLRModel(dataclasses.replace(config, backbone_weights="random"))
     backbone = model.backbone
     levels = [
         {
@@ -104,32 +105,36 @@ def _text(values: dict[str, Any]) -> str:
             f"{level['hidden']:6d}  {level['heads']:5d}  {window!s:>6s}  {level['parameters']:11,d}"
         )
     lines.append(
-        f"{config['blocks']} blocks a level, attention {' + '.join(config['attention'])}, "
+        f"{config['blocks']} blocks per level, attention {' + '.join(config['attention'])}, "
         f"alpha {config['alpha']}, fusion {config['fusion']}, references {config['references']}: "
         f"{model['trained_parameters']:,} trained parameters"
     )
     return "\n".join(lines)
 
 
-def add_info(verbs: Any) -> None:
-    """Add the verb ``info``."""
-    parser = add_verb(
-        verbs, "info", _info, "show versions, devices, backends, and what a configuration makes"
-    )
-    parser.add_argument(
-        "--preset", default="paper", choices=tuple(PRESETS), help="the configuration"
-    )
-    parser.add_argument("--checkpoint", type=Path, metavar="RUN", help="that of a run instead")
-    parser.add_argument("--json", action="store_true", help="as JSON")
-    add_fields(parser, RLRConfig)
-    add_machine(parser)
+def info(
+    *,
+    preset: flags.Preset = "paper",
+    checkpoint: Path | None = None,
+    as_json: Annotated[flags.Switch, Parameter(name="--json")] = False,
+    config: flags.Config | None = None,
+    quiet: flags.Quiet = False,
+    model: flags.Model = flags.NONE_GIVEN,
+    execution: flags.Execution = flags.NONE_GIVEN,
+) -> int:
+    """Show versions, devices, backends, and what a model consists of.
 
+    Args:
+        checkpoint: Folder of a run whose model is described, in place of a preset's.
+        as_json: Write JSON.
+    """
+    from rlr_fast.models.checkpoint import CONFIG_FILE, read_config
+    from rlr_fast.models.environment import start_device
 
-def _info(args: argparse.Namespace) -> int:
-    base: Any = PRESETS[args.preset].model
-    if args.checkpoint is not None:
-        base = read_config(args.checkpoint / CONFIG_FILE)
-    config = config_from(args, RLRConfig, base)
-    values, text = describe(config, start_device(execution_from(args, ExecutionConfig)))
-    print(json.dumps(values, indent=2) if args.json else text)
+    base = PRESETS[preset].model
+    if checkpoint is not None:
+        base = from_dict(RLRConfig, read_config(checkpoint / CONFIG_FILE))
+    described = from_dict(RLRConfig, model, base)
+    values, text = describe(described, start_device(ExecutionConfig(**execution)))
+    print(json.dumps(values, indent=2) if as_json else text)
     return 0

@@ -2,74 +2,55 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
-from pathlib import Path
-from typing import Any
+from typing import Literal
 
-from rlr_fast.cli.common import (
-    ABOUT_PRESETS,
-    add_dataset,
-    add_machine,
-    add_training,
-    add_verb,
-    execution_from,
-    read_data,
-    report_failures,
-)
-from rlr_fast.cli.options import config_from, positive
-from rlr_fast.config import PRESETS, RLRConfig, TrainConfig, TrainExecution
-from rlr_fast.paper import TABLES, run_table
+from rlr_fast.cli import flags
+from rlr_fast.config import PRESETS, RLRConfig, TrainConfig, TrainExecution, from_dict
+
+TableName = Literal["1", "2", "3", "4", "5", "S1", "S2", "windows", "perturbation"]
 
 
-def add_paper(verbs: Any) -> None:
-    """Add the verb ``paper``."""
-    about = "; ".join(f"{t.name}: {t.title} ({t.data})" for t in TABLES.values())
-    parser = add_verb(
-        verbs,
-        "paper",
-        _paper,
-        "train and measure all rows of a table of the paper, beside its figures; the same command "
-        "goes on where it was stopped",
-        epilog=f"tables: {about}. {ABOUT_PRESETS}",
-    )
-    parser.add_argument("table", choices=tuple(TABLES), metavar="TABLE", help=", ".join(TABLES))
-    add_dataset(parser)
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the table (needed)")
-    parser.set_defaults(
-        needs=("out",),
-        less_memory="--grad-checkpointing or a smaller --image-size needs less",
-        interrupted="; the same command goes on from the last written epoch",
-    )
-    parser.add_argument(
-        "--seeds", type=positive, default=3, metavar="N", help="runs of each row: --seed and on"
-    )
-    parser.add_argument("--only", nargs="+", metavar="ROW", help="only these rows")
-    add_training(parser)
-    add_machine(parser)
+def paper(
+    table: TableName,
+    data: flags.Data,
+    /,
+    *,
+    out: flags.Out,
+    seeds: flags.Positive = 3,
+    only: tuple[str, ...] | None = None,
+    config: flags.Config | None = None,
+    preset: flags.Preset = "paper",
+    layout: flags.Layout = "auto",
+    classes: flags.Classes = None,
+    quiet: flags.Quiet = False,
+    model: flags.Model = flags.NONE_GIVEN,
+    recipe: flags.Recipe = flags.NONE_GIVEN,
+    execution: flags.TrainExecution = flags.NONE_GIVEN,
+) -> int:
+    """Train and measure all rows of a table of the paper, beside its figures.
 
+    Args:
+        table: Name of the table.
+        seeds: Runs of each row: with --seed, the seed after it, and so on.
+        only: Only these rows.
+    """
+    from rlr_fast.cli.common import report_failures
+    from rlr_fast.data import read_dataset
+    from rlr_fast.paper import TABLES, run_table
 
-def _paper(args: argparse.Namespace) -> int:
-    preset = PRESETS[args.preset or "paper"]
     result = run_table(
-        TABLES[args.table],
-        config_from(args, RLRConfig, preset.model),
-        config_from(args, TrainConfig, preset.train),
-        read_data(args),
-        args.out,
-        execution_from(args, TrainExecution),
-        seeds=args.seeds,
-        only=args.only,
-        quiet=args.quiet,
+        TABLES[table],
+        from_dict(RLRConfig, model, PRESETS[preset].model),
+        from_dict(TrainConfig, recipe, PRESETS[preset].train),
+        read_dataset(data, layout, classes),
+        out,
+        TrainExecution(**execution),
+        seeds=seeds,
+        only=only,
+        quiet=quiet,
         tell=lambda line: print(line, flush=True),
     )
-    total = sum(result.seconds.values())
-    if total > 0:
-        shares = {name: f"{100 * s / total:.0f} %" for name, s in result.seconds.items()}
-        print(
-            f"{total:.0f} s: features {shares['features']}, training {shares['train']}, "
-            f"evaluation and the rest {shares['rest']}"
-        )
     print(result.text)
     code = report_failures(result.left_out)
     if result.failed:

@@ -1,9 +1,11 @@
-"""Data sets on disk: reading, decoding and checking them."""
+"""Data sets on disk: reading, decoding and checking them; files, and threads that write them.
+
+May import `config` and `functional`, and does not know of models.
+"""
 
 from __future__ import annotations
 
 from rlr_fast.data.check import ClassReport, Problem, Report, check_dataset, format_report
-from rlr_fast.data.contents import Contents, changed_contents, read_contents
 from rlr_fast.data.images import (
     ImageBatch,
     ImageFailure,
@@ -30,7 +32,6 @@ from rlr_fast.data.layouts import (
 __all__ = [
     "LAYOUTS",
     "ClassReport",
-    "Contents",
     "DataSet",
     "ImageBatch",
     "ImageFailure",
@@ -38,7 +39,6 @@ __all__ = [
     "Report",
     "Sample",
     "UnreadableImageError",
-    "changed_contents",
     "check_dataset",
     "detect_layout",
     "format_report",
@@ -50,7 +50,6 @@ __all__ = [
     "load_sample_mask",
     "open_image",
     "pick_samples",
-    "read_contents",
     "read_dataset",
     "read_image_size",
     "resize_image",

@@ -28,7 +28,6 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -38,7 +37,6 @@ import numpy as np
 from rlr_fast.data.images import (
     UnreadableImageError,
     checked_size,
-    default_workers,
     open_image,
     read_mask,
     resize_mask,
@@ -52,6 +50,7 @@ from rlr_fast.data.layouts import (
     read_dataset,
     subfolders,
 )
+from rlr_fast.data.threads import map_ahead
 from rlr_fast.data.words import counted
 
 _ERRORS = frozenset({"missing", "unreadable", "mask-size", "no-mask", "no-train"})
@@ -176,40 +175,39 @@ def check_dataset(
         message = "no defective image has a mask: images can be scored, their pixels cannot"
         problems.append(Problem("no-truth", "", data.root, message))
 
-    with ThreadPoolExecutor(default_workers() if workers is None else workers) as pool:
-        for name in data.classes:
-            train, test = data.train[name], data.test[name]
-            validation = data.validation.get(name, [])
-            samples = [*train, *validation, *test]
-            checked = list(pool.map(lambda sample: _check_sample(sample, has_masks, size), samples))
+    for name in data.classes:
+        train, test = data.train[name], data.test[name]
+        validation = data.validation.get(name, [])
+        samples = [*train, *validation, *test]
+        checked = list(
+            map_ahead(lambda sample: _check_sample(sample, has_masks, size), samples, workers)
+        )
 
-            problems += _check_counts(name, train, test, data.layout)
-            for sample, result in zip(samples, checked, strict=True):
-                problems += result.problems
-                if sample in leaks:
-                    message = f"the same file as {leaks[sample]}, which is not to be tested on"
-                    problems.append(Problem("leak", name, sample.path, message))
-            peaks = [result.peak_16_bit for result in checked if result.peak_16_bit is not None]
-            if peaks and max(peaks) < _TWELVE_BITS:
-                message = (
-                    f"no 16-bit image exceeds {max(peaks)} of 65535, so all are read nearly black; "
-                    "stretch them to the full range"
-                )
-                problems.append(Problem("dark", name, data.folders[name], message))
-            problems += _check_unused(name, samples, data)
+        problems += _check_counts(name, train, test, data.layout)
+        for sample, result in zip(samples, checked, strict=True):
+            problems += result.problems
+            if sample in leaks:
+                message = f"the same file as {leaks[sample]}, which is not to be tested on"
+                problems.append(Problem("leak", name, sample.path, message))
+        peaks = [result.peak_16_bit for result in checked if result.peak_16_bit is not None]
+        if peaks and max(peaks) < _TWELVE_BITS:
+            message = (
+                f"no 16-bit image exceeds {max(peaks)} of 65535, so all are read nearly black; "
+                "stretch them to the full range"
+            )
+            problems.append(Problem("dark", name, data.folders[name], message))
+        problems += _check_unused(name, samples, data)
 
-            defects = Counter(sample.defect for sample in test if sample.is_anomaly)
-            sizes = Counter(
-                result.image_size for result in checked if result.image_size is not None
-            )
-            reports[name] = ClassReport(
-                train=len(train),
-                validation=len(validation),
-                test_good=sum(not sample.is_anomaly for sample in test),
-                test_defects=dict(sorted(defects.items())),
-                masks=sum(len(sample.mask_paths) for sample in test),
-                image_sizes=dict(sorted(sizes.items())),
-            )
+        defects = Counter(sample.defect for sample in test if sample.is_anomaly)
+        sizes = Counter(result.image_size for result in checked if result.image_size is not None)
+        reports[name] = ClassReport(
+            train=len(train),
+            validation=len(validation),
+            test_good=sum(not sample.is_anomaly for sample in test),
+            test_defects=dict(sorted(defects.items())),
+            masks=sum(len(sample.mask_paths) for sample in test),
+            image_sizes=dict(sorted(sizes.items())),
+        )
     return Report(data.root, data.layout, reports, problems)
 
 

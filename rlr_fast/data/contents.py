@@ -1,53 +1,85 @@
-"""A data set's files read through: digests of what they hold, and those that cannot be read."""
+"""What files a data set holds, by names, sizes and times, and which of them cannot be read."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
-from rlr_fast.data.images import (
-    UnreadableImageError,
-    default_workers,
-    open_image,
-    read_mask,
-    to_rgb,
-)
+from rlr_fast.data.images import UnreadableImageError, open_image, read_mask, to_rgb
 from rlr_fast.data.layouts import DataSet, Sample
+from rlr_fast.data.threads import map_ahead
 
 FILES = {"train": "training images", "test": "test images", "masks": "test masks"}
 """The kinds of files, in words."""
 
+Digests = dict[str, dict[str, str]]
+"""Of each class, a digest of each kind of `FILES`."""
 
-@dataclass(frozen=True)
-class Contents:
-    """What `read_contents` finds.
 
-    Attributes:
-        digests: Of each class and kind of `FILES`, over names, labels and bytes, wherever the data
-            set lies.
-        unreadable: A line for each image or mask that cannot be read.
+def describe_images(data: DataSet, images: Mapping[str, Sequence[Sample]]) -> dict[str, Any]:
+    """Return which of a set's images a run takes, by names and sizes, wherever the folder lies."""
+    digest, count = hashlib.sha256(), 0
+    for samples in images.values():
+        for sample in samples:
+            name = os.path.relpath(sample.path, data.root)
+            size = sample.path.stat().st_size if sample.path.exists() else None
+            digest.update(os.fsencode(f"{name}\0{size}\n"))
+            count += 1
+    return {
+        "root": str(data.root),
+        "layout": data.layout,
+        "classes": list(data.classes),
+        "images": count,
+        "files_digest": digest.hexdigest(),
+    }
+
+
+def file_digests(data: DataSet) -> Digests:
+    """Return digests of the files where they lie: names, labels, sizes and times of change.
+
+    A file that was written again has another digest, even with equal pixels; other pixels are
+    missed only where size and time of change are the same.
     """
+    digests = {}
+    for name in data.classes:
+        hashes = {kind: hashlib.sha256() for kind in FILES}
+        for split, samples in (("train", data.train[name]), ("test", data.test[name])):
+            for sample in samples:
+                hashes[split].update(_state(sample.path, data.root) + os.fsencode(sample.defect))
+                for mask in sample.mask_paths:
+                    hashes["masks"].update(_state(mask, data.root))
+        digests[name] = {kind: found.hexdigest() for kind, found in hashes.items()}
+    return digests
 
-    digests: dict[str, dict[str, str]]
-    unreadable: list[str]
+
+def _state(path: Path, root: Path) -> bytes:
+    try:
+        stat = path.stat()
+        state = f"{stat.st_size} {stat.st_mtime_ns}"
+    except OSError:
+        state = "missing"
+    return os.fsencode(f"{os.path.relpath(path, root)}\0{state}\n")
 
 
-class _File(NamedTuple):
-    digest: bytes
-    error: UnreadableImageError | None
+def changed_files(old: Mapping[str, Mapping[str, str]], new: Digests) -> list[str]:
+    """Say in words which files are others, by `file_digests`."""
+    return [
+        f"the {what} of {name} are others"
+        for name in sorted(old.keys() | new.keys())
+        for kind, what in FILES.items()
+        if old.get(name, {}).get(kind) != new.get(name, {}).get(kind)
+    ]
 
 
-def read_contents(
+def unreadable_files(
     data: DataSet,
     workers: int | None = None,
     progress: Callable[[int], object] = lambda images: None,
-) -> Contents:
-    """Read and decode every image and mask with which a model is trained and tested.
+) -> list[str]:
+    """Decode every image and mask of training and test; return a line for each that is broken.
 
     Args:
         data: Its ``train`` and ``test`` samples are read.
@@ -57,62 +89,31 @@ def read_contents(
     Raises:
         ValueError: Of a class no image to train on, or none to test on, can be read.
     """
-    digests: dict[str, dict[str, str]] = {}
     unreadable: list[str] = []
-    with ThreadPoolExecutor(workers or default_workers()) as pool:
-        for name in data.classes:
-            hashes = {kind: hashlib.sha256() for kind in FILES}
-            for split, what in (("train", "training"), ("test", "test")):
-                samples = data.train[name] if split == "train" else data.test[name]
-                errors: list[UnreadableImageError] = []
-                left = len(samples)
-                for sample, files in zip(samples, pool.map(_read, samples), strict=True):
-                    masks = [_name(mask, data.root) for mask in sample.mask_paths]
-                    label = "\0".join([_name(sample.path, data.root), sample.defect, *masks])
-                    hashes[split].update(os.fsencode(label) + files[0].digest)
-                    for mask, file in zip(masks, files[1:], strict=True):
-                        hashes["masks"].update(os.fsencode(mask) + file.digest)
-                    wrong = [file.error for file in files if file.error is not None]
-                    errors += wrong
-                    left -= bool(wrong)
-                    progress(1)
-                if samples and not left:
-                    raise ValueError(f"no {what} image of {name} can be read: {errors[0]}")
-                unreadable += map(str, errors)
-            digests[name] = {kind: found.hexdigest() for kind, found in hashes.items()}
-    return Contents(digests, unreadable)
+    for name in data.classes:
+        for samples, what in ((data.train[name], "training"), (data.test[name], "test")):
+            left = len(samples)
+            errors: list[UnreadableImageError] = []
+            for found in map_ahead(_errors, samples, workers):
+                errors += found
+                left -= bool(found)
+                progress(1)
+            if samples and not left:
+                raise ValueError(f"no {what} image of {name} can be read: {errors[0]}")
+            unreadable += map(str, errors)
+    return unreadable
 
 
-def changed_contents(old: dict[str, dict[str, str]], new: dict[str, dict[str, str]]) -> list[str]:
-    """Say in words which files are others, by the digests of `Contents`."""
-    return [
-        f"the {what} of {name} are others"
-        for name in sorted(old.keys() | new.keys())
-        for kind, what in FILES.items()
-        if old.get(name, {}).get(kind) != new.get(name, {}).get(kind)
-    ]
+def _errors(sample: Sample) -> list[UnreadableImageError]:
+    """Decode an image and its masks."""
 
-
-def _name(path: Path, root: Path) -> str:
-    return os.path.relpath(path, root)
-
-
-def _read(sample: Sample) -> list[_File]:
-    """The image, then its masks."""
-
-    def decode(path: Path) -> object:
+    def read_image(path: Path) -> object:
         return to_rgb(open_image(path), path)
 
-    return [_file(sample.path, decode), *(_file(path, read_mask) for path in sample.mask_paths)]
-
-
-def _file(path: Path, decode: Callable[[Path], object]) -> _File:
-    try:
-        digest = hashlib.sha256(path.read_bytes()).digest()
-    except OSError:
-        digest = b"unreadable"
-    try:
-        decode(path)
-    except UnreadableImageError as error:
-        return _File(digest, error)
-    return _File(digest, None)
+    errors = []
+    for read, path in ((read_image, sample.path), *((read_mask, m) for m in sample.mask_paths)):
+        try:
+            read(path)
+        except UnreadableImageError as error:
+            errors.append(error)
+    return errors

@@ -2,16 +2,16 @@
 
 What becomes of a picture, the same in training, testing and prediction:
 
-- Grey, palette and CMYK pictures become RGB as Pillow converts them; colour profiles are ignored.
+- Gray, palette and CMYK pictures become RGB as Pillow converts them; color profiles are ignored.
 - Transparent pixels are laid over black: what cannot be seen cannot be scored.
-- 16-bit pixels keep their high byte (65535 → 255), as Pillow does for 16-bit colour. The full range
+- 16-bit pixels keep their high byte (65535 → 255), as Pillow does for 16-bit color. The full range
   counts, not the range of the file: two files with equal pixels stay equal. 12-bit data should thus
   be stretched to 16 bits before.
 - 32-bit integers and floats have no agreed white and are refused.
 - The orientation in EXIF is not applied: masks are drawn on the pixels as stored.
 - Of several frames or pages the first is read.
 - Images are resized by Lanczos; masks are thresholded ``!= 0`` as stored, then resized by nearest
-  neighbour (pixel centres, as Pillow and torchvision do).
+  neighbor (pixel centers, as Pillow and torchvision do).
 
 Every size is (height, width) in pixels.
 """
@@ -19,9 +19,7 @@ Every size is (height, width) in pixels.
 from __future__ import annotations
 
 import os
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +30,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from rlr_fast.data.layouts import Sample
+from rlr_fast.data.threads import default_workers, map_ahead
 
 # What Pillow raised over 150,000 broken files: cut short, or with bytes changed.
 _BROKEN_FILE = (
@@ -175,12 +174,12 @@ def load_mask(
     """Union of mask files as tensor (H, W) of bool; without files, nothing is marked.
 
     Any pixel that is neither 0 (black) nor transparent in the file counts as anomalous, however
-    small its value. Palette masks count by colour.
+    small its value. Palette masks count by color.
 
     Args:
         paths: Mask files of one image.
         image_size: (height, width) of the image's file, which each mask must have.
-        size: (H, W) of the result, by nearest neighbour.
+        size: (H, W) of the result, by nearest neighbor.
 
     Raises:
         UnreadableImageError: If a file cannot be read.
@@ -195,7 +194,7 @@ def load_sample_mask(sample: Sample, size: tuple[int, int]) -> torch.Tensor:
 
     Args:
         sample: A sample of a data set.
-        size: (H, W) of the result, by nearest neighbour.
+        size: (H, W) of the result, by nearest neighbor.
 
     Raises:
         UnreadableImageError: If a mask, or the header of the image, cannot be read.
@@ -249,7 +248,7 @@ def iterate_images(
 def iterate_pictures(
     items: Sequence[Sample | str | os.PathLike[str]], workers: int | None = None
 ) -> Iterator[ImageBatch]:
-    """Images as `iterate_images` gives them, one a batch, each in the size of its file.
+    """Images as `iterate_images` gives them, one per batch, each in the size of its file.
 
     At most `_PICTURES_AHEAD` pictures wait decoded, since one can fill a gigabyte.
 
@@ -264,14 +263,6 @@ def iterate_pictures(
     if workers < 1:
         raise ValueError(f"workers must be positive, got {workers=}")
     return _iterate(_paths(items), None, 1, workers)
-
-
-def default_workers() -> int:
-    """Threads that decode images: the processors this process may use, 8 at most."""
-    # sched_getaffinity sees the limits of a container or a batch queue; only Linux has it.
-    if hasattr(os, "sched_getaffinity"):
-        return min(8, len(os.sched_getaffinity(0)))
-    return min(8, os.cpu_count() or 1)
 
 
 def _paths(items: Sequence[Sample | str | os.PathLike[str]]) -> list[Path]:
@@ -294,29 +285,28 @@ def _iterate(
             collected.clear()
         return batch
 
-    look_ahead = _PICTURES_AHEAD if size is None else max(batch_size, 2 * workers)
-    pending: deque[Future[tuple[torch.Tensor, tuple[int, int]]]] = deque()
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="images")
-    try:
-        submitted = 0
-        for index in range(len(paths)):
-            while submitted < len(paths) and len(pending) < look_ahead:
-                pending.append(pool.submit(_load_image, paths[submitted], size))
-                submitted += 1
-            try:
-                image, original_size = pending.popleft().result()
-            except UnreadableImageError as error:
-                failures.append(ImageFailure(index, error))
-                continue
-            indices.append(index)
-            images.append(image)
-            original_sizes.append(original_size)
-            if len(images) == batch_size:
-                yield take_batch()
-        if images or failures:
+    ahead = _PICTURES_AHEAD if size is None else max(batch_size, 2 * workers)
+    decoded = map_ahead(lambda path: _loaded(path, size), paths, workers, ahead)
+    for index, result in enumerate(decoded):
+        if isinstance(result, UnreadableImageError):
+            failures.append(ImageFailure(index, result))
+            continue
+        indices.append(index)
+        images.append(result[0])
+        original_sizes.append(result[1])
+        if len(images) == batch_size:
             yield take_batch()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    if images or failures:
+        yield take_batch()
+
+
+def _loaded(
+    path: Path, size: tuple[int, int] | None
+) -> tuple[torch.Tensor, tuple[int, int]] | UnreadableImageError:
+    try:
+        return _load_image(path, size)
+    except UnreadableImageError as error:
+        return error
 
 
 def resize_image(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -383,7 +373,7 @@ def read_mask(path: str | os.PathLike[str]) -> npt.NDArray[np.bool_]:
 
 
 def resize_mask(mask: npt.NDArray[np.bool_], size: tuple[int, int]) -> npt.NDArray[np.bool_]:
-    """A mask (height, width) of bool resized to `size` by nearest neighbour at pixel centres."""
+    """A mask (height, width) of bool resized to `size` by nearest neighbor at pixel centers."""
     if mask.shape == size:
         return mask
     resized = Image.fromarray(mask.astype(np.uint8)).resize(

@@ -33,7 +33,7 @@ from pathlib import Path
 NORMAL = "good"
 """`Sample.defect` of an image without a defect, whatever its layout calls the folder."""
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"})
 """Lower-case suffixes that make a file an image; the case on disk does not matter."""
 
 VISA_SPLIT = Path("split_csv", "1cls.csv")
@@ -60,6 +60,8 @@ _NOT_CLASSES = frozenset(
         *("anomaly", "anomalies", "abnormal"),
     }
 )
+# Folders of masks, with the folder of images beside them.
+_IMAGES_BESIDE = {"ground_truth": "test", "Masks": "Images"}
 _LOCO_DEFECTS = frozenset({"logical_anomalies", "structural_anomalies"})
 
 
@@ -170,6 +172,12 @@ def list_images(folder: str | os.PathLike[str]) -> list[Path]:
     Links are followed, and one that leads nowhere is listed, so that its reader can say so.
     """
     return [Path(path) for path in _image_names(folder).values()]
+
+
+def holds_masks(folder: Path) -> bool:
+    """Return whether a folder holds a data set's masks: it lies beside that of their images."""
+    images = _IMAGES_BESIDE.get(folder.name)
+    return images is not None and (folder.parent / images).is_dir()
 
 
 def detect_layout(root: str | os.PathLike[str]) -> str:

@@ -1,14 +1,57 @@
-"""Work for threads that write files while the caller computes."""
+"""Threads that read ahead of the caller, or write behind it."""
 
 from __future__ import annotations
 
+import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
+from typing import TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
-class Writer:
+def default_workers() -> int:
+    """Return how many threads decode images: the processors this process may use, 8 at most."""
+    # sched_getaffinity sees the limits of a container or a batch queue; only Linux has it.
+    if hasattr(os, "sched_getaffinity"):
+        return min(8, len(os.sched_getaffinity(0)))
+    return min(8, os.cpu_count() or 1)
+
+
+def map_ahead(
+    function: Callable[[T], R],
+    items: Iterable[T],
+    workers: int | None = None,
+    ahead: int | None = None,
+) -> Iterator[R]:
+    """Yield ``function(item)`` in order, computed ahead by threads while the caller is busy.
+
+    What has not begun when the iteration ends, however it ends, is left undone.
+
+    Args:
+        function: Called in the threads; what it raises is raised in its turn.
+        items: Its arguments.
+        workers: Threads; `default_workers` by default.
+        ahead: Most results that are waiting or being made; two per thread by default.
+    """
+    workers = default_workers() if workers is None else workers
+    pending: deque[Future[R]] = deque()
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="ahead")
+    try:
+        for item in items:
+            if len(pending) == (ahead or 2 * workers):
+                yield pending.popleft().result()
+            pending.append(pool.submit(function, item))
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+class BackgroundWriter:
     """Threads that do jobs in order, with a bounded number of them waiting.
 
     A context manager: leaving it waits for every job, whatever the reason for leaving, so that an
@@ -55,7 +98,7 @@ class Writer:
         while self._pending:
             self._pending.popleft()[0].result()
 
-    def __enter__(self) -> Writer:
+    def __enter__(self) -> BackgroundWriter:
         return self
 
     def __exit__(
@@ -65,5 +108,5 @@ class Writer:
         traceback: TracebackType | None,
     ) -> None:
         self._pool.shutdown(wait=True)
-        if error is None:  # else it is the first thing to tell
+        if error is None:  # the block's own error comes first
             self.finish()

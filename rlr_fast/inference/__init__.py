@@ -1,4 +1,4 @@
-"""Using a trained model: batches and tiles of images, prediction, evaluation and its metrics.
+"""A trained model at work: batches and tiles of images, prediction, evaluation and its metrics.
 
-May import `training`, `visualization`, `data`, `models` and what lies below them.
+May import `training`, for the processes that share an evaluation, and all below it.
 """

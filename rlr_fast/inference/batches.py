@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rlr_fast.config import InferenceExecution
+from rlr_fast.models.environment import start_device
 from rlr_fast.models.precision import autocast, check_precision
 from rlr_fast.models.rlr import RLRModel
-from rlr_fast.training.environment import start_device
 
 # Batches that a device works on while the caller uses the one before.
 _AHEAD = {"cuda": 1}
@@ -46,12 +46,13 @@ def load_model(
         backbone_weights: Where to take the backbone's weights from now.
 
     Raises:
-        ValueError: The device is not available here.
+        ValueError: The device is not available here, or does not have the precision.
         BackendError: The backend cannot run on the device.
         CheckpointError: A file is missing or damaged, or was trained on other backbone weights.
         BackboneWeightsError: The backbone's weights cannot be had.
     """
     device = start_device(execution)
+    check_precision(execution.precision, device)  # before the weights are read
     model: RLRModel = RLRModel.from_pretrained(
         checkpoint, backend=execution.backend, backbone_weights=backbone_weights
     )

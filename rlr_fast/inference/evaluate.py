@@ -27,9 +27,9 @@ from rlr_fast.data import (
 )
 from rlr_fast.inference.batches import check_placed, score_batches
 from rlr_fast.inference.metrics import class_metrics, format_table, mean_metrics
+from rlr_fast.models.environment import environment
 from rlr_fast.models.rlr import RLRModel
 from rlr_fast.training.distributed import Processes, processes
-from rlr_fast.training.environment import environment
 from rlr_fast.visualization import SheetRow, sample_sheet
 
 
@@ -76,8 +76,8 @@ class FigureOptions:
     """Which test images `evaluate` shows, and how.
 
     Attributes:
-        folder: Where the sheets are written, one a class.
-        scale: Fixed colour scale (low, high).
+        folder: Where the sheets are written, one per class.
+        scale: Fixed color scale (low, high).
         per_defect: Images of each kind of defect, and of ``good``.
     """
 
@@ -121,9 +121,9 @@ def evaluate(
         with group.together():
             check_placed(model, execution)
             data.require_test()
-            if group.leads:
+            if group.is_main:
                 check_masks(data)
-        if group.count > 1:
+        if group.world_size > 1:
             how = {"precision": execution.precision, "batch": execution.batch_size}
             group.agree(_decisive(model, data) | how)
         model.eval()
@@ -139,8 +139,8 @@ def evaluate(
             dealt += math.ceil(len(samples) / execution.batch_size)
             if progress is not None:
                 progress(len(samples) - share.done)
-            shares = group.to_leader(share)
-            if sum(group.exchange(len(share.indices))) == 0:
+            shares = group.gather(share)
+            if sum(group.all_gather(len(share.indices))) == 0:
                 raise group.alike(_nothing_read(name, shares))
             if shares is None:
                 continue
@@ -153,7 +153,7 @@ def evaluate(
                     _write_sheet(name, scored, figures, model.config.image_size)
                 except OSError as error:  # a full disk must not cost the metrics
                     failures.append(f"cannot write the figures of {name}: {error}")
-        return group.from_leader(
+        return group.broadcast(
             lambda: Evaluation(
                 classes,
                 mean_metrics(classes),
@@ -173,7 +173,7 @@ def protocol(model: RLRModel, data: DataSet) -> dict[str, Any]:
         "setting": "one model for all classes",
         "data": {"root": str(data.root), "layout": data.layout, "classes": list(data.classes)},
         "image_size": list(size),
-        "mask": "non-zero in the file, nearest-neighbour resize",
+        "mask": "non-zero in the file, nearest-neighbor resize",
         "pixel_score": "score map, not smoothed",
         "image_score": f"maximum of the score map{smoothed}",
         "f1max": "every distinct score as threshold",
@@ -232,12 +232,12 @@ def check_masks(data: DataSet) -> None:
                 wrong.append(f"{sample.path} shows a defect and has no mask")
             for mask in sample.mask_paths:
                 try:
-                    size, found = read_image_size(sample.path), read_image_size(mask)
+                    size, of_mask = read_image_size(sample.path), read_image_size(mask)
                 except UnreadableImageError:
                     continue  # reported when its turn comes
-                if found != size:
+                if of_mask != size:
                     wrong.append(
-                        f"{mask} is {found[0]} x {found[1]}, its image {sample.path} is "
+                        f"{mask} is {of_mask[0]} x {of_mask[1]}, its image {sample.path} is "
                         f"{size[0]} x {size[1]}"
                     )
     if wrong:
@@ -251,7 +251,7 @@ def check_masks(data: DataSet) -> None:
 def _deal(images: int, batch: int, dealt: int, processes: Processes) -> list[int]:
     """Return this process's images of a class: whole batches, in turn after ``dealt`` others."""
     turns = range(math.ceil(images / batch))
-    mine = [turn for turn in turns if (dealt + turn) % processes.count == processes.rank]
+    mine = [turn for turn in turns if (dealt + turn) % processes.world_size == processes.rank]
     return [i for turn in mine for i in range(turn * batch, min((turn + 1) * batch, images))]
 
 
@@ -272,9 +272,11 @@ def _score(
     batches = iterate_images(
         [samples[i] for i in mine], size, execution.batch_size, execution.workers
     )
-    for batch, found in score_batches(model, ((b, b.images) for b in batches), execution.precision):
+    for batch, scored in score_batches(
+        model, ((b, b.images) for b in batches), execution.precision
+    ):
         failures += [ImageFailure(mine[f.index], f.error) for f in batch.failures]
-        for index, score_map, score in zip(batch.indices, found.maps, found.scores, strict=True):
+        for index, score_map, score in zip(batch.indices, scored.maps, scored.scores, strict=True):
             row = len(kept)
             try:
                 masks[row] = _mask(samples[mine[index]], size)
@@ -321,7 +323,7 @@ def _join(samples: list[Sample], shares: list[_Share]) -> _Scored:
 
 
 def _mask(sample: Sample, size: tuple[int, int]) -> np.ndarray:
-    """Ground truth (H, W); without masks nothing is marked and pixel metrics are undefined."""
+    """Return the ground truth (H, W); without masks nothing is marked, pixel metrics undefined."""
     if not sample.mask_paths:
         return np.zeros(size, dtype=bool)
     return load_sample_mask(sample, size).numpy()

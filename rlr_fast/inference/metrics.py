@@ -10,14 +10,14 @@ cross the threshold together, so the result does not depend on their order.
     AUPRO    = area under PRO(t) over FP(t) / N from 0 to max_fpr, trapezoids, divided by max_fpr
     PRO(t)   = mean over all anomalous regions of the part of the region whose score is >= t
 
-A region is a connected component of one ground truth mask, diagonal neighbours included
+A region is a connected component of one ground truth mask, diagonal neighbors included
 (8-connectivity), as in the evaluation code that MVTec publishes with MVTec-AD. FP(t) / N counts the
 normal pixels of all images, the anomalous images too. The curve is cut at ``max_fpr`` by linear
 interpolation. Numbers from 200 equidistant thresholds, as some papers report, differ slightly.
 
-Image metrics are scikit-learn's. Pixel metrics are computed here: one sort, which carries the region
-of each pixel along, serves all four. With a sort each by scikit-learn for the first three they take
-22 times the CPU time (median of 5 pairs on 200 maps of 256 x 256) and three times the memory.
+Image metrics are scikit-learn's. Pixel metrics are computed here: one sort, which carries the
+region of each pixel along, serves all four. With scikit-learn's first three they take 22 times the
+CPU time (median of 5 pairs of runs on 200 maps of 256 x 256) and three times the memory.
 
 A metric without meaning is NaN: without an anomalous or without a normal sample there is nothing to
 tell apart.
@@ -74,7 +74,7 @@ def class_metrics(
 
     Raises:
         ValueError: For a wrong shape or dtype, a score that is NaN or infinite, an anomalous pixel
-            in an image labelled normal, or ``max_fpr`` outside (0, 1].
+            in an image labeled normal, or ``max_fpr`` outside (0, 1].
     """
     image_scores, image_labels = _scored("scores", scores, "labels", labels, ndim=1)
     pixel_scores, pixel_labels = _scored("score_maps", score_maps, "masks", masks, ndim=3)
@@ -216,9 +216,9 @@ def _curve(score_maps: NDArray[np.floating], masks: NDArray[np.bool_]) -> _Curve
     regions = np.zeros(masks.shape, dtype=np.uint32)  # 0 for normal pixels, else the region, from 1
     count = 0
     for i in np.flatnonzero(masks.any(axis=(1, 2))):
-        labelled, found = ndimage.label(masks[i], structure=_EIGHT_CONNECTED)
-        regions[i] = np.where(labelled > 0, labelled + count, 0)
-        count += found
+        labeled, more = ndimage.label(masks[i], structure=_EIGHT_CONNECTED)
+        regions[i] = np.where(labeled > 0, labeled + count, 0)
+        count += more
     areas = np.bincount(regions.reshape(-1), minlength=1)  # (1 + regions,)
     if areas[0] == 0 or len(areas) == 1:
         return None
@@ -263,7 +263,7 @@ def _sort_descending(
 
 
 def _ends_of_runs(values: NDArray[np.generic]) -> NDArray[np.bool_]:
-    """True at the last of each run of equal values, (n,)."""
+    """Return True at the last of each run of equal values, (n,)."""
     last = np.ones(len(values), dtype=bool)
     np.not_equal(values[1:], values[:-1], out=last[:-1])
     return last

@@ -1,8 +1,9 @@
-"""Prediction: score image files, write a table row and a heat-map picture for each."""
+"""Prediction: score image files, write a table row and a heat map for each."""
 
 from __future__ import annotations
 
 import csv
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,8 +13,8 @@ import torch
 
 from rlr_fast.config import InferenceExecution
 from rlr_fast.data import iterate_images, iterate_pictures, list_images
-from rlr_fast.data.images import default_workers
-from rlr_fast.data.threads import Writer
+from rlr_fast.data.layouts import holds_masks
+from rlr_fast.data.threads import BackgroundWriter, default_workers
 from rlr_fast.inference.batches import check_placed, score_batches
 from rlr_fast.inference.tiling import Sides, Tiles, checked_tiles, predict_tiled
 from rlr_fast.models.precision import check_precision
@@ -22,6 +23,8 @@ from rlr_fast.visualization import Scale, prediction_picture
 
 RESULTS_FILE = "results.csv"
 PICTURES_FOLDER = "pictures"
+
+_log = logging.getLogger(__name__)
 
 # Pixels of the pictures that wait to be drawn and written, in all; one larger waits alone.
 _PIXELS_WAITING = 2**24
@@ -42,7 +45,7 @@ class Prediction:
     Attributes:
         scores: Image score of each file that could be read.
         failures: What is wrong with the others.
-        results: The table, one row (path, score) a file.
+        results: The table, one row (path, score) per file.
     """
 
     scores: dict[Path, float]
@@ -53,21 +56,26 @@ class Prediction:
 def find_images(paths: Sequence[str | Path], out: Path | None = None) -> list[ImageFile]:
     """List the image files among ``paths``: files as they are, folders with all their subfolders.
 
-    Pictures that an earlier prediction wrote in ``out`` are left out.
+    Pictures that an earlier prediction wrote in ``out`` are left out, and so are, which is logged,
+    the masks of a data set in a folder.
 
     Raises:
         ValueError: A path does not exist, or there is no image in a folder.
     """
-    found: dict[Path, ImageFile] = {}
+    images: dict[Path, ImageFile] = {}
     pictures: set[Path] = set()
     for path in map(Path, paths):
         if path.is_dir():
             folders = [path, *sorted(p for p in path.rglob("*") if p.is_dir())]
             ours = None if out is None else (out / PICTURES_FOLDER).resolve()
+            masks = {folder for folder in folders[1:] if holds_masks(folder)}
+            for folder in sorted(masks):
+                _log.warning("the masks in %s are not scored", folder)
             files = [
                 file
                 for folder in folders
                 if ours is None or not folder.resolve().is_relative_to(ours)
+                if masks.isdisjoint((folder, *folder.parents))
                 for file in list_images(folder)
             ]
             if not files:
@@ -78,14 +86,14 @@ def find_images(paths: Sequence[str | Path], out: Path | None = None) -> list[Im
             raise ValueError(f"paths: there is no {str(path)!r}")
         for file in files:
             place = file.relative_to(path.parent) if path.is_dir() else Path(file.name)
-            if file in found:
+            if file in images:
                 continue
             picture = _picture_name(place)
             if picture in pictures:  # files of one name from different folders
                 picture = _picture_name(Path(*file.resolve().parts[1:]))
             pictures.add(picture)
-            found[file] = ImageFile(file, picture)
-    return list(found.values())
+            images[file] = ImageFile(file, picture)
+    return list(images.values())
 
 
 def _picture_name(place: Path) -> Path:
@@ -119,7 +127,7 @@ def predict(
         tile: Score every picture at its own resolution, in tiles of this side or (height, width);
             see `rlr_fast.inference.tiling.predict_tiled`. A picture smaller than a tile is a
             failure. By default pictures are resized to the model's image size.
-        overlap: Pixels that neighbouring tiles share at least; an eighth of the tile by default.
+        overlap: Pixels that neighboring tiles share at least; an eighth of the tile by default.
         progress: Called with the number of files done since the last call.
 
     Returns:
@@ -147,7 +155,7 @@ def predict(
         open(
             out / RESULTS_FILE, "w", newline="", encoding="utf-8", errors="surrogateescape"
         ) as file,
-        Writer(workers, 2 * workers, _PIXELS_WAITING) as pictures,
+        BackgroundWriter(workers, 2 * workers, _PIXELS_WAITING) as pictures,
     ):
         table = csv.writer(file)
         table.writerow(("path", "score"))

@@ -39,7 +39,7 @@ class Tiles(NamedTuple):
 
     Attributes:
         size: (h, w) of a tile.
-        overlap: Least (h, w) that two neighbours share.
+        overlap: Least (h, w) that two neighbors share.
     """
 
     size: tuple[int, int]
@@ -60,7 +60,7 @@ def checked_tiles(tile: Sides, overlap: Sides | None = None) -> Tiles:
 
     Args:
         tile: Pixels of a tile: side, or (height, width).
-        overlap: Pixels that neighbours share at least; an eighth of the tile by default.
+        overlap: Pixels that neighbors share at least; an eighth of the tile by default.
 
     Raises:
         ValueError: A tile is not positive, or an overlap negative or not below the tile.
@@ -102,7 +102,7 @@ def predict_tiled(
         model: A trained model, on its device.
         image: (3, H, W) RGB, uint8, on the host; at least a tile in both directions.
         tile: Pixels of a tile: side, or (height, width).
-        overlap: Pixels that neighbours share at least; an eighth of the tile by default.
+        overlap: Pixels that neighbors share at least; an eighth of the tile by default.
         batch_size: Tiles scored at once.
         precision: See `rlr_fast.inference.batches.score_batches`.
 
@@ -128,19 +128,19 @@ def predict_tiled(
 
     def batches() -> Iterator[tuple[list[tuple[int, int]], Tensor]]:
         for start in range(0, len(cells), batch_size):
-            some = cells[start : start + batch_size]
+            batch = cells[start : start + batch_size]
             parts = [
                 image[:, tops[i] : tops[i] + h, lefts[j] : lefts[j] + w].contiguous()
-                for i, j in some
+                for i, j in batch
             ]
             if tiles.size != model.config.image_size:
                 parts = [resize_image(part, model.config.image_size) for part in parts]
-            yield some, torch.stack(parts)
+            yield batch, torch.stack(parts)
 
     score_map = torch.zeros(height, width)
-    for some, found in score_batches(model, batches(), precision):
-        maps = torch.from_numpy(found.maps)
-        for (i, j), tile_map in zip(some, maps, strict=True):
+    for places, scored in score_batches(model, batches(), precision):
+        maps = torch.from_numpy(scored.maps)
+        for (i, j), tile_map in zip(places, maps, strict=True):
             if tiles.size != model.config.image_size:
                 tile_map = F.interpolate(
                     tile_map[None, None], tiles.size, mode="bilinear", antialias=True

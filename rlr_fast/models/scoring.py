@@ -107,5 +107,5 @@ class ScoreMap(nn.Module):
         ]
         score_map = torch.stack(maps).mean(0)
         with torch.autocast(score_map.device.type, enabled=False):
-            smooth = self.blur_y @ score_map.float() @ self.blur_x.T
-        return score_map, smooth.amax((1, 2, 3))
+            smoothed = self.blur_y @ score_map.float() @ self.blur_x.T
+        return score_map, smoothed.amax((1, 2, 3))

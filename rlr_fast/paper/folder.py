@@ -6,35 +6,80 @@ import contextlib
 import dataclasses
 import json
 import logging
-import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rlr_fast.config import RLRConfig, TrainConfig
-from rlr_fast.data import Contents, DataSet, changed_contents
-from rlr_fast.data.files import alone_in, write_atomically
+from rlr_fast.data import DataSet
+from rlr_fast.data.contents import changed_files, describe_images, file_digests
+from rlr_fast.data.files import lock_folder, write_atomically
+from rlr_fast.data.records import read_record
 from rlr_fast.inference.metrics import HEADINGS
 from rlr_fast.training.run_dir import TrainingError, changed_settings
-from rlr_fast.training.train import describe_images
 
 SETTINGS_FILE = "settings.json"
 METRICS_FILE = "metrics.json"
 RUNS = "runs"
 
-_SETTINGS = {"model": dict, "recipe": dict, "data": dict}
-_METRICS = {
-    **{"settings": dict, "mean": dict, "classes": dict},
-    **{"protocol": dict, "environment": dict, "failures": list},
-}
-
-_KINDS: dict[type, str] = {dict: "an object", list: "a list", str: "a text"}
-
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run or a table was made with, as plain values.
+
+    Attributes:
+        model: Fields of `RLRConfig`.
+        recipe: Fields of `TrainConfig`; a table's has no seed.
+        data: What `describe_images` says of the training and test images.
+        files: Of `file_digests`; older versions wrote none.
+    """
+
+    model: dict[str, Any]
+    recipe: dict[str, Any]
+    data: dict[str, Any]
+    files: dict[str, dict[str, str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TableSettings(Settings):
+    """The content of ``settings.json``.
+
+    Attributes:
+        table: The table's name.
+    """
+
+    table: str = field(kw_only=True)
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """The content of ``metrics.json``: an `Evaluation`, and the settings that it belongs to.
+
+    Attributes:
+        settings: Of the run.
+        mean: Metrics over the classes; None is not defined.
+        classes: Metrics of each class.
+        protocol: How they were measured.
+        environment: Versions and device.
+        failures: Files that could not be read and were left out.
+    """
+
+    settings: Settings
+    mean: dict[str, float | None]
+    classes: dict[str, dict[str, float | None]]
+    protocol: dict[str, Any]
+    environment: dict[str, Any]
+    failures: list[str]
 
 
 class TableFolder:
     """The folder of a table.
+
+    A folder made from other data is refused: names and sizes of the images always count, and where
+    the data set still lies where it lay, names, labels, sizes and times of all files do.
 
     Args:
         out: Where it lies.
@@ -62,20 +107,19 @@ class TableFolder:
             "test_images": test["images"],
             "test_files_digest": test["files_digest"],
         }
+        self.files = file_digests(data)
         self._told: set[Path] = set()
 
     def check(self) -> None:
-        """Refuse a folder that holds another table, as far as names and sizes of files tell.
+        """Refuse a folder that holds another table.
 
         Raises:
             TrainingError: It does, or cannot be read.
         """
-        record, previous = self._record(), self._previous()
-        if previous is not None:
-            _refuse_changes(self.out, _filled(previous, record), record)
+        self._merged()
 
     @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
+    def lock(self) -> Iterator[None]:
         """Keep other commands out of the folder while the block runs.
 
         Raises:
@@ -83,7 +127,7 @@ class TableFolder:
         """
         with contextlib.ExitStack() as stack:
             try:
-                stack.enter_context(alone_in(self.out))
+                stack.enter_context(lock_folder(self.out))
             except BlockingIOError as error:
                 raise TrainingError(
                     f"another command works in {self.out}; wait for it, or choose another --out"
@@ -94,36 +138,30 @@ class TableFolder:
                 ) from error
             yield
 
-    def claim(self, contents: Contents) -> None:
+    def open(self) -> None:
         """Write what the table is, or refuse a folder that holds another.
 
         What an older version did not record yet is filled in.
-
-        Args:
-            contents: Of the data set's files.
 
         Raises:
             TrainingError: It does, or cannot be read.
             OSError: It cannot be written.
         """
-        self.data["contents"] = contents.digests
-        record = self._record()
-        previous = self._previous()
-        filled = record if previous is None else _filled(previous, record)
-        _refuse_changes(self.out, filled, record)
-        if filled != previous:
-            write_atomically(self.out / SETTINGS_FILE, json.dumps(filled, indent=2))
+        merged, previous = self._merged()
+        if merged != previous:
+            content = json.dumps(dataclasses.asdict(merged), indent=2)
+            write_atomically(self.out / SETTINGS_FILE, content)
 
     def run(self, row: str, seed: int) -> Path:
         """Return the folder of a run."""
         return self.out / RUNS / f"{row}-seed{seed}"
 
-    def keep(self, row: str, seed: int, metrics: dict[str, Any]) -> None:
+    def save(self, row: str, seed: int, metrics: dict[str, Any]) -> None:
         """Write a finished run's metrics, with the settings that they belong to."""
-        values = metrics | {"settings": self._settings(row, seed)}
+        values = metrics | {"settings": dataclasses.asdict(self._settings(row, seed))}
         write_atomically(self.run(row, seed) / METRICS_FILE, json.dumps(values, indent=2))
 
-    def metrics(self, row: str, seed: int) -> dict[str, Any] | None:
+    def metrics(self, row: str, seed: int) -> Metrics | None:
         """Return a finished run's metrics; None where they are missing or, as is told, damaged.
 
         Raises:
@@ -133,8 +171,8 @@ class TableFolder:
         place = self.run(row, seed)
         path = place / METRICS_FILE
         try:
-            values = _read(path, _METRICS)
-            _check_metrics(values, self.classes)
+            metrics = read_record(Metrics, path)
+            self._check_complete(metrics)
         except FileNotFoundError:
             return None
         except ValueError as error:
@@ -142,10 +180,10 @@ class TableFolder:
                 _log.warning("%s is damaged and counts as missing: %s", path, error)
             self._told.add(path)
             return None
-        _refuse_changes(place, values["settings"], self._settings(row, seed))
-        return values
+        _refuse_changes(place, metrics.settings, self._settings(row, seed))
+        return metrics
 
-    def finished(self, row: str) -> dict[int, dict[str, Any]]:
+    def finished(self, row: str) -> dict[int, Metrics]:
         """Return the metrics of a row's finished runs, by seed, whoever asked for them."""
         found = {}
         for place in (self.out / RUNS).glob(f"{row}-seed*"):
@@ -155,44 +193,71 @@ class TableFolder:
                 found[int(seed)] = values
         return dict(sorted(found.items()))
 
-    def _record(self) -> dict[str, Any]:
+    def _check_complete(self, metrics: Metrics) -> None:
+        if metrics.classes.keys() != self.classes:
+            raise ValueError(f"its classes must be {', '.join(sorted(self.classes))}")
+        for name, values in (("the mean", metrics.mean), *metrics.classes.items()):
+            missing = HEADINGS.keys() - values.keys()
+            if missing:
+                raise ValueError(f"{name} has no {', '.join(sorted(missing))}")
+
+    def _merged(self) -> tuple[TableSettings, TableSettings | None]:
+        """Return the table's settings, and those on disk; refuse a folder where they differ."""
         recipe = dataclasses.asdict(self.recipe)
         del recipe["seed"]  # other seeds may be added
-        model = self.base.to_dict()
-        return _plain({"table": self.table, "model": model, "recipe": recipe, "data": self.data})
+        now = TableSettings(
+            _plain(dataclasses.asdict(self.base)), recipe, self.data, self.files, table=self.table
+        )
+        previous = self._previous()
+        if previous is None:
+            return now, None
+        defaults, default_recipe = (dataclasses.asdict(c) for c in (RLRConfig(), TrainConfig()))
+        del default_recipe["seed"]
+        merged = dataclasses.replace(
+            previous,
+            model=_plain(defaults) | previous.model,
+            recipe=default_recipe | previous.recipe,
+            data=now.data | {k: v for k, v in previous.data.items() if k in now.data},
+            files=previous.files or now.files,
+        )
+        _refuse_changes(self.out, merged, now)
+        return merged, previous
 
-    def _previous(self) -> dict[str, Any] | None:
+    def _previous(self) -> TableSettings | None:
         if self.out.exists() and not self.out.is_dir():
             raise TrainingError(f"{self.out} is a file; a table needs a folder")
         path = self.out / SETTINGS_FILE
         try:
-            previous = _read(path, {"table": str, **_SETTINGS})
-            _check_contents(previous)
+            previous = read_record(TableSettings, path)
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
             raise TrainingError(f"{path} cannot be read: {error}") from error
-        if previous["table"] != self.table:
+        if previous.table != self.table:
             raise TrainingError(
-                f"{self.out} holds table {previous['table']}; choose another --out for table "
+                f"{self.out} holds table {previous.table}; choose another --out for table "
                 f"{self.table}"
             )
         return previous
 
-    def _settings(self, row: str, seed: int) -> dict[str, Any]:
-        return {
-            "model": self.configs[row].to_dict(),
-            "recipe": dataclasses.asdict(dataclasses.replace(self.recipe, seed=seed)),
-            "data": self.data,
-        }
+    def _settings(self, row: str, seed: int) -> Settings:
+        return Settings(
+            dataclasses.asdict(self.configs[row]),
+            dataclasses.asdict(dataclasses.replace(self.recipe, seed=seed)),
+            self.data,
+            self.files,
+        )
 
 
-def _refuse_changes(place: Path, previous: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    old = dict(previous["data"])
-    contents = old.pop("contents", None)
-    changed = changed_settings({**previous, "data": old}, now)
-    if not changed and contents is not None and "contents" in now["data"]:
-        changed = changed_contents(contents, now["data"]["contents"])
+def _refuse_changes(place: Path, previous: Settings, now: Settings) -> None:
+    known = {k: v for k, v in previous.data.items() if k in now.data}
+    changed = changed_settings(
+        dataclasses.asdict(dataclasses.replace(previous, data=known)), dataclasses.asdict(now)
+    )
+    # A copy elsewhere has times of its own.
+    in_place = Path(known.get("root", "")).absolute() == Path(now.data["root"]).absolute()
+    if not changed and previous.files and in_place:
+        changed = changed_files(previous.files, now.files)
     if changed:
         raise TrainingError(
             f"{place} was made with other settings or data: {'; '.join(changed)}. Choose another "
@@ -200,64 +265,6 @@ def _refuse_changes(place: Path, previous: Mapping[str, Any], now: Mapping[str, 
         )
 
 
-def _filled(previous: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
-    """Add what was not recorded: the defaults of settings that came later, and the data of now."""
-    model, recipe = _plain(RLRConfig().to_dict()), _plain(dataclasses.asdict(TrainConfig()))
-    del recipe["seed"]
-    return {
-        **previous,
-        "model": model | previous["model"],
-        "recipe": recipe | previous["recipe"],
-        "data": now["data"] | previous["data"],
-    }
-
-
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """As JSON gives them back."""
+    """Return values as JSON gives them back."""
     return dict(json.loads(json.dumps(values)))
-
-
-# The shape of what is read
-
-
-def _read(path: Path, parts: Mapping[str, type]) -> dict[str, Any]:
-    values = json.loads(path.read_text(encoding="utf-8"))
-    _check_parts("it", values, parts)
-    return dict(values)
-
-
-def _check_parts(name: str, values: Any, parts: Mapping[str, type]) -> None:
-    if not isinstance(values, dict) or not values.keys() >= parts.keys():
-        raise ValueError(f"{name} must be an object" + " of " * bool(parts) + ", ".join(parts))
-    for part, kind in parts.items():
-        if not isinstance(values[part], kind):
-            found = json.dumps(values[part])
-            found = found if len(found) < 40 else f"{found[:40]} …"
-            raise ValueError(f"{part} must be {_KINDS[kind]}, got {found}")
-
-
-def _check_contents(settings: Mapping[str, Any]) -> None:
-    contents = settings["data"].get("contents", {})
-    _check_parts("contents", contents, {})
-    for name, digests in contents.items():
-        _check_parts(f"contents of {name}", digests, {})
-
-
-def _check_metrics(values: Mapping[str, Any], classes: set[str]) -> None:
-    _check_parts("settings", values["settings"], _SETTINGS)
-    _check_contents(values["settings"])
-    if not all(isinstance(failure, str) for failure in values["failures"]):
-        raise ValueError("failures must be texts")
-    if values["classes"].keys() != classes:
-        raise ValueError(f"its classes must be {', '.join(sorted(classes))}")
-    for name, figures in (("the mean", values["mean"]), *values["classes"].items()):
-        _check_parts(name, figures, {})
-        for key in HEADINGS:
-            if key not in figures or not _is_figure(figures[key]):
-                raise ValueError(f"{key} of {name} must be a number or null")
-
-
-def _is_figure(value: Any) -> bool:
-    if value is None:
-        return True
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

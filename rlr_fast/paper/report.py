@@ -16,6 +16,7 @@ from rlr_fast.data import DataSet
 from rlr_fast.data.files import write_atomically
 from rlr_fast.data.words import counted, one_line
 from rlr_fast.inference.metrics import HEADINGS
+from rlr_fast.paper.folder import Metrics
 from rlr_fast.paper.tables import CLASSES, Figures, Table, in_words, is_paper_data
 
 REPORT_FILE = "table.md"
@@ -24,8 +25,8 @@ _PAPERS = ("image_auroc", "pixel_auroc")  # what the paper measures
 _NOTHING = "–"
 _WORDS = ("row", "method", "class", "source")
 
-Finished = Mapping[str, Mapping[int, Mapping[str, Any]]]
-"""Contents of ``metrics.json`` by row and seed."""
+Finished = Mapping[str, Mapping[int, Metrics]]
+"""Metrics by row and seed."""
 
 
 def write_report(
@@ -81,9 +82,9 @@ def summary(
             "changes": dict(row.changes),
             "seeds": list(runs),
             "seeds_wanted": len(set(seeds) | set(runs)),
-            "mean": _over_seeds([run["mean"] for run in runs.values()]),
+            "mean": _over_seeds([run.mean for run in runs.values()]),
             "classes": {
-                c: _over_seeds([run["classes"][c] for run in runs.values()]) for c in data.classes
+                c: _over_seeds([run.classes[c] for run in runs.values()]) for c in data.classes
             },
             "paper": dict(row.paper) if comparable else {},
         }
@@ -107,8 +108,8 @@ def summary(
         "recipe": dataclasses.asdict(recipe),
         "unlike_the_paper": _unlike_the_paper(table, base, recipe),
         "note": table.note.format(**base.to_dict()),
-        "protocol": None if first is None else first["protocol"],
-        "environment": None if first is None else first["environment"],
+        "protocol": None if first is None else first.protocol,
+        "environment": None if first is None else first.environment,
         "rows": rows,
         "measured_on": table.data if table.source else "",
         "source": table.source if comparable else "",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from rlr_fast.config import (
     InferenceExecution,
@@ -19,20 +20,20 @@ from rlr_fast.config import (
     from_dict,
     suggest,
 )
-from rlr_fast.data import DataSet, read_contents
+from rlr_fast.data import DataSet
+from rlr_fast.data.contents import unreadable_files
 from rlr_fast.functional import BackendError
 from rlr_fast.inference.batches import load_model
 from rlr_fast.inference.evaluate import check_masks, evaluate
 from rlr_fast.inference.metrics import HEADINGS
 from rlr_fast.models.backbone import BackboneWeightsError
 from rlr_fast.models.checkpoint import CheckpointError
+from rlr_fast.models.environment import start_device
 from rlr_fast.models.precision import check_precision
 from rlr_fast.models.rlr import RLRModel
 from rlr_fast.paper.folder import TableFolder
 from rlr_fast.paper.report import REPORT_FILE, write_report
 from rlr_fast.paper.tables import LEVELS, PER_LEVEL, Row, Table
-from rlr_fast.paper.time_left import RunsBar
-from rlr_fast.training.environment import start_device
 from rlr_fast.training.feature_cache import CacheError
 from rlr_fast.training.progress import progress_bar
 from rlr_fast.training.run_dir import TrainingError
@@ -59,13 +60,11 @@ class TableResult:
         text: The table as Markdown.
         failed: Runs that failed, by name; the reasons were told.
         left_out: Files that could not be read, a line each.
-        seconds: Where the time of this call went: ``features``, ``train``, ``rest``.
     """
 
     text: Path
     failed: list[str]
     left_out: list[str]
-    seconds: dict[str, float]
 
 
 def configure(table: Table, row: Row, base: RLRConfig) -> RLRConfig:
@@ -158,9 +157,9 @@ def run_table(
 
     def report(unreadable: Sequence[str]) -> list[str]:
         finished = {row.name: folder.finished(row.name) for row in table.rows}
-        results = [values for found in finished.values() for values in found.values()]
+        results = [metrics for runs in finished.values() for metrics in runs.values()]
         # A run may have met a file that could not be read for a while.
-        met = [failure for values in results for failure in values["failures"]]
+        met = [failure for metrics in results for failure in metrics.failures]
         left_out = list(dict.fromkeys([*unreadable, *met]))
         try:
             write_report(out, table, base, recipe, data, wanted, finished, left_out)
@@ -171,7 +170,7 @@ def run_table(
             ) from error
         return left_out
 
-    def run(row: str, seed: int, bar: RunsBar) -> str:
+    def run(row: str, seed: int, progress: Callable[[str, int], object]) -> str:
         place = folder.run(row, seed)
         train(
             configs[row],
@@ -181,16 +180,20 @@ def run_table(
             execution,
             resume=True,
             quiet=True,
-            progress=bar.progress,
+            progress=progress,
         )
         model = load_model(place, scoring)
-        result = evaluate(model, data, scoring, progress=lambda n: bar.progress("eval", n))
-        folder.keep(row, seed, json.loads(result.to_json()))
+        result = evaluate(model, data, scoring, progress=lambda n: progress("evaluation", n))
+        folder.save(row, seed, json.loads(result.to_json()))
         return ", ".join(f"{HEADINGS[k]} {100 * v:.1f}" for k, v in result.mean.items())
 
     failed: list[str] = []
-    with folder.alone():
-        unreadable = _read_through(folder, data, execution.workers, quiet)
+    images = sum(map(len, data.train.values())) * recipe.epochs
+    with folder.lock():
+        tested = sum(map(len, data.test.values()))
+        with progress_bar("reading", images // recipe.epochs + tested, quiet) as bar:
+            unreadable = unreadable_files(data, execution.workers, bar.update)
+        folder.open()
         if unreadable:
             more = f", and {len(unreadable) - 1} more" if len(unreadable) > 1 else ""
             tell(f"left out: {unreadable[0]}{more}")
@@ -198,38 +201,43 @@ def run_table(
         if len(todo) < len(runs):
             tell(f"finished before: {len(runs) - len(todo)} of {len(runs)} runs")
         left_out = report(unreadable)
-        train_images = sum(map(len, data.train.values())) * recipe.epochs
-        test_images = sum(map(len, data.test.values()))
-        kinds = [row for row, _ in todo]
-        with RunsBar(f"table {table.name}", kinds, train_images, test_images, quiet) as bar:
-            for row, seed in todo:
+        with _runs_bar(len(todo) * images, quiet) as bar:
+            for number, (row, seed) in enumerate(todo, start=1):
                 name = f"{row}, seed {seed}"
-                bar.begin(name)
+                title = f"table {table.name}, run {number} of {len(todo)} ({name})"
                 try:
-                    figures = run(row, seed, bar)
+                    line = run(row, seed, _follow(bar, title, images // recipe.epochs))
                 except _RUN_ERRORS as error:
                     failed.append(name)
-                    bar.end(finished=False)
-                    bar.tell(tell, f"{name}: failed: {error}")
-                    continue
+                    line = f"failed: {error}"
+                else:
+                    left_out = report(unreadable)
                 finally:
                     if execution.compile:
                         torch.compiler.reset()  # else it gives up after the eighth model
-                bar.end(finished=True)
-                bar.tell(tell, f"{name}: {figures}")
-                left_out = report(unreadable)
-    return TableResult(out / REPORT_FILE, failed, left_out, bar.clock.seconds())
+                bar.update(number * images - bar.n)
+                with tqdm.external_write_mode():
+                    tell(f"{name}: {line}")
+    return TableResult(out / REPORT_FILE, failed, left_out)
 
 
-def _read_through(
-    folder: TableFolder, data: DataSet, workers: int | None, quiet: bool
-) -> list[str]:
-    """Hold the data set's files against those of the table; return what cannot be read."""
-    images = sum(len(samples) for split in (data.train, data.test) for samples in split.values())
-    with progress_bar("reading", images, quiet) as bar:
-        contents = read_contents(data, workers, bar.update)
-    folder.claim(contents)
-    return contents.unreadable
+def _runs_bar(images: int, quiet: bool) -> tqdm:
+    """Return a bar of the training images of all runs and epochs, with the time left."""
+    shape = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+    return tqdm(total=images, bar_format=shape, disable=quiet, leave=False)
+
+
+def _follow(bar: tqdm, title: str, an_epoch: int) -> Callable[[str, int], None]:
+    """Return a function (phase, images) that moves the bar by a run's training."""
+    start = bar.n
+
+    def progress(phase: str, images: int) -> None:
+        if phase == "train":
+            bar.update(images)
+            phase = f"epoch {1 + (bar.n - start - 1) // an_epoch}"
+        bar.set_description_str(f"{title}, {phase}", refresh=False)
+
+    return progress
 
 
 def _chosen(table: Table, only: Sequence[str] | None) -> list[Row]:

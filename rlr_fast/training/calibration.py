@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from rlr_fast.data.records import read_record
 from rlr_fast.models.checkpoint import CheckpointError
 from rlr_fast.models.rlr import RLRModel
 from rlr_fast.training.distributed import Processes
@@ -18,6 +19,13 @@ from rlr_fast.training.features import Features
 CALIBRATION_FILE = "calibration.json"
 _QUANTILES = (0.5, 0.9, 0.99, 0.999)
 _BATCH = 16
+
+
+@dataclass(frozen=True)
+class _Calibration:
+    """What `color_scale` needs of the file."""
+
+    pixel: dict[str, float]
 
 
 @torch.no_grad()
@@ -50,7 +58,7 @@ def calibrate(
         # A share may be empty: all its images unreadable.
         quantiles = torch.stack(pixels) if pixels else torch.empty(0, len(wanted))
         share = quantiles.cpu(), torch.cat(scores).cpu(), list(categories)
-    shares = processes.exchange(share)
+    shares = processes.all_gather(share)
     means = torch.cat([pixel for pixel, _, _ in shares]).mean(0)
     score = torch.cat([score for _, score, _ in shares])
     names = [name for _, _, categories in shares for name in categories]
@@ -64,13 +72,13 @@ def calibrate(
 
 
 def _thinned(score_map: torch.Tensor) -> torch.Tensor:
-    """Every k-th pixel of each axis, so that 512² at most are left: torch.quantile has a limit."""
+    """Return every k-th pixel of each axis, 512² at most: torch.quantile has a limit."""
     step = max(1, max(score_map.shape[-2:]) // 512)
     return score_map[..., ::step, ::step]
 
 
 def color_scale(checkpoint: Path) -> tuple[float, float]:
-    """Return the fixed colour scale (low, high) of a checkpoint's heat maps.
+    """Return the fixed color scale (low, high) of a checkpoint's heat maps.
 
     Low is the median pixel of normal training images; high lies three times as far above it as
     their highest pixels (quantile 0.999). Normal images stay dark, whatever is shown beside them.
@@ -81,16 +89,16 @@ def color_scale(checkpoint: Path) -> tuple[float, float]:
     """
     path = checkpoint / CALIBRATION_FILE
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        low, high = (float(values["pixel"][str(q)]) for q in (_QUANTILES[0], _QUANTILES[-1]))
+        pixel = read_record(_Calibration, path).pixel
+        low, high = pixel[str(_QUANTILES[0])], pixel[str(_QUANTILES[-1])]
         if not -math.inf < low < high < math.inf:
             raise ValueError(f"its quantiles must rise, got {low} and {high}")
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{checkpoint} has no {CALIBRATION_FILE} (written when training ends), so heat maps "
-            "have no colour scale"
+            "have no color scale"
         ) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else error
         raise CheckpointError(f"{path} cannot be read: {reason}") from error
     return low, low + 3 * (high - low)

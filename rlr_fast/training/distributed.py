@@ -1,4 +1,4 @@
-"""The processes that work together under torchrun: shares, sums, and errors that end them all.
+"""The processes of torchrun that work together: shares, sums, and errors that end them all.
 
 Every process runs the same program. What one of them may meet alone (a full disk, a broken file)
 happens within `Processes.together`; what all meet alike is raised through `Processes.alike`. So a
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rlr_fast.data.images import default_workers
+from rlr_fast.data.threads import default_workers
 
 T = TypeVar("T")
 
@@ -44,71 +44,71 @@ class Processes:
     """This process among those that work together; alone unless started by torchrun.
 
     Attributes:
-        rank: From 0; process 0 leads: it alone prints and writes results.
-        count: All processes.
-        here: Those on this machine, which share its memory and its processors.
+        rank: From 0; process 0 is the main one: it alone prints and writes results.
+        world_size: All processes.
+        local_world_size: Those on this machine, which share its memory and its processors.
         host: Their group for Python objects; None for a single process.
     """
 
     rank: int = 0
-    count: int = 1
-    here: int = 1
+    world_size: int = 1
+    local_world_size: int = 1
     host: dist.ProcessGroup | None = None
 
     @property
-    def leads(self) -> bool:
-        """Whether this process prints and writes."""
+    def is_main(self) -> bool:
+        """Return whether this process prints and writes."""
         return self.rank == 0
 
     def workers(self, wanted: int | None) -> int:
         """Return the decoding threads of this process: ``wanted``, or its part of the machine."""
-        return max(1, default_workers() // self.here) if wanted is None else wanted
+        return max(1, default_workers() // self.local_world_size) if wanted is None else wanted
 
     # Values. Every process must make the same calls in the same order.
 
-    def exchange(self, value: T) -> list[T]:
+    def all_gather(self, value: T) -> list[T]:
         """Return the picklable values of all processes, in the order of their ranks."""
-        if self.count == 1:
+        if self.world_size == 1:
             return [value]
-        values: list[Any] = [None] * self.count
+        values: list[Any] = [None] * self.world_size
         with _contact():
             dist.all_gather_object(values, value, group=self.host)
         return values
 
-    def to_leader(self, value: T) -> list[T] | None:
-        """Give the picklable values of all processes to the leader; the others get None."""
-        if self.count == 1:
+    def gather(self, value: T) -> list[T] | None:
+        """Return the picklable values of all processes in the main one; the others get None."""
+        if self.world_size == 1:
             return [value]
-        values: list[Any] | None = [None] * self.count if self.leads else None
+        values: list[Any] | None = [None] * self.world_size if self.is_main else None
         with _contact():
             dist.gather_object(value, values, dst=0, group=self.host)
         return values
 
-    def from_leader(self, job: Callable[[], T]) -> T:
-        """Run ``job`` in the leader and return its picklable result in every process."""
+    def broadcast(self, job: Callable[[], T]) -> T:
+        """Run ``job`` in the main process and return its picklable result in every process."""
         value: list[Any] = [None]
         with self.together():
-            if self.leads:
+            if self.is_main:
                 value[0] = job()
-        if self.count > 1:
+        if self.world_size > 1:
             with _contact():
                 dist.broadcast_object_list(value, src=0, group=self.host)
         result: T = value[0]
         return result
 
-    def add(self, tensor: Tensor) -> None:
+    def all_reduce(self, tensor: Tensor) -> None:
         """Add up ``tensor`` over all processes, in place; all get the same bits."""
-        if self.count > 1:
+        if self.world_size > 1:
             with _contact():
                 dist.all_reduce(tensor)
 
-    def add_gradients(self, parameters: Sequence[Tensor]) -> None:
+    def all_reduce_gradients(self, parameters: Sequence[Tensor]) -> None:
         """Add up the gradients over all processes, in one message; a missing one counts as 0."""
-        if self.count == 1:
+        if self.world_size == 1:
             return
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         flat = torch.cat([g.flatten() for g in grads])
-        self.add(flat)
+        self.all_reduce(flat)
         for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
             p.grad = part.view_as(p)
 
@@ -123,7 +123,7 @@ class Processes:
         Raises:
             PeerError: The block failed in another process.
         """
-        if self.count == 1:
+        if self.world_size == 1:
             yield
             return
         failure: Exception | None = None
@@ -131,7 +131,7 @@ class Processes:
             yield
         except Exception as error:  # raised again below, once the others know
             failure = error
-        reasons = self.exchange(None if failure is None else str(failure) or repr(failure))
+        reasons = self.all_gather(None if failure is None else str(failure) or repr(failure))
         for rank, reason in enumerate(reasons):
             if reason is None:
                 continue
@@ -143,12 +143,12 @@ class Processes:
         """Refuse processes that were not given the same values, by name.
 
         Raises:
-            ValueError: Names the value and a process that differs from the leader.
-            PeerError: The same, in all but the leader.
+            ValueError: Names the value and a process that differs from the main one.
+            PeerError: The same, in all but the main process.
         """
-        leader, *others = self.exchange(dict(values))
+        main, *others = self.all_gather(dict(values))
         for rank, other in enumerate(others, 1):
-            for name, value in leader.items():
+            for name, value in main.items():
                 if other[name] != value:
                     message = (
                         f"all processes must work on the same: {name} is {value!r} in process 0 "
@@ -157,8 +157,8 @@ class Processes:
                     raise self.alike(ValueError(message))
 
     def alike(self, error: Exception) -> Exception:
-        """Return what to raise for an error that every process meets: the leader tells it."""
-        return error if self.leads else PeerError(f"process 0 stopped: {error}", told=True)
+        """Return what to raise for an error that every process meets: the main one tells it."""
+        return error if self.is_main else PeerError(f"process 0 stopped: {error}", told=True)
 
 
 @contextlib.contextmanager
@@ -181,9 +181,9 @@ def processes() -> Iterator[Processes]:
     with _contact():
         host = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=_PATIENCE))
     try:
-        count = dist.get_world_size()
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", count))
-        yield Processes(dist.get_rank(), count, here, host)
+        world_size = dist.get_world_size()
+        local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+        yield Processes(dist.get_rank(), world_size, local_world_size, host)
     finally:
         dist.destroy_process_group(host if exists else None)
 

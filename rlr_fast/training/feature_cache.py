@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -28,7 +28,8 @@ from rlr_fast.data.images import (
     load_image,
 )
 from rlr_fast.data.layouts import Sample
-from rlr_fast.data.threads import Writer
+from rlr_fast.data.records import read_record
+from rlr_fast.data.threads import BackgroundWriter
 from rlr_fast.models.rlr import RLRModel
 
 Placement = Literal["auto", "gpu", "ram", "disk"]
@@ -79,7 +80,7 @@ class FeatureCache:
 
 
 def default_cache_root() -> Path:
-    """Where caches lie by default: ``rlr_fast`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    """Return where caches lie by default: ``rlr_fast`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
     root = os.environ.get("XDG_CACHE_HOME")
     return (Path(root) if root else Path.home() / ".cache") / "rlr_fast" / "features"
 
@@ -97,12 +98,12 @@ def cached_features(
     """Return the features of ``samples``, computed now or taken from an earlier run.
 
     A cache is known by everything that decides its numbers: backbone and fingerprint of its
-    weights, levels, image size, neighbourhood, and path, size and time of change of each file. It
+    weights, levels, image size, neighborhood, and path, size and time of change of each file. It
     appears under its name only when complete, so half a cache is never read. Of several processes
     each asks for the images of its own share, and keeps a cache of them.
 
     Args:
-        model: Its backbone and neighbourhood give the features, on the device where it lies.
+        model: Its backbone and neighborhood give the features, on the device where it lies.
         samples: The images.
         root: Folder of all caches; default `default_cache_root`.
         placement: ``gpu``, ``ram``, ``disk``, or ``auto``: the first of them with room.
@@ -122,7 +123,7 @@ def cached_features(
     identity = _identity(model, samples)
     folder = root / identity["key"][:20]
     meta = _read_meta(folder, identity)
-    if meta is not None and any(_readable(samples[f["index"]]) for f in meta["failures"]):
+    if meta is not None and any(_readable(samples[f.index]) for f in meta.failures):
         shutil.rmtree(folder, ignore_errors=True)  # what was wrong with a file is put right
         meta = None
     if meta is None:
@@ -140,13 +141,12 @@ def cached_features(
                 "needs less"
             ) from error
     failures = [
-        ImageFailure(f["index"], UnreadableImageError(f["path"], f["reason"]))
-        for f in meta["failures"]
+        ImageFailure(f.index, UnreadableImageError(f.path, f.reason)) for f in meta.failures
     ]
     count = len(samples) - len(failures)
     levels = [
         _map(folder / f"level_{j}.bf16", (count, tokens, channels))
-        for j, (tokens, channels) in enumerate(meta["levels"])
+        for j, (tokens, channels) in enumerate(meta.levels)
     ]
     where = _choose(placement, sum(level.nbytes for level in levels), device, sharers)
     if where == "gpu":
@@ -189,27 +189,43 @@ def _identity(model: RLRModel, samples: Sequence[Sample]) -> dict[str, Any]:
     return identity | {"key": key}
 
 
-def _read_meta(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+@dataclass(frozen=True)
+class _Failure:
+    index: int
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Meta:
+    """What a complete cache says of itself; ``levels`` are the tokens and channels of each."""
+
+    identity: dict[str, Any]
+    levels: list[list[int]]
+    failures: list[_Failure]
+
+
+def _read_meta(folder: Path, identity: dict[str, Any]) -> _Meta | None:
     """Return what a complete cache of this identity says of itself, or None."""
     try:
-        meta = json.loads((folder / _META).read_text(encoding="utf-8"))
+        meta = read_record(_Meta, folder / _META)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
         raise CacheError(
             f"{folder / _META} cannot be read ({error}); delete {str(folder)!r}"
         ) from error
-    if meta.get("identity") != identity:
+    if meta.identity != identity:
         raise CacheError(f"{str(folder)!r} holds another cache than its name says; delete it")
-    count = identity["files"] - len(meta["failures"])
-    for j, (tokens, channels) in enumerate(meta["levels"]):
+    count = identity["files"] - len(meta.failures)
+    for j, (tokens, channels) in enumerate(meta.levels):
         file = folder / f"level_{j}.bf16"
         size = file.stat().st_size if file.exists() else 0
         if size != count * tokens * channels * 2:
             raise CacheError(
                 f"{str(file)!r} has {size} bytes, not as written; delete {str(folder)!r}"
             )
-    return dict(meta)
+    return meta
 
 
 def _build(
@@ -219,24 +235,23 @@ def _build(
     identity: dict[str, Any],
     workers: int | None,
     progress: Callable[[int], object] | None,
-) -> dict[str, Any]:
+) -> _Meta:
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     device = model.device
-    failures: list[dict[str, Any]] = []
+    failures: list[_Failure] = []
     try:
         with contextlib.ExitStack() as stack:
             names = [f"level_{j}.bf16" for j in range(len(model.levels))]
             files = [stack.enter_context(open(partial / name, "wb")) for name in names]
             # One batch is written while the next is computed.
-            writer = stack.enter_context(Writer(threads=1, jobs=1))
+            writer = stack.enter_context(BackgroundWriter(threads=1, jobs=1))
             for batch in iterate_images(samples, model.config.image_size, _BATCH, workers):
                 failures += [
-                    {"index": f.index, "path": str(f.error.path), "reason": f.error.reason}
-                    for f in batch.failures
+                    _Failure(f.index, str(f.error.path), f.error.reason) for f in batch.failures
                 ]
                 if len(batch.images):
-                    found = model.tokens(batch.images.to(device))
-                    stored = [tokens.to(torch.bfloat16).contiguous() for tokens in found]
+                    levels = model.tokens(batch.images.to(device))
+                    stored = [tokens.to(torch.bfloat16).contiguous() for tokens in levels]
                     writer.submit(functools.partial(_append, files, stored))
                 if progress is not None:
                     progress(len(batch.images) + len(batch.failures))
@@ -244,17 +259,9 @@ def _build(
             for file in files:
                 file.flush()
                 os.fsync(file.fileno())
-        meta = {
-            "identity": identity,
-            "levels": [
-                (h * w, channels)
-                for (h, w), channels in zip(
-                    model.backbone.grids, model.backbone.channels, strict=True
-                )
-            ],
-            "failures": failures,
-        }
-        write_atomically(partial / _META, json.dumps(meta, indent=2))
+        shapes = zip(model.backbone.grids, model.backbone.channels, strict=True)
+        meta = _Meta(identity, [[h * w, channels] for (h, w), channels in shapes], failures)
+        write_atomically(partial / _META, json.dumps(asdict(meta), indent=2))
         try:
             partial.rename(folder)
         except OSError:

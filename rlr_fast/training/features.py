@@ -41,7 +41,7 @@ class FreshFeatures:
     to find those that cannot be.
 
     Args:
-        model: Its backbone and neighbourhood give the features, on the device where it lies.
+        model: Its backbone and neighborhood give the features, on the device where it lies.
         samples: The images.
         workers: Threads that decode images.
         progress: Called with the number of images looked at since the last call.

@@ -9,7 +9,7 @@ import contextlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,7 +18,8 @@ from torch import Tensor
 
 from rlr_fast.config import short_windows
 from rlr_fast.data.files import check_writable, write_atomically, write_tensors
-from rlr_fast.data.threads import Writer
+from rlr_fast.data.records import read_record
+from rlr_fast.data.threads import BackgroundWriter
 from rlr_fast.models.checkpoint import CONFIG_FILE, WEIGHTS_FILE, CheckpointError, read_weights
 
 RUN_FILE = "run.json"
@@ -61,6 +62,16 @@ class Checkpoint:
     history: Sequence[Row]
 
 
+@dataclass(frozen=True)
+class _Record:
+    """The content of ``run.json`` that a resumed run is held against."""
+
+    model: dict[str, Any]
+    recipe: dict[str, Any]
+    data: dict[str, Any]
+    processes: int = 1
+
+
 def read_run(out: Path) -> dict[str, Any] | None:
     """Return the settings of the run in ``out``, or None where there is none.
 
@@ -71,15 +82,7 @@ def read_run(out: Path) -> dict[str, Any] | None:
     if not path.exists() and not (out / STATE_FILE).exists():
         return None
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(record, dict):
-            raise ValueError(f"it must be an object of {', '.join(_PARTS)}")
-        for part in _PARTS:
-            if part not in record:
-                raise ValueError(f"it has no {part!r}")
-            if not isinstance(record[part], dict):
-                raise ValueError(f"{part} must be an object")
-        return record
+        return asdict(read_record(_Record, path))
     except (OSError, ValueError) as error:
         raise TrainingError(f"{path} cannot be read: {error}") from error
 
@@ -108,7 +111,7 @@ def check_folder(out: Path, record: Mapping[str, Any], resume: bool) -> None:
     changed = changed_settings(previous, record)
     if changed:
         raise TrainingError(f"{out} cannot be resumed with other settings: {'; '.join(changed)}")
-    begun, now = previous.get("processes", 1), record["processes"]
+    begun, now = previous["processes"], record["processes"]
     if begun != now:
         _log.warning(
             "%s was begun by %s process(es) and goes on with %d: other images share a step, so the "
@@ -218,11 +221,11 @@ class CheckpointWriter:
 
     def __init__(self, out: Path, epoch: int) -> None:
         self._out, self._epoch = out, epoch
-        self._writer = Writer(1, 1)
+        self._writer = BackgroundWriter(1, 1)
 
     @property
     def busy(self) -> bool:
-        """Whether the disk is still at the last one."""
+        """Return whether the disk is still at the last one."""
         return self._writer.busy
 
     def write(self, checkpoint: Checkpoint) -> None:

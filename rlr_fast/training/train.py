@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
-import os
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,12 +16,13 @@ import torch
 
 from rlr_fast.config import RLRConfig, TrainConfig, TrainExecution
 from rlr_fast.data import DataSet, ImageFailure, Sample
+from rlr_fast.data.contents import describe_images
 from rlr_fast.data.files import write_atomically
+from rlr_fast.models.environment import environment, start_device
 from rlr_fast.models.precision import check_precision
 from rlr_fast.models.rlr import RLRModel, Standardize
 from rlr_fast.training.calibration import CALIBRATION_FILE, calibrate
 from rlr_fast.training.distributed import Processes, processes
-from rlr_fast.training.environment import environment, start_device
 from rlr_fast.training.feature_cache import cached_features
 from rlr_fast.training.features import Features, FreshFeatures
 from rlr_fast.training.progress import progress_bar
@@ -105,9 +104,9 @@ def train(
                 "model": config.to_dict(),
                 "recipe": dataclasses.asdict(recipe),
                 "data": describe_images(data, data.train),
-                "processes": group.count,
+                "processes": group.world_size,
             }
-            if group.leads:
+            if group.is_main:
                 check_folder(out, record, resume)
             torch.manual_seed(recipe.seed)
             model = RLRModel(config, backend=execution.backend).to(device)
@@ -127,7 +126,7 @@ def train(
             progress=partial(progress, "train"),
         )
         with group.together():
-            if group.leads:
+            if group.is_main:
                 record["environment"] = environment(device)
                 record["way"] = {
                     "backend": execution.backend,
@@ -139,31 +138,13 @@ def train(
         trainer.fit(quiet)
         calibration = calibrate(model, features, [s.category for s in samples], group)
         with group.together():
-            if group.leads:
+            if group.is_main:
                 write_atomically(out / CALIBRATION_FILE, json.dumps(calibration, indent=2))
                 if trainer.history:
                     loss_curve(trainer.history, out / CURVE_FILE)
         speeds = [row["images_per_s"] for row in trainer.history]
         speed = statistics.median(speeds) if speeds else math.nan
         return TrainResult(out, trainer.history, failures, speed)
-
-
-def describe_images(data: DataSet, images: Mapping[str, Sequence[Sample]]) -> dict[str, Any]:
-    """Say which of a set's images a run takes, by names and sizes, wherever the folder lies."""
-    digest, count = hashlib.sha256(), 0
-    for samples in images.values():
-        for sample in samples:
-            name = os.path.relpath(sample.path, data.root)
-            size = sample.path.stat().st_size if sample.path.exists() else None
-            digest.update(os.fsencode(f"{name}\0{size}\n"))
-            count += 1
-    return {
-        "root": str(data.root),
-        "layout": data.layout,
-        "classes": list(data.classes),
-        "images": count,
-        "files_digest": digest.hexdigest(),
-    }
 
 
 def _check_request(
@@ -174,12 +155,12 @@ def _check_request(
 ) -> None:
     data.require_train()
     check_precision(recipe.precision, device)
-    if processes.count > 1 and device.type not in ("cpu", "cuda"):
+    if processes.world_size > 1 and device.type not in ("cpu", "cuda"):
         raise ValueError(f"several processes need device cpu or cuda, got {str(device)!r}")
     images = sum(map(len, data.train.values()))
-    if images < processes.count:
+    if images < processes.world_size:
         raise TrainingError(
-            f"{images} training images cannot be shared among {processes.count} processes; "
+            f"{images} training images cannot be shared among {processes.world_size} processes; "
             f"start {images} at most"
         )
 
@@ -202,10 +183,10 @@ def _features(
 ) -> tuple[Features, list[Sample], list[ImageFailure]]:
     """Return the features of this process's share, their samples, and all processes' failures."""
     samples = [sample for group in data.train.values() for sample in group]
-    mine = samples[processes.rank :: processes.count]
+    mine = samples[processes.rank :: processes.world_size]
     with (
         processes.together(),
-        progress_bar("features", len(mine), quiet or not processes.leads) as bar,
+        progress_bar("features", len(mine), quiet or not processes.is_main) as bar,
     ):
         threads = processes.workers(execution.workers)
 
@@ -224,12 +205,12 @@ def _features(
                 execution.cache,
                 workers=threads,
                 progress=done,
-                sharers=processes.here,
+                sharers=processes.local_world_size,
             )
-    shares = processes.exchange(features.failures)
+    shares = processes.all_gather(features.failures)
     failures = sorted(
         (
-            ImageFailure(rank + processes.count * failure.index, failure.error)
+            ImageFailure(rank + processes.world_size * failure.index, failure.error)
             for rank, share in enumerate(shares)
             for failure in share
         ),
@@ -258,7 +239,7 @@ def _fit_standardization(model: RLRModel, features: Features, processes: Process
             for total, level in zip(sums, tokens, strict=True):
                 values = level.flatten(0, 1).double()
                 total += torch.stack((values.sum(0), values.square().sum(0)))
-    shares = processes.exchange((len(features), [total.cpu() for total in sums]))
+    shares = processes.all_gather((len(features), [total.cpu() for total in sums]))
     images = sum(count for count, _ in shares)
     for j, (module, (height, width)) in enumerate(zip(modules, model.backbone.grids, strict=True)):
         total = torch.stack([share[j] for _, share in shares]).sum(0)

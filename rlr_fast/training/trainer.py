@@ -91,7 +91,7 @@ class Trainer:
         self.parameters = [p for group in self.level_parameters for p in group]
         self.optimizer = torch.optim.Adam(self.parameters, lr=recipe.lr, fused=True)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.precision == "fp16")
-        counts = processes.exchange(len(features))
+        counts = processes.all_gather(len(features))
         self.images = sum(counts)
         self.shares = step_shares(counts, processes.rank, recipe.batch_size)
         self.steps = len(self.shares)
@@ -117,7 +117,7 @@ class Trainer:
         self.progress(self.epoch * self.images)
         if self.epoch >= self.recipe.epochs:
             with self.processes.together():
-                if self.processes.leads:  # it may have been killed before its last file
+                if self.processes.is_main:  # it may have been killed before its last file
                     with CheckpointWriter(self.out, self.epoch) as checkpoints:
                         checkpoints.write(self._checkpoint())
             return
@@ -126,19 +126,19 @@ class Trainer:
             initial=self.epoch * self.images,
             unit="img",
             desc="train",
-            disable=quiet or not self.processes.leads,
+            disable=quiet or not self.processes.is_main,
         )
         self.model.train()
         with bar, CheckpointWriter(self.out, self.epoch) as checkpoints:
             log = None
             with self.processes.together():
-                if self.processes.leads:
+                if self.processes.is_main:
                     log = SummaryWriter(str(self.out), purge_step=self.epoch * self.steps + 1)
             while self.epoch < self.recipe.epochs:
                 self._train_epoch(bar, log, checkpoints)
                 self.epoch += 1
                 with self.processes.together():
-                    if self.processes.leads:
+                    if self.processes.is_main:
                         self._save(checkpoints)
         if log is not None:
             log.close()
@@ -166,8 +166,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.lr * self._schedule(step)
         losses = self._gradients(step, tokens)
-        self.processes.add_gradients(self.parameters)
-        self.processes.add(losses)
+        self.processes.all_reduce_gradients(self.parameters)
+        self.processes.all_reduce(losses)
         self.scaler.unscale_(self.optimizer)
         norms = torch.stack([self._clip(group) for group in self.level_parameters])
         self.scaler.step(self.optimizer)
@@ -245,7 +245,7 @@ class Trainer:
         return 1.0
 
     def _seed(self, index: int) -> int:
-        """A seed of this process for each step (index from 0) and each epoch (index -1 - epoch)."""
+        """Return this process's seed of a step (index from 0) or of an epoch (index -1 - epoch)."""
         # Hashed: a CPU's generator takes the low 32 bits alone.
         name = f"{self.recipe.seed} {self.processes.rank} {index}".encode()
         return int.from_bytes(hashlib.blake2b(name, digest_size=7).digest(), "little")
@@ -320,7 +320,7 @@ class Trainer:
         )
 
     def _load(self) -> None:
-        saved = self.processes.from_leader(lambda: read_checkpoint(self.out))
+        saved = self.processes.broadcast(lambda: read_checkpoint(self.out))
         if saved is None:
             return
         self.model.check_backbone(dict(saved.metadata), self.out)

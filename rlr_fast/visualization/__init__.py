@@ -1,5 +1,8 @@
 """Pictures: score maps, sample sheets, sheets of reconstructions, loss curves.
 
+May import `data`, `models` and what lies below them: training draws its curve, evaluation its
+sheets and prediction its maps, so the drawing lies below those who draw.
+
 Nothing here uses pyplot: no window, no global state, safe in a server and in threads.
 """
 

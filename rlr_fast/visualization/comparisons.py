@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from rlr_fast.data.words import one_line
 from rlr_fast.visualization.fonts import FAINT, INK, PAPER, number, shortened, typeface
 from rlr_fast.visualization.heat_maps import Scale, check_scale, map_of, paint, position, read_image
-from rlr_fast.visualization.sheets import centred, fitted_size, truth_panel
+from rlr_fast.visualization.sheets import centered, fitted_size, truth_panel
 
 _RULE = (190, 190, 190)
 
@@ -28,7 +28,7 @@ class RunView:
     Attributes:
         score_map: Pixel scores, (H, W).
         score: The image score.
-        features: Colours of the reconstructed features, (h, w, 3), uint8.
+        features: Colors of the reconstructed features, (h, w, 3), uint8.
         decoded: Picture of the reconstructed features, (H, W, 3), uint8; None without a decoder.
     """
 
@@ -46,7 +46,7 @@ class ComparisonRow:
         image: The picture, (H, W, 3), uint8.
         mask: True for an anomalous pixel, (H, W), bool; None where there is no ground truth.
         defect: The kind of defect, or "good".
-        features: Colours of the original features, (h, w, 3), uint8.
+        features: Colors of the original features, (h, w, 3), uint8.
         runs: One view a run.
         decoded: Picture of the original features, (H, W, 3), uint8; None without a decoder.
     """
@@ -68,17 +68,17 @@ def comparison_sheet(
     *,
     panel_size: int = 192,
 ) -> None:
-    """Writes a sheet of reconstructions, a row a sample, a group of columns a run.
+    """Write a sheet of reconstructions: a row per sample, a group of columns per run.
 
     The first group holds image, ground truth and original features; each run's group its score map
-    in its own fixed colour scale, with a bar below, and the reconstructed features. Several runs
+    in its own fixed color scale, with a bar below, and the reconstructed features. Several runs
     are called A, B, … in the headings and beside each row's scores, and named in full below.
 
     Args:
         rows: The samples, at least one.
-        runs: Name and colour scale ``low < high`` of each run.
+        runs: Name and color scale ``low < high`` of each run.
         title: Written above, such as the class of product.
-        note: Lines written below, such as what the colours mean.
+        note: Lines written below, such as what the colors mean.
         path: File to write; its folder must exist, its suffix names the format.
         panel_size: Longer side of a panel in pixels, at least 96; images are resized to it.
 
@@ -167,15 +167,15 @@ def comparison_sheet(
 
 
 def _panels(row: ComparisonRow, scales: Sequence[Scale], size: int) -> list[Image.Image]:
-    """The panels of one row from left to right, each size x size."""
+    """Return the panels of one row from left to right, each size x size."""
     image = read_image(row.image)
     fitted = fitted_size(image, size)
 
     def smooth(picture: ArrayLike) -> Image.Image:
         return Image.fromarray(read_image(picture)).resize(fitted, Image.Resampling.LANCZOS)
 
-    def tokens(colours: ArrayLike) -> Image.Image:  # each token as the rectangle that it is
-        return Image.fromarray(read_image(colours)).resize(fitted, Image.Resampling.NEAREST)
+    def tokens(colors: ArrayLike) -> Image.Image:  # each token as the rectangle that it is
+        return Image.fromarray(read_image(colors)).resize(fitted, Image.Resampling.NEAREST)
 
     shown: NDArray[Any] = np.asarray(smooth(image))
     panels = [Image.fromarray(shown), truth_panel(row.mask, fitted), tokens(row.features)]
@@ -186,4 +186,4 @@ def _panels(row: ComparisonRow, scales: Sequence[Scale], size: int) -> list[Imag
         panels += [Image.fromarray(paint(position(scores, scale))), tokens(view.features)]
         if view.decoded is not None:
             panels.append(smooth(view.decoded))
-    return [centred(panel, size) for panel in panels]
+    return [centered(panel, size) for panel in panels]

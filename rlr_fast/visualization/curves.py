@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 
 def loss_curve(history: Sequence[Mapping[str, float]], path: str | os.PathLike[str]) -> None:
-    """Plots the loss of a training run over epochs, log scale, with its last values written out.
+    """Plot the loss of a training run over epochs, log scale, with its last values written out.
 
     A series of more than 400 records is drawn faint, under its running mean over 1/100 of the run.
     Records that lack a series, and values that are NaN or infinite, leave gaps.
@@ -53,18 +53,16 @@ def loss_curve(history: Sequence[Mapping[str, float]], path: str | os.PathLike[s
     ratios = [4.5] + [1.3] * len(extras)
     grid = figure.subplots(len(ratios), 1, sharex=True, squeeze=False, height_ratios=ratios)
     axes = grid[:, 0]
-    colours = matplotlib.colormaps["viridis"](np.linspace(0.1, 0.72, len(levels)))
+    colors = matplotlib.colormaps["viridis"](np.linspace(0.1, 0.72, len(levels)))
     ends = []
-    for key, colour in [*zip(levels, map(tuple, colours), strict=True), ("loss", "black")]:
-        end = _draw_series(
-            axes[0], epochs, series(key), window, colour, 2 if key == "loss" else 1.4
-        )
+    for key, color in [*zip(levels, map(tuple, colors), strict=True), ("loss", "black")]:
+        end = _draw_series(axes[0], epochs, series(key), window, color, 2 if key == "loss" else 1.4)
         if end is not None:
             name = key.replace("_", " ")
             stopped = "" if end[0] == epochs[-1] else f" (epoch {end[0]:.4g})"
-            ends.append((f"{name}  {end[1]:.3g}{stopped}", end[1], colour))
+            ends.append((f"{name}  {end[1]:.3g}{stopped}", end[1], color))
     for ax, (key, name) in zip(axes[1:], extras, strict=True):
-        _draw_series(ax, epochs, series(key), 1 if key == "lr" else window, "dimgrey", 1.4)
+        _draw_series(ax, epochs, series(key), 1 if key == "lr" else window, "dimgray", 1.4)
         ax.set_ylabel(name)
         ax.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
         ax.set_ylim(bottom=0)
@@ -91,24 +89,24 @@ def _draw_series(
     epochs: NDArray[np.float64],
     values: NDArray[np.float64],
     window: int,
-    colour: Any,
+    color: Any,
     width: float,
 ) -> tuple[float, float] | None:
-    """Draws one series; returns the epoch and height of its last point, None if it has none."""
+    """Draw one series; return the epoch and height of its last point, None if it has none."""
     defined = np.flatnonzero(~np.isnan(values))
     if len(defined) == 0:
         return None
     if window > 1:
-        ax.plot(epochs, values, color=colour, linewidth=0.6, alpha=0.2)
+        ax.plot(epochs, values, color=color, linewidth=0.6, alpha=0.2)
         values = _running_mean(values, window)
-    ax.plot(epochs, values, color=colour, linewidth=width)
+    ax.plot(epochs, values, color=color, linewidth=width)
     end = defined[-1]
-    ax.plot(epochs[end], values[end], "o", color=colour, markersize=4)
+    ax.plot(epochs[end], values[end], "o", color=color, markersize=4)
     return float(epochs[end]), float(values[end])
 
 
 def _running_mean(values: NDArray[np.float64], count: int) -> NDArray[np.float64]:
-    """Mean of the last ``count`` values at each place, those that are NaN left out."""
+    """Return the mean of the last ``count`` values at each place, those that are NaN left out."""
     defined = ~np.isnan(values)
     sums = np.concatenate([[0.0], np.cumsum(np.where(defined, values, 0))])
     counts = np.concatenate([[0], np.cumsum(defined)])
@@ -120,7 +118,7 @@ def _running_mean(values: NDArray[np.float64], count: int) -> NDArray[np.float64
 
 
 def _label_ends(ax: Axes, ends: Sequence[tuple[str, float, Any]]) -> None:
-    """Writes texts (text, height, colour) at the right, moved apart where they would touch."""
+    """Write texts (text, height, color) at the right, moved apart where they would touch."""
     shown = sorted((end for end in ends if end[1] > 0), key=lambda end: end[1])
     if not shown:
         return
@@ -132,12 +130,12 @@ def _label_ends(ax: Axes, ends: Sequence[tuple[str, float, Any]]) -> None:
     places[-1] = min(places[-1], 1 - spacing / 2)
     for i in reversed(range(len(places) - 1)):
         places[i] = min(places[i], places[i + 1] - spacing)
-    for (text, _, colour), place in zip(shown, places, strict=True):
+    for (text, _, color), place in zip(shown, places, strict=True):
         ax.annotate(
             text,
             (1.01, place),
             xycoords="axes fraction",
             va="center",
-            color=colour,
+            color=color,
             fontweight="bold" if text.startswith("loss") else "normal",
         )

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -19,13 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rlr_fast.config import check_seed
-from rlr_fast.data import DataSet, ImageFailure, Sample, iterate_images
+from rlr_fast.data import ImageFailure
 from rlr_fast.data.files import check_writable, write_atomically, write_tensors
 from rlr_fast.models.checkpoint import CheckpointError, read_weights
 from rlr_fast.models.rlr import RLRModel
-from rlr_fast.training.run_dir import TrainingError
-from rlr_fast.training.train import describe_images
 
 _KIND = "rlr_fast decoder"
 _META = "decoder"  # one entry: safetensors writes several in no fixed order
@@ -41,7 +37,7 @@ class Decoder(nn.Module):
     """Convolutions from the tokens of all levels to an image.
 
     From the coarsest grid to the finest, then in doublings to the image: a level joins where its
-    grid is reached. Each channel is first normalised over the training set.
+    grid is reached. Each channel is first normalized over the training set.
 
     Args:
         channels: Channels of each level.
@@ -107,7 +103,7 @@ class Decoder(nn.Module):
 
 
 def _doublings(start: tuple[int, int], end: tuple[int, int]) -> list[tuple[int, int]]:
-    """Sizes after ``start`` up to ``end``, each twice the one before at most."""
+    """Return the sizes after ``start`` up to ``end``, each twice the one before at most."""
     sizes = []
     size = end
     while size[0] > start[0] or size[1] > start[1]:
@@ -116,7 +112,8 @@ def _doublings(start: tuple[int, int], end: tuple[int, int]) -> list[tuple[int, 
     return sizes[::-1]
 
 
-def _decoder_for(model: RLRModel) -> Decoder:
+def decoder_for(model: RLRModel) -> Decoder:
+    """Return an untrained decoder for the features of a model."""
     return Decoder(model.backbone.channels, model.backbone.grids, model.config.image_size)
 
 
@@ -126,7 +123,7 @@ class DecoderResult:
 
     Attributes:
         decoder: In eval mode.
-        history: A row an epoch, ``{"epoch": …, "loss": …}``.
+        history: A row per epoch, ``{"epoch": …, "loss": …}``.
         failures: Training images that could not be read and were left out.
         training: How it was made: arguments, data.
     """
@@ -135,104 +132,6 @@ class DecoderResult:
     history: list[dict[str, float]]
     failures: list[ImageFailure]
     training: dict[str, Any]
-
-
-def train_decoder(
-    model: RLRModel,
-    data: DataSet,
-    *,
-    epochs: int,
-    batch_size: int,
-    lr: float,
-    seed: int,
-    workers: int | None = None,
-    progress: Callable[[int, float], object] = lambda images, loss: None,
-) -> DecoderResult:
-    """Train a decoder on the normal images of all classes.
-
-    Minimises the mean absolute difference of pixels with Adam; the learning rate falls to 0 on a
-    cosine. Features are made from the files in every epoch. On a CPU the same seed gives the same
-    decoder, with the same number of threads.
-
-    Args:
-        model: Its backbone and neighbourhood give the features, on the device where it lies.
-        data: Its ``train`` samples are used.
-        epochs: Passes over them, positive.
-        batch_size: Images a step, positive.
-        lr: Adam's learning rate at the start, positive.
-        seed: Of weights and order of images, from 0 to 2**29 - 1.
-        workers: Threads that decode images.
-        progress: Called after each step with its images and loss.
-
-    Raises:
-        ValueError: A class has no training images, or an argument is out of its range.
-        TrainingError: No image of a class can be read, or the loss is not finite.
-    """
-    for name, value in (("epochs", epochs), ("batch_size", batch_size), ("lr", lr)):
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name} must be positive and finite, got {name}={value}")
-    check_seed(seed)
-    data.require_train()
-    samples = [sample for group in data.train.values() for sample in group]
-    device = model.device
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        decoder = _decoder_for(model).to(device)
-    failures: dict[int, ImageFailure] = {}
-    for batch in iterate_images(samples, model.config.image_size, batch_size, workers):
-        failures |= {failure.index: failure for failure in batch.failures}
-        if batch.indices:
-            with torch.no_grad():
-                decoder.fit_normalization(model.tokens(batch.images.to(device)))
-    decoder.normalize.eval()
-    readable = _readable(samples, failures)
-    order = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.Adam(decoder.parameters(), lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
-    history: list[dict[str, float]] = []
-    for epoch in range(1, epochs + 1):
-        rows = [readable[i] for i in torch.randperm(len(readable), generator=order).tolist()]
-        shuffled = [samples[i] for i in rows]
-        total, seen = 0.0, 0
-        for batch in iterate_images(shuffled, model.config.image_size, batch_size, workers):
-            for failure in batch.failures:
-                failures[rows[failure.index]] = ImageFailure(rows[failure.index], failure.error)
-            if not batch.indices:
-                continue
-            images = batch.images.to(device)
-            with torch.no_grad():
-                tokens = model.tokens(images)
-            loss = (decoder(tokens) - images / 255).abs().mean()
-            if not torch.isfinite(loss):
-                raise TrainingError(f"the decoder's loss is {loss.item()} in epoch {epoch}")
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            total += loss.item() * len(images)
-            seen += len(images)
-            progress(len(images) + len(batch.failures), loss.item())
-        if seen == 0:
-            raise TrainingError(f"no training image can be read: {failures[rows[0]].error}")
-        schedule.step()
-        history.append({"epoch": epoch, "loss": total / seen})
-    found = sorted(failures.values(), key=lambda failure: failure.index)
-    about = {
-        **{"epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed},
-        **{"data": describe_images(data, data.train), "left_out": len(found)},
-    }
-    return DecoderResult(decoder.eval(), history, found, about)
-
-
-def _readable(samples: Sequence[Sample], failures: Mapping[int, ImageFailure]) -> list[int]:
-    """Return the places of the samples to learn from; tell of the others before the long work."""
-    readable = [i for i in range(len(samples)) if i not in failures]
-    known = {samples[i].category for i in readable}
-    for index, failure in failures.items():
-        name = samples[index].category
-        if name not in known:
-            raise TrainingError(f"no training image of {name} can be read: {failure.error}")
-        _log.warning("left out: %s", failure.error)
-    return readable
 
 
 def check_decoder_file(path: Path) -> None:
@@ -259,10 +158,10 @@ def check_decoder_file(path: Path) -> None:
 def save_decoder(result: DecoderResult, model: RLRModel, path: Path) -> None:
     """Write a decoder as a safetensors file that says how it was made and for which features.
 
-    The losses are written beside it, a line an epoch.
+    The losses are written beside it, a line per epoch.
 
     Args:
-        result: What `train_decoder` gave.
+        result: What `rlr_fast.training.decoder.train_decoder` gave.
         model: The model that it was trained with.
         path: File to write, see `check_decoder_file`; its folder is made.
 
@@ -299,7 +198,7 @@ def load_decoder(path: Path, model: RLRModel) -> Decoder:
     ]
     if wrong:
         raise CheckpointError(f"{path} was trained on other features: {'; '.join(wrong)}")
-    decoder = _decoder_for(model)
+    decoder = decoder_for(model)
     try:
         decoder.load_state_dict(state)
     except RuntimeError as error:

@@ -7,27 +7,27 @@ import os
 import matplotlib
 from PIL import ImageFont
 
-Colour = tuple[int, int, int]
+Color = tuple[int, int, int]
 
-INK: Colour = (32, 32, 32)
-FAINT: Colour = (112, 112, 112)
-PAPER: Colour = (255, 255, 255)
-EMPTY: Colour = (236, 236, 236)
+INK: Color = (32, 32, 32)
+FAINT: Color = (112, 112, 112)
+PAPER: Color = (255, 255, 255)
+EMPTY: Color = (236, 236, 236)
 
 
 def number(value: float) -> str:
-    """A number as the pictures write it."""
+    """Return a number as the pictures write it."""
     return f"{value:.4g}"
 
 
 def typeface(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which matplotlib brings, ``size`` pixels high."""
+    """Return DejaVu Sans, which matplotlib brings, ``size`` pixels high."""
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return ImageFont.truetype(os.path.join(matplotlib.get_data_path(), "fonts/ttf", name), size)
 
 
 def shortened(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
-    """The text, cut and ended by an ellipsis where it is wider than ``width`` pixels."""
+    """Return the text, cut and ended by an ellipsis where it is wider than ``width`` pixels."""
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "…") > width:

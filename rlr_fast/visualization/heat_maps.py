@@ -1,12 +1,12 @@
-"""Score maps on one fixed colour scale.
+"""Score maps on one fixed color scale.
 
-Every picture of scores takes its colour scale from the caller, the same for all images. Scaling
-each map by its own range would paint the least normal spot of a normal image in the colour of a
+Every picture of scores takes its color scale from the caller, the same for all images. Scaling
+each map by its own range would paint the least normal spot of a normal image in the color of a
 defect.
 
-The colours are matplotlib's "inferno": its lightness grows evenly with the score, so that equal
+The colors are matplotlib's "inferno": its lightness grows evenly with the score, so that equal
 steps in score look equal, no edge appears where the data has none (as in "jet" and, less, "turbo"),
-and the order survives grey print and colour blindness. It contains no cyan, which is left for the
+and the order survives gray print and color blindness. It contains no cyan, which is left for the
 outline of the ground truth.
 """
 
@@ -25,16 +25,16 @@ from rlr_fast.visualization.fonts import INK, PAPER, number, typeface
 
 Scale = tuple[float, float]
 
-_COLOURS = np.round(255 * matplotlib.colormaps["inferno"](np.arange(256))[:, :3]).astype(np.uint8)
+_COLORS = np.round(255 * matplotlib.colormaps["inferno"](np.arange(256))[:, :3]).astype(np.uint8)
 _STRIP = 256  # rows of a picture that are painted at once
 
 
 def heat_map(score_map: ArrayLike | torch.Tensor, scale: Scale) -> Image.Image:
-    """Paints a score map, a pixel a score; scores outside the scale get the colour of its end.
+    """Paint a score map, a pixel per score; scores outside the scale get the color of its end.
 
     Args:
         score_map: Pixel scores, (H, W).
-        scale: The scores of the first and the last colour, ``low < high``.
+        scale: The scores of the first and the last color, ``low < high``.
 
     Returns:
         An RGB picture, W x H.
@@ -48,17 +48,17 @@ def heat_map(score_map: ArrayLike | torch.Tensor, scale: Scale) -> Image.Image:
 def overlay(
     image: ArrayLike, score_map: ArrayLike | torch.Tensor, scale: Scale, alpha: float = 0.7
 ) -> Image.Image:
-    """Paints a score map over its image, the more opaque the higher the score.
+    """Paint a score map over its image, the more opaque the higher the score.
 
     With u twice the position of a score in the scale, clipped to [0, 1], the opacity is
     ``alpha * (3 u^2 - 2 u^3)``: zero at and below ``low``, where the image stays as it is, small
     for the low scores of a normal image, full from the middle of the scale. The dark rim that this
-    leaves around a defect sets it off from an image of any colour.
+    leaves around a defect sets it off from an image of any color.
 
     Args:
         image: The picture, (H, W, 3), uint8.
         score_map: Pixel scores, (h, w); resized to the image (bilinear) if the sizes differ.
-        scale: The scores of the first and the last colour, ``low < high``.
+        scale: The scores of the first and the last color, ``low < high``.
         alpha: Opacity from the middle of the scale, in [0, 1].
 
     Returns:
@@ -74,12 +74,12 @@ def overlay(
 def prediction_picture(
     image: ArrayLike, score_map: ArrayLike | torch.Tensor, scale: Scale, alpha: float = 0.7
 ) -> Image.Image:
-    """Puts image, score map and overlay side by side, with a bar that says what a colour means.
+    """Puts image, score map and overlay side by side, with a bar that says what a color means.
 
     Args:
         image: The picture, (H, W, 3), uint8.
         score_map: Pixel scores, (h, w); resized to the image (bilinear) if the sizes differ.
-        scale: The scores of the first and the last colour, ``low < high``.
+        scale: The scores of the first and the last color, ``low < high``.
         alpha: Opacity of the overlay from the middle of the scale, in [0, 1].
 
     Returns:
@@ -105,7 +105,7 @@ def prediction_picture(
 
 
 def _vertical_bar(height: int, scale: Scale) -> Image.Image:
-    """A colour bar with the numbers of the scale, of the given height."""
+    """Return a color bar with the numbers of the scale, of the given height."""
     font = typeface(min(max(height // 18, 9), 48))
     low, high = scale
     width = max(6, height // 28)
@@ -136,19 +136,19 @@ def blend(
 
 
 def position(scores: NDArray[np.float32], scale: Scale) -> NDArray[np.float32]:
-    """Where each score lies between the ends of the scale, in [0, 1]."""
+    """Return where each score lies between the ends of the scale, in [0, 1]."""
     low, high = check_scale(scale)
     place = (scores.astype(np.float64) - low) / (high - low)
     return np.clip(place, 0, 1).astype(np.float32)
 
 
 def paint(place: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """The colours (H, W, 3) of positions (H, W) in the scale."""
-    return _COLOURS[np.rint(255 * place).astype(np.intp)]
+    """Return the colors (H, W, 3) of positions (H, W) in the scale."""
+    return _COLORS[np.rint(255 * place).astype(np.intp)]
 
 
 def map_of(picture: NDArray[np.uint8], score_map: ArrayLike | torch.Tensor) -> NDArray[np.float32]:
-    """A score map at the resolution of its picture (H, W, 3)."""
+    """Return a score map at the resolution of its picture (H, W, 3)."""
     scores = _read_map(score_map)
     height, width = picture.shape[:2]
     if scores.shape == (height, width):
@@ -168,7 +168,7 @@ def _read_map(score_map: ArrayLike | torch.Tensor) -> NDArray[np.float32]:
 
 
 def read_image(image: ArrayLike) -> NDArray[np.uint8]:
-    """The picture as array (H, W, 3) of uint8; ValueError if it is none."""
+    """Return the picture as array (H, W, 3) of uint8; ValueError if it is none."""
     picture = np.asarray(image)
     if picture.ndim != 3 or picture.shape[2] != 3 or picture.size == 0:
         raise ValueError(f"image must have shape (H, W, 3), got {picture.shape}")
@@ -178,7 +178,7 @@ def read_image(image: ArrayLike) -> NDArray[np.uint8]:
 
 
 def read(values: ArrayLike | torch.Tensor) -> NDArray[Any]:
-    """An array or tensor as array; bfloat16, which NumPy lacks, as float32."""
+    """Return an array or tensor as array; bfloat16, which NumPy lacks, as float32."""
     if isinstance(values, torch.Tensor):
         values = values.detach().cpu()
         return (values.float() if values.is_floating_point() else values).numpy()
@@ -186,7 +186,7 @@ def read(values: ArrayLike | torch.Tensor) -> NDArray[Any]:
 
 
 def check_scale(scale: Scale) -> Scale:
-    """The scale itself, if it is two finite numbers in order; ValueError otherwise."""
+    """Return the scale itself, if it is two finite numbers in order; ValueError otherwise."""
     if len(scale) != 2:
         raise ValueError(f"scale must be (low, high), got {scale=}")
     low, high = float(scale[0]), float(scale[1])

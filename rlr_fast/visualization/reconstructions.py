@@ -1,4 +1,4 @@
-"""Reconstructed features made visible: a sheet a class, of one run or of two side by side."""
+"""Reconstructed features made visible: a sheet per class, of one run or of two side by side."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from rlr_fast.visualization.decoder import Decoder
 
 @dataclass(frozen=True)
 class Run:
-    """A trained model, its name in the sheets, and the fixed colour scale of its score maps."""
+    """A trained model, its name in the sheets, and the fixed color scale of its score maps."""
 
     name: str
     model: RLRModel
@@ -82,11 +82,11 @@ def reconstruction_sheets(
     workers: int | None = None,
     progress: Callable[[int], object] = lambda images: None,
 ) -> tuple[list[Path], list[str]]:
-    """Write a sheet a class: normal and defective images, score maps and reconstructed features.
+    """Write a sheet per class: normal and defective images, score maps and reconstructed features.
 
-    The colours of features are the first three principal components of one level's original tokens
+    The colors of features are the first three principal components of one level's original tokens
     over the shown images of a class, in the scale in which the first run compares them. The
-    reconstructions of all runs are painted in the same basis and range of colours.
+    reconstructions of all runs are painted in the same basis and range of colors.
 
     Args:
         runs: One or more runs of the same features, all on one device.
@@ -184,7 +184,7 @@ def _rows(
 ) -> list[ComparisonRow]:
     first = runs[0].model
     device = first.device
-    images = torch.stack([one.image for one in shown])
+    images = torch.stack([sample.image for sample in shown])
     tokens = [
         first.tokens(batch.to(device)) for batch in images.split(InferenceExecution.batch_size)
     ]
@@ -199,26 +199,26 @@ def _rows(
         return list((255 * pictures.clamp(0, 1)).round().byte().permute(0, 2, 3, 1).numpy())
 
     originals, grid = compared(tokens), first.backbone.grids[place]
-    colours = PrincipalColors(originals.flatten(0, 1))
+    colors = PrincipalColors(originals.flatten(0, 1))
     views: list[list[RunView]] = []  # of each run
     for run in runs:
         scored = [run.model.predict_tokens(levels) for levels in tokens]
         rebuilt = [run.model.reconstruct(levels) for levels in tokens]
         maps = torch.cat([out.score_map[:, 0].cpu() for out in scored])
         scores = torch.cat([out.score for out in scored]).tolist()
-        painted = [colours.paint(features, grid) for features in compared(rebuilt)]
+        painted = [colors.paint(features, grid) for features in compared(rebuilt)]
         pictures = decoded(rebuilt)
         views.append([RunView(*of) for of in zip(maps, scores, painted, pictures, strict=True)])
     return [
         ComparisonRow(
-            image=one.image.permute(1, 2, 0).numpy(),
-            mask=one.mask,
-            defect=one.sample.defect,
-            features=colours.paint(original, grid),
+            image=shown_sample.image.permute(1, 2, 0).numpy(),
+            mask=shown_sample.mask,
+            defect=shown_sample.sample.defect,
+            features=colors.paint(original, grid),
             runs=of_runs,
             decoded=picture,
         )
-        for one, original, picture, of_runs in zip(
+        for shown_sample, original, picture, of_runs in zip(
             shown, originals, decoded(tokens), zip(*views, strict=True), strict=True
         )
     ]

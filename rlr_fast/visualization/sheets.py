@@ -19,7 +19,7 @@ from rlr_fast.visualization.fonts import (
     FAINT,
     INK,
     PAPER,
-    Colour,
+    Color,
     number,
     shortened,
     typeface,
@@ -35,7 +35,7 @@ from rlr_fast.visualization.heat_maps import (
     read_image,
 )
 
-_OUTLINE: Colour = (0, 229, 255)
+_OUTLINE: Color = (0, 229, 255)
 
 
 @dataclass(frozen=True)
@@ -68,14 +68,14 @@ def sample_sheet(
     panel_size: int = 192,
     rows_per_column: int = 16,
 ) -> None:
-    """Writes a sheet of samples: image, ground truth, score map and overlay in every row.
+    """Write a sheet of samples: image, ground truth, score map and overlay in every row.
 
     Each row is captioned with category, defect and image score. The outline of the ground truth is
     drawn on the overlay. More than ``rows_per_column`` rows are laid out in several equal columns.
 
     Args:
         rows: The samples, at least one; about 60 make a sheet that can still be looked at.
-        scale: The scores of the first and the last colour, ``low < high``.
+        scale: The scores of the first and the last color, ``low < high``.
         path: File to write; its folder must exist, its suffix names the format (.png, .jpg, .pdf).
         alpha: Opacity of the overlay from the middle of the scale, in [0, 1].
         panel_size: Longer side of a panel in pixels, at least 64; images are resized to it.
@@ -123,8 +123,8 @@ def sample_sheet(
         panels_left = left + text_width + 2 * gap
         titles = ("image", "ground truth", "score map", "overlay")
         for i, title in enumerate(titles):
-            centre = panels_left + i * (panel_size + gap) + panel_size / 2
-            draw.text((centre, margin + line / 2), title, FAINT, font, anchor="mm")
+            center = panels_left + i * (panel_size + gap) + panel_size / 2
+            draw.text((center, margin + line / 2), title, FAINT, font, anchor="mm")
         first = column * per_column
         for j in range(first, min(first + per_column, len(rows))):
             y = top + (j - first) * (panel_size + gap)
@@ -160,7 +160,7 @@ def sample_sheet(
 
 
 def _panels(row: SheetRow, scale: Scale, alpha: float, size: int) -> list[Image.Image]:
-    """The four panels of one row, each size x size."""
+    """Return the four panels of one row, each size x size."""
     picture = read_image(row.image)
     fitted = fitted_size(picture, size)
     picture = np.asarray(Image.fromarray(picture).resize(fitted, Image.Resampling.LANCZOS))
@@ -171,7 +171,7 @@ def _panels(row: SheetRow, scale: Scale, alpha: float, size: int) -> list[Image.
         # Any part of a defect marks its pixel, or a small one would vanish from the outline.
         _outline(over, np.asarray(truth)[..., 0] > 0, max(1, size // 128))
     return [
-        centred(panel, size)
+        centered(panel, size)
         for panel in (
             Image.fromarray(picture),
             truth,
@@ -182,26 +182,26 @@ def _panels(row: SheetRow, scale: Scale, alpha: float, size: int) -> list[Image.
 
 
 def fitted_size(picture: NDArray[np.uint8], size: int) -> tuple[int, int]:
-    """(width, height) of a picture (H, W, 3) whose longer side is made ``size``."""
+    """Return (width, height) of a picture (H, W, 3) whose longer side is made ``size``."""
     height, width = picture.shape[:2]
     factor = size / max(height, width)
     return max(1, round(width * factor)), max(1, round(height * factor))
 
 
 def truth_panel(mask: ArrayLike | torch.Tensor | None, fitted: tuple[int, int]) -> Image.Image:
-    """The ground truth (h, w) as a picture of (width, height); without one, words that say so."""
+    """Return the ground truth (h, w) as a picture of (width, height); without one, it says so."""
     if mask is None:
         truth = Image.new("RGB", fitted, EMPTY)
         where = (fitted[0] / 2, fitted[1] / 2)
         font = typeface(max(11, max(fitted) // 13))
         ImageDraw.Draw(truth).text(where, "no mask", FAINT, font, anchor="mm")
         return truth
-    grey = Image.fromarray(_read_mask(mask).astype(np.uint8) * 255)
-    return grey.resize(fitted, Image.Resampling.BOX).convert("RGB")
+    gray = Image.fromarray(_read_mask(mask).astype(np.uint8) * 255)
+    return gray.resize(fitted, Image.Resampling.BOX).convert("RGB")
 
 
 def _outline(picture: NDArray[np.uint8], mask: NDArray[np.bool_], width: int) -> None:
-    """Draws the border around a mask into a picture, outside the mask, so as to hide no score."""
+    """Draw the border around a mask into a picture, outside the mask, so as to hide no score."""
     structure = np.ones((3, 3), dtype=bool)
     # Pinholes of a speckled mask are closed, or their outlines would cover the defect.
     margin = 3 * width
@@ -211,8 +211,8 @@ def _outline(picture: NDArray[np.uint8], mask: NDArray[np.bool_], width: int) ->
     picture[border[margin:-margin, margin:-margin]] = _OUTLINE
 
 
-def centred(panel: Image.Image, size: int) -> Image.Image:
-    """The panel in the middle of a square of paper."""
+def centered(panel: Image.Image, size: int) -> Image.Image:
+    """Return the panel in the middle of a square of paper."""
     square = Image.new("RGB", (size, size), PAPER)
     square.paste(panel, ((size - panel.width) // 2, (size - panel.height) // 2))
     return square

@@ -13,8 +13,9 @@ from conftest import make_tree
 from PIL import Image
 from torch._inductor.exc import InductorError
 
-from rlr_fast.cli import common, main
+from rlr_fast.cli import main
 from rlr_fast.data.files import write_atomically
+from rlr_fast.inference import batches
 from rlr_fast.visualization import comparison_sheet, reconstructions
 
 FLAGS = [
@@ -79,7 +80,12 @@ def test_predict_in_tiles(trained, tmp_path, capsys):
 @pytest.mark.parametrize("verb", ["predict", "eval"])
 def test_compile_is_for_batches_of_the_given_size(trained, tmp_path, verb, monkeypatch):
     compiled = []
-    monkeypatch.setattr(common, "compile_model", lambda _, size: compiled.append(size))
+
+    def compile_model(model, batch_size):
+        compiled.append(batch_size)
+        model.compiled_batch = batch_size
+
+    monkeypatch.setattr(batches, "compile_model", compile_model)
     argv = [verb, str(trained / "data"), "--checkpoint", str(trained / "run"), "--quiet"]
     assert main([*argv, "--out", str(tmp_path / "plain")]) == 0
     assert main([*argv, "--out", str(tmp_path), "--compile", "--batch-size", "3"]) == 0
@@ -90,7 +96,7 @@ def test_a_machine_that_cannot_compile_is_told_in_a_line(trained, tmp_path, caps
     def no_compiler(*_):
         raise InductorError(RuntimeError("No working C++ compiler found"), None)
 
-    monkeypatch.setattr(common, "compile_model", no_compiler)
+    monkeypatch.setattr(batches, "compile_model", no_compiler)
     argv = ["predict", trained / "data", "--checkpoint", trained / "run", "--out", tmp_path]
     message = refused(capsys, *argv, "--compile")
     assert "cannot compile here" in message and "C++ compiler" in message
@@ -212,8 +218,8 @@ def test_the_file_may_hold_every_flag_that_is_needed(trained, tmp_path):
     ("content", "message"),
     [
         ("alfa: 5", "did you mean 'alpha'"),
-        ("alpha: many", "--alpha does not take 'many'"),
-        ("preset: papr", "known: paper"),
+        ("alpha: many", "Invalid value for --alpha from --config"),
+        ("preset: papr", 'Did you mean "paper"?'),
         ("quiet: 3", "--quiet is true or false"),
         ("[1, 2", "is not YAML"),
         ("- 1", "must hold flags and values"),
@@ -228,8 +234,8 @@ def test_mistakes_in_the_file_are_told(content, message, trained, tmp_path, caps
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["train", "DATA", "--out", "OUT", "--alfa", "3"], "did you mean '--alpha'"),
-        (["train", "DATA", "--out", "OUT", "--epochs", "few"], "invalid int value: 'few'"),
+        (["train", "DATA", "--out", "OUT", "--alfa", "3"], "Did you mean --alpha?"),
+        (["train", "DATA", "--out", "OUT", "--epochs", "few"], "must be a whole number, got 'few'"),
         (["train", "DATA", "--out", "OUT", "--windows", "4"], "odd and positive"),
         (["train", "DATA", "--out", "OUT", "--preset", "papr"], "paper"),
         (["train", "DATA"], "--out is needed"),
@@ -254,9 +260,9 @@ def test_mistakes_in_the_file_are_told(content, message, trained, tmp_path, caps
         ([*PREDICT, "--tile", "0"], "tile must be a positive side"),
         ([*PREDICT, "--tile", "-8"], "must be a side, or height x width"),
         ([*PREDICT, "--tile", "1x2x3"], "must be a side, or height x width"),
-        ([*PREDICT, "--tile", "big"], "invalid sides value: 'big'"),
+        ([*PREDICT, "--tile", "big"], "--tile: must be a side, or height x width"),
         ([*PREDICT, "--overlap", "8"], "--overlap needs --tile"),
-        ([*PREDICT, "--batch-size", "0"], "must be a whole number of at least 1, got '0'"),
+        ([*PREDICT, "--batch-size", "0"], "batch_size must be positive, got batch_size=0"),
         ([*PREDICT, "--precision", "fp8"], "fp8"),
         ([*PREDICT, "--precision", "fp16", "--device", "cpu"], "fp16 needs a CUDA device"),
         (["eval", *PREDICT[1:], "--precision", "fp16", "--device", "cpu"], "fp16 needs a CUDA"),

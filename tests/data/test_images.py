@@ -37,7 +37,7 @@ def save(path: Path, pixels: np.ndarray | Image.Image, **options) -> Path:
     return path
 
 
-@pytest.mark.parametrize("suffix", ["png", "bmp", "tif", "webp"])
+@pytest.mark.parametrize("suffix", ["png", "bmp", "gif", "tif", "webp"])
 def test_rgb_pixels_come_back_channels_first_and_unchanged(tmp_path, suffix):
     pixels = noise(5, 7, 3)
     options = {"lossless": True} if suffix == "webp" else {}
@@ -55,10 +55,10 @@ def test_size_is_height_then_width_and_resizing_is_lanczos(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "P", "LA"])
-def test_grey_and_palette_become_rgb(tmp_path, mode):
-    grey = Image.fromarray(noise(6, 6)).convert(mode)
-    found = load_image(save(tmp_path / "a.png", grey), (6, 6))
-    expected = np.asarray(grey.convert("RGB")).transpose(2, 0, 1)
+def test_gray_and_palette_become_rgb(tmp_path, mode):
+    gray = Image.fromarray(noise(6, 6)).convert(mode)
+    found = load_image(save(tmp_path / "a.png", gray), (6, 6))
+    expected = np.asarray(gray.convert("RGB")).transpose(2, 0, 1)
     np.testing.assert_array_equal(found.numpy(), expected)
 
 
@@ -69,7 +69,7 @@ def test_cmyk_jpeg_becomes_rgb(tmp_path):
     assert found[1:].mean() < 30
 
 
-def test_transparent_pixels_are_black_whatever_colour_hides_there(tmp_path):
+def test_transparent_pixels_are_black_whatever_color_hides_there(tmp_path):
     pixels = np.full((2, 2, 4), 200, dtype=np.uint8)
     pixels[..., 3] = [[255, 0], [255, 128]]
     found = load_image(save(tmp_path / "a.png", pixels), (2, 2))
@@ -81,7 +81,7 @@ def test_transparent_pixels_are_black_whatever_colour_hides_there(tmp_path):
     assert found[:, 0].tolist() == [[10, 0], [20, 0], [30, 0]]
 
 
-def test_premultiplied_grey_keeps_its_visible_grey(tmp_path):
+def test_premultiplied_gray_keeps_its_visible_gray(tmp_path):
     pixels = np.full((1, 2, 2), 128, dtype=np.uint8)
     pixels[0, :, 0] = [128, 64]
     image = to_rgb(Image.frombytes("La", (2, 1), pixels.tobytes()), tmp_path / "a.tif")
@@ -89,7 +89,7 @@ def test_premultiplied_grey_keeps_its_visible_grey(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
-def test_16_bit_grey_keeps_its_high_byte_instead_of_turning_white(tmp_path, suffix):
+def test_16_bit_gray_keeps_its_high_byte_instead_of_turning_white(tmp_path, suffix):
     pixels = np.array([[0, 255, 256], [0x1234, 0x8000, 0xFFFF]], dtype=np.uint16)
     found = load_image(save(tmp_path / f"a.{suffix}", pixels), (2, 3))
     assert found[1].tolist() == [[0, 0, 1], [0x12, 0x80, 0xFF]]
@@ -256,10 +256,10 @@ def test_mask_values_below_255_count_before_resizing(tmp_path):
     assert mask.nonzero().tolist() == [[1, 2], [3, 0]]
 
 
-def test_mask_is_resized_by_nearest_neighbour_at_pixel_centres(tmp_path):
+def test_mask_is_resized_by_nearest_neighbor_at_pixel_centers(tmp_path):
     pixels = noise(24, 12) // 128
     found = load_mask([save(tmp_path / "m.png", pixels)], (24, 12), (8, 6))
-    # 3 rows and 2 columns to one pixel: centres fall on row 1 of 3, and on column 1 of 2.
+    # 3 rows and 2 columns to one pixel: centers fall on row 1 of 3, and on column 1 of 2.
     np.testing.assert_array_equal(found.numpy(), pixels[1::3, 1::2] != 0)
 
 
@@ -280,9 +280,9 @@ def test_no_mask_files_mark_nothing():
     [
         pytest.param(1, 0, "1", id="bilevel"),
         pytest.param((0, 0, 1), (0, 0, 0), "RGB", id="dark-blue-is-not-black"),
-        pytest.param((255, 0, 0, 255), (0, 0, 0, 0), "RGBA", id="colour-on-transparent"),
+        pytest.param((255, 0, 0, 255), (0, 0, 0, 0), "RGBA", id="color-on-transparent"),
         pytest.param((255, 255, 255, 1), (255, 255, 255, 0), "RGBA", id="alpha-alone"),
-        pytest.param((255, 255), (0, 255), "LA", id="grey-with-alpha"),
+        pytest.param((255, 255), (0, 255), "LA", id="gray-with-alpha"),
     ],
 )
 def test_mask_modes(tmp_path, marked, clear, mode):
@@ -292,7 +292,7 @@ def test_mask_modes(tmp_path, marked, clear, mode):
     assert mask.tolist() == [[False, True]]
 
 
-def test_transparent_colour_of_a_palette_mask_is_not_marked(tmp_path):
+def test_transparent_color_of_a_palette_mask_is_not_marked(tmp_path):
     palette = Image.new("P", (2, 1))
     palette.putpixel((1, 0), 1)
     palette.putpalette([255, 255, 255, 255, 0, 0])
@@ -300,7 +300,7 @@ def test_transparent_colour_of_a_palette_mask_is_not_marked(tmp_path):
     assert mask.tolist() == [[False, True]]
 
 
-def test_palette_mask_counts_by_colour_not_by_index(tmp_path):
+def test_palette_mask_counts_by_color_not_by_index(tmp_path):
     palette = Image.new("P", (2, 1))
     palette.putpixel((1, 0), 1)
     palette.putpalette([128, 0, 0, 0, 0, 0])  # index 0 is red, index 1 is black
@@ -348,7 +348,7 @@ def test_defect_without_mask_is_not_taken_for_a_normal_image(tmp_path):
 
 @pytest.fixture
 def ten_files(tmp_path):
-    """Ten files of growing size and one grey value each; the 3rd and the last are broken."""
+    """Ten files of growing size and one gray value each; the 3rd and the last are broken."""
     files = [
         save(tmp_path / f"{i}.png", np.full((4 + i, 5, 3), i, dtype=np.uint8)) for i in range(10)
     ]

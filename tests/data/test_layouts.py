@@ -83,7 +83,7 @@ def paths(samples) -> list[str]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_each_layout_is_recognised_and_equals_the_explicit_one(tmp_path, layout):
+def test_each_layout_is_recognized_and_equals_the_explicit_one(tmp_path, layout):
     make(tmp_path, layout)
     assert detect_layout(tmp_path) == layout
     found = read_dataset(tmp_path)
@@ -343,7 +343,7 @@ def test_empty_folder_says_so(tmp_path):
         pytest.param("mvtec_anomaly_detection/bottle/train", "bottle", id="one-too-low"),
     ],
 )
-def test_neighbouring_folder_is_suggested(tmp_path, given, meant):
+def test_neighboring_folder_is_suggested(tmp_path, given, meant):
     make_mvtec_class(tmp_path / "mvtec_anomaly_detection/bottle")
     with pytest.raises(ValueError, match=f"did you mean root='.*{meant}'"):
         read_dataset(tmp_path / given)
@@ -400,6 +400,6 @@ def test_order_does_not_depend_on_the_file_system(tmp_path, monkeypatch):
 
 
 def test_list_images_takes_every_suffix_in_any_case(tmp_path):
-    names = ["a.png", "b.jpg", "c.JPEG", "d.Bmp", "e.tif", "f.TIFF", "g.webp"]
-    touch(tmp_path, *names, "h.gif", "i.txt", "png", ".j.png", "folder.png/k.png")
+    names = ["a.png", "b.jpg", "c.JPEG", "d.Bmp", "e.tif", "f.TIFF", "g.webp", "h.gif"]
+    touch(tmp_path, *names, "i.txt", "png", ".j.png", "folder.png/k.png")
     assert [path.name for path in list_images(tmp_path)] == names

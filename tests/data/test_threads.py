@@ -6,12 +6,12 @@ import threading
 
 import pytest
 
-from rlr_fast.data.threads import Writer
+from rlr_fast.data.threads import BackgroundWriter
 
 
 def test_one_thread_does_jobs_in_order():
     done = []
-    with Writer(threads=1, jobs=3) as writer:
+    with BackgroundWriter(threads=1, jobs=3) as writer:
         for i in range(20):
             writer.submit(lambda i=i: done.append(i))
     assert done == list(range(20))
@@ -31,7 +31,7 @@ def test_submit_waits_where_jobs_or_their_cost_are_too_many(jobs, cost, most):
     def job():
         release.wait(30)
 
-    with Writer(2, jobs, cost) as writer:
+    with BackgroundWriter(2, jobs, cost) as writer:
         for _ in range(most):
             writer.submit(job, 2.0)  # there is room
         one_more = threading.Thread(target=writer.submit, args=(job, 2.0))
@@ -47,7 +47,7 @@ def test_an_error_reaches_the_next_call_that_meets_it():
     def fail():
         raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"), Writer(threads=1, jobs=1) as writer:
+    with pytest.raises(OSError, match="disk full"), BackgroundWriter(threads=1, jobs=1) as writer:
         writer.submit(fail)
         writer.submit(lambda: None)
         pytest.fail("the second job was taken")
@@ -57,7 +57,7 @@ def test_an_error_of_the_last_job_is_met_on_leaving():
     def fail():
         raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"), Writer(threads=1, jobs=9) as writer:
+    with pytest.raises(OSError, match="disk full"), BackgroundWriter(threads=1, jobs=9) as writer:
         writer.submit(fail)
 
 
@@ -68,7 +68,7 @@ def test_an_interruption_waits_for_what_was_handed_over_and_is_what_is_raised():
     def fail():
         raise OSError("disk full")
 
-    with pytest.raises(KeyboardInterrupt), Writer(threads=1, jobs=9) as writer:
+    with pytest.raises(KeyboardInterrupt), BackgroundWriter(threads=1, jobs=9) as writer:
         writer.submit(lambda: done.append(release.wait(30)))
         writer.submit(lambda: done.append(True))
         writer.submit(fail)

@@ -56,7 +56,7 @@ def ranking_metrics(scores, labels):
 
 
 def components(mask):
-    """Regions of one mask by flood fill, diagonal neighbours included, as sets of (y, x)."""
+    """Regions of one mask by flood fill, diagonal neighbors included, as sets of (y, x)."""
     left = {(int(y), int(x)) for y, x in zip(*np.nonzero(mask), strict=True)}
     regions = []
     while left:
@@ -186,7 +186,7 @@ def test_aupro_by_hand(scores, mask, max_fpr, expected):
     assert aupro(maps, masks, max_fpr) == pytest.approx(expected, abs=1e-12)
 
 
-def test_corner_neighbours_are_one_region():
+def test_corner_neighbors_are_one_region():
     # 8-connectivity: pixel (0, 0) hangs on the region of two; with 4 there would be two regions.
     masks = np.zeros((1, 3, 4), bool)
     masks[0, 0, 0] = masks[0, 1, 1] = masks[0, 1, 2] = True

@@ -55,6 +55,14 @@ def test_predict_skips_a_corrupt_file_among_fifty(model, tmp_path):
     assert len(rows(result.results)) == 50
 
 
+def test_masks_of_a_data_set_are_left_out_and_told(tree, caplog):
+    found = [file.path for file in find_images([tree])]
+    assert found and not any("ground_truth" in path.parts for path in found)
+    assert {path.parts[-3] for path in found} == {"train", "test"}
+    assert f"the masks in {tree / 'bolt/ground_truth'} are not scored" in caplog.text
+    assert len(find_images([tree / "bolt/ground_truth"])) == 2  # asked for
+
+
 def test_pictures_of_an_earlier_prediction_are_not_scored(model, tmp_path):
     save_picture(tmp_path / "images/a.png", 1)
     predict(model, find_images([tmp_path / "images"]), tmp_path / "images", (0.0, 1.0))

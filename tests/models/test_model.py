@@ -100,7 +100,7 @@ def test_variants_are_kept_in_the_checkpoint(small, images, tmp_path):
         RLRModel.from_pretrained(tmp_path / "run")
 
 
-def test_standardisation_is_kept_in_the_checkpoint(small, images, tmp_path):
+def test_standardization_is_kept_in_the_checkpoint(small, images, tmp_path):
     model = RLRModel(dataclasses.replace(small, standardize=True))
     for level in model.standardize:
         level.fit(torch.randn_like(level.mean), torch.rand_like(level.std) + 0.5)
@@ -124,7 +124,7 @@ def test_reconstructions_are_what_the_distance_compares(standardize, small, imag
         torch.testing.assert_close(distance(*compared), d)
 
 
-def test_standardisation_leaves_a_constant_channel_unscaled(small):
+def test_standardization_leaves_a_constant_channel_unscaled(small):
     level = RLRModel(dataclasses.replace(small, standardize=True)).standardize[0]
     level.fit(torch.full_like(level.mean, 2.0), torch.zeros_like(level.std))
     assert torch.equal(level(torch.full_like(level.mean, 3.0)), torch.ones_like(level.mean))

@@ -123,7 +123,7 @@ def loop(
     [
         pytest.param((3, 4), (3, 3), id="clipped-at-corners"),
         pytest.param((4, 3), (1, 5), id="pair-wider-than-grid"),
-        pytest.param((3, 3), (3, 3), id="only-centre-has-no-outside-key"),
+        pytest.param((3, 3), (3, 3), id="only-center-has-no-outside-key"),
         pytest.param((3, 2), (5, 3), id="no-outside-key-at-all"),
         pytest.param((1, 1), (1, 1), id="one-token"),
     ],
@@ -178,7 +178,7 @@ def small_tiles(monkeypatch):
     [
         pytest.param((7, 9), 5, id="odd-grid"),
         pytest.param((1, 1), 3, id="one-token"),
-        pytest.param((5, 5), 5, id="window-covers-grid-from-centre"),
+        pytest.param((5, 5), 5, id="window-covers-grid-from-center"),
         pytest.param((5, 5), 9, id="window-covers-grid"),
         pytest.param((3, 19), (9, 3), id="pair-higher-than-grid"),
     ],
@@ -203,7 +203,7 @@ def test_tiled_equals_dense_for_every_size_of_window(operator, window):
     ("grid", "window"),
     [
         pytest.param((13, 10), 5, id="ragged-tiles"),
-        pytest.param((5, 5), 5, id="window-covers-grid-from-centre"),
+        pytest.param((5, 5), 5, id="window-covers-grid-from-center"),
     ],
 )
 def test_tiled_in_half_precision_errs_as_little_as_dense(operator, grid, window, per_image, dtype):
@@ -309,7 +309,7 @@ def test_row_without_keys_is_zero_and_gives_no_gradient(backend, queries, monkey
     monkeypatch.setattr(mlka, "QUERIES_PER_CALL", queries)
     inputs = make_inputs((3, 5), dtype=torch.float32)
     found = results(masked_learnable_key_attention, inputs, (3, 5), (3, 5), backend=backend)
-    empty = [7]  # the centre is the one token whose window holds all of 3x5
+    empty = [7]  # the center is the one token whose window holds all of 3x5
     for name in ("output", "dquery"):
         assert (found[name][:, :, empty] == 0).all()
         assert (found[name][:, :, :7].abs().amax(-1) > 0).all()

@@ -274,7 +274,7 @@ def test_a_class_whose_images_are_all_corrupt_stops_before_training(dataset, tmp
         run(dataset, tmp_path / "run", tmp_path)
 
 
-def test_standardisation_is_that_of_the_training_set(dataset, tmp_path):
+def test_standardization_is_that_of_the_training_set(dataset, tmp_path):
     config = dataclasses.replace(SMALL, standardize=True)
     run(dataset, tmp_path / "run", tmp_path, config)
     model = RLRModel.from_pretrained(tmp_path / "run")
@@ -345,7 +345,7 @@ def test_diversity_counts_once_per_step_over_micro_batches_and_processes(tmp_pat
     names = [name for name, _ in model.levels.named_parameters()]
 
     class Share(Processes):
-        def exchange(self, value):
+        def all_gather(self, value):
             return [4, 1]
 
     def gradients(rank, part, size):
@@ -468,7 +468,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_features(dataset, tm
     [
         ("{}", "it has no 'model'"),
         ('{"model": {}, "recipe": 3, "data": {}}', "recipe must be an object"),
-        ("[]", "it must be an object of model, recipe, data"),
+        ("[]", r"it must be an object, got \[\]"),
         ("{", "Expecting property name"),
     ],
 )

@@ -13,6 +13,7 @@ from rlr_fast import RLRModel
 from rlr_fast.data import iterate_images
 from rlr_fast.data.files import write_tensors
 from rlr_fast.models.checkpoint import CheckpointError, read_weights
+from rlr_fast.training.decoder import train_decoder
 from rlr_fast.training.run_dir import TrainingError
 from rlr_fast.visualization.decoder import (
     Decoder,
@@ -20,7 +21,6 @@ from rlr_fast.visualization.decoder import (
     check_decoder_file,
     load_decoder,
     save_decoder,
-    train_decoder,
 )
 
 
@@ -180,7 +180,7 @@ def test_file_gives_the_same_pictures_and_serves_another_run(small, model, datas
     [
         pytest.param({"out_indices": (1, 2)}, r"out_indices \[2, 3\], here \[1, 2\]", id="levels"),
         pytest.param({"image_size": (64, 64)}, "image_size", id="size"),
-        pytest.param({"neighborhood": 1}, "neighborhood 3, here 1", id="neighbourhood"),
+        pytest.param({"neighborhood": 1}, "neighborhood 3, here 1", id="neighborhood"),
         pytest.param({}, "fingerprint", id="weights"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Tests of the pictures: fixed colour scale, untouched normal images, sheets, loss curves."""
+"""Tests of the pictures: fixed color scale, untouched normal images, sheets, loss curves."""
 
 from __future__ import annotations
 
@@ -67,23 +67,23 @@ def test_heat_map_has_a_pixel_per_score():
     assert heat_map(np.zeros((20, 30), np.float32), SCALE).size == (30, 20)
 
 
-def test_equal_scores_have_equal_colours_in_maps_of_different_range():
+def test_equal_scores_have_equal_colors_in_maps_of_different_range():
     narrow = np.asarray(heat_map(np.array([[0.2, 0.5, 0.6]]), SCALE))
     wide = np.asarray(heat_map(np.array([[-7.0, 0.5, 40.0]]), SCALE))
     assert (narrow[0, 1] == wide[0, 1]).all()
     assert (narrow[0, 2] != wide[0, 2]).any()
 
 
-def test_scores_beyond_the_scale_get_the_colour_of_its_end():
-    colours = np.asarray(heat_map(np.array([[-3.0, 0.2, 1.0, 99.0]]), SCALE))[0]
-    assert (colours[0] == colours[1]).all()
-    assert (colours[2] == colours[3]).all()
-    assert colours[0].sum() < 30 < 600 < colours[3].sum()
+def test_scores_beyond_the_scale_get_the_color_of_its_end():
+    colors = np.asarray(heat_map(np.array([[-3.0, 0.2, 1.0, 99.0]]), SCALE))[0]
+    assert (colors[0] == colors[1]).all()
+    assert (colors[2] == colors[3]).all()
+    assert colors[0].sum() < 30 < 600 < colors[3].sum()
 
 
 def test_lightness_grows_with_the_score():
-    colours = np.asarray(heat_map(np.linspace(0.2, 1, 256)[None], SCALE), dtype=float)[0]
-    luminance = colours @ [0.2126, 0.7152, 0.0722]
+    colors = np.asarray(heat_map(np.linspace(0.2, 1, 256)[None], SCALE), dtype=float)[0]
+    luminance = colors @ [0.2126, 0.7152, 0.0722]
     assert (np.diff(luminance) > -1).all()
     assert np.corrcoef(luminance, np.arange(256))[0, 1] > 0.98
 
@@ -113,8 +113,8 @@ def test_low_scores_of_a_normal_image_hardly_show():
 def test_overlay_reaches_alpha():
     image = np.full((1, 2, 3), 100, np.uint8)
     scores = np.array([[0.6, 1.0]])
-    colours = np.asarray(heat_map(scores, SCALE), dtype=float)
-    expected = np.rint(0.25 * 100 + 0.75 * colours)
+    colors = np.asarray(heat_map(scores, SCALE), dtype=float)
+    expected = np.rint(0.25 * 100 + 0.75 * colors)
     assert np.abs(np.asarray(overlay(image, scores, SCALE, alpha=0.75)) - expected).max() <= 1
     assert (np.asarray(overlay(image, scores, SCALE, alpha=0.0)) == image).all()
 
@@ -169,10 +169,10 @@ def test_bar_prints_the_numbers_of_the_scale():
     other = np.asarray(prediction_picture(row.image, row.score_map, (0.2, 1.5)))
     bar = slice(3 * (96 + 2), None)
     assert one[:, bar].shape != other[:, bar].shape or (one[:, bar] != other[:, bar]).any()
-    colours = one[:, bar][:, 0].astype(int)  # from high, at the top, to low
+    colors = one[:, bar][:, 0].astype(int)  # from high, at the top, to low
     ends = np.asarray(heat_map(np.array([[1.0, 0.2]]), SCALE))[0]
-    assert (colours[0] == ends[0]).all()
-    assert (colours[-1] == ends[1]).all()
+    assert (colors[0] == ends[0]).all()
+    assert (colors[-1] == ends[1]).all()
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_bad_scale_is_refused(scale, tmp_path):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        pytest.param({"image": np.zeros((9, 9), np.uint8)}, "^image must have", id="grey-image"),
+        pytest.param({"image": np.zeros((9, 9), np.uint8)}, "^image must have", id="gray-image"),
         pytest.param({"image": np.zeros((3, 9, 9), np.uint8)}, "^image must have", id="chw"),
         pytest.param({"image": np.zeros((9, 9, 3))}, "^image must be uint8", id="float-image"),
         pytest.param({"score_map": np.zeros((1, 9, 9))}, "^score_map must have", id="channel"),
@@ -236,13 +236,13 @@ def test_sheet_grows_with_its_rows(count, columns, tmp_path):
 
 def test_every_row_of_a_sheet_is_drawn(tmp_path):
     # One row more than columns of equal length would need: the last column is shorter.
-    colours = [(10, 20, 200 - i) for i in range(7)]
-    rows = [sample(image=np.full((96, 96, 3), c, np.uint8), mask=None) for c in colours]
+    colors = [(10, 20, 200 - i) for i in range(7)]
+    rows = [sample(image=np.full((96, 96, 3), c, np.uint8), mask=None) for c in colors]
     sample_sheet(rows, SCALE, tmp_path / "sheet.png", panel_size=64, rows_per_column=4)
     with Image.open(tmp_path / "sheet.png") as sheet:
         pixels = np.asarray(sheet)
-    for colour in colours:
-        assert (pixels == colour).all(axis=2).sum() >= 64 * 64
+    for color in colors:
+        assert (pixels == color).all(axis=2).sum() >= 64 * 64
 
 
 def test_sheet_outlines_the_ground_truth_on_the_overlay(tmp_path):
@@ -312,26 +312,26 @@ def test_sheet_refuses_wrong_arguments(rows, options, message, tmp_path):
         sample_sheet(rows, SCALE, tmp_path / "sheet.png", **options)
 
 
-def test_colours_are_the_components_of_the_originals():
+def test_colors_are_the_components_of_the_originals():
     tokens = torch.randn(400, 6) * torch.tensor([9.0, 0.1, 4.0, 0.1, 2.0, 0.1])
-    colours = PrincipalColors(tokens).paint(tokens, (20, 20)).reshape(400, 3).astype(float)
+    colors = PrincipalColors(tokens).paint(tokens, (20, 20)).reshape(400, 3).astype(float)
     for channel, column in enumerate((0, 2, 4)):  # by falling variance
-        correlation = np.corrcoef(colours[:, channel], tokens[:, column])[0, 1]
+        correlation = np.corrcoef(colors[:, channel], tokens[:, column])[0, 1]
         assert correlation > 0.98, channel  # the sign is fixed too
-    assert colours.min() == 0 and colours.max() == 255
+    assert colors.min() == 0 and colors.max() == 255
 
 
 def test_reconstructions_are_painted_in_the_range_of_the_originals():
     originals = torch.randn(400, 6) * torch.tensor([9.0, 0.1, 4.0, 0.1, 2.0, 0.1])
-    colours = PrincipalColors(originals)
-    alone = colours.paint(originals[:100], (10, 10))
+    colors = PrincipalColors(originals)
+    alone = colors.paint(originals[:100], (10, 10))
     assert (
-        alone == colours.paint(originals, (20, 20)).reshape(400, 3)[:100].reshape(10, 10, 3)
+        alone == colors.paint(originals, (20, 20)).reshape(400, 3)[:100].reshape(10, 10, 3)
     ).all()
     # A tenth of the contrast stays a tenth: nothing is stretched to its own range.
-    flat = colours.paint(originals / 10, (20, 20)).astype(float)
+    flat = colors.paint(originals / 10, (20, 20)).astype(float)
     assert np.ptp(flat[..., 0]) < 60
-    far = colours.paint(originals + torch.tensor([99.0, 0, 0, 0, 0, 0]), (20, 20))
+    far = colors.paint(originals + torch.tensor([99.0, 0, 0, 0, 0, 0]), (20, 20))
     assert (far[..., 0] == 255).all()
 
 
@@ -343,19 +343,19 @@ def test_reconstructions_are_painted_in_the_range_of_the_originals():
         pytest.param(torch.full((4, 5), math.nan), "tokens must be finite", id="nan"),
     ],
 )
-def test_principal_colours_refuse_what_they_cannot_paint(tokens, message):
+def test_principal_colors_refuse_what_they_cannot_paint(tokens, message):
     with pytest.raises(ValueError, match=message):
         PrincipalColors(tokens)
 
 
-def test_constant_tokens_have_one_colour():
-    colours = PrincipalColors(torch.ones(16, 5)).paint(torch.ones(16, 5), (4, 4))
-    assert (colours == colours[0, 0]).all()
+def test_constant_tokens_have_one_color():
+    colors = PrincipalColors(torch.ones(16, 5)).paint(torch.ones(16, 5), (4, 4))
+    assert (colors == colors[0, 0]).all()
 
 
 def comparison(runs=2, decoded=True, defect="crack", mask=None):
-    def flat(*colour, size=8):
-        return np.full((size, size, 3), colour, np.uint8)
+    def flat(*color, size=8):
+        return np.full((size, size, 3), color, np.uint8)
 
     return ComparisonRow(
         image=flat(10, 20, 200),
@@ -391,10 +391,10 @@ def test_comparison_shows_every_panel_of_every_run(runs, decoded, tmp_path):
     for r in range(runs):
         panels += [tuple(heat[r]), (50, 150, 60 + r), *([(150, 50, 60 + r)] if decoded else [])]
     columns = []
-    for colour in panels:
-        found = (pixels == colour).all(axis=2)
-        # Of the colour bars, no more than a few columns have the colour of a score map.
-        assert 3 * 96 * 96 <= found.sum() < 3 * 96 * 96 + 100, colour
+    for color in panels:
+        found = (pixels == color).all(axis=2)
+        # Of the color bars, no more than a few columns have the color of a score map.
+        assert 3 * 96 * 96 <= found.sum() < 3 * 96 * 96 + 100, color
         columns.append(np.flatnonzero(found.sum(axis=0) >= 3 * 96)[0])
     order = [0, 1, 2] if decoded else [0, 1]
     order += list(range(len(order), len(panels)))

@@ -6,8 +6,8 @@ is a pure function of the seed: no download, no font, no texture file.
 
 from __future__ import annotations
 
-from .defects import DEFECT_KINDS
-from .make import CLASS_NAMES, make_dataset
-from .render import Sample, render_sample
+from rlr_fast.data.synthetic.make import CLASS_NAMES, make_dataset
+from rlr_fast.data.synthetic.product import DEFECT_KINDS
+from rlr_fast.data.synthetic.render import Sample, render_sample
 
 __all__ = ["CLASS_NAMES", "DEFECT_KINDS", "Sample", "make_dataset", "render_sample"]

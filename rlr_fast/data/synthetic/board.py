@@ -7,9 +7,9 @@ from itertools import pairwise
 
 import numpy as np
 
-from .canvas import Canvas, colour, mix, step
-from .noise import Array, Stream
-from .product import Fault, Product
+from rlr_fast.data.synthetic.canvas import Canvas, color, mix, step
+from rlr_fast.data.synthetic.noise import Array, Stream
+from rlr_fast.data.synthetic.product import Fault, Product, kinds_but
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class _Bench:
 
 
 def _pads(part: _Part) -> list[tuple[float, float, float, float]]:
-    """Return the solder pads of a part: centre (x, y) and half sizes, from the part's centre."""
+    """Return the solder pads of a part: center (x, y) and half sizes, from the part's center."""
     hx, hy = part.half_x, part.half_y
     if part.kind == "chip":
         sides = []
@@ -147,9 +147,8 @@ def _mount(bench: _Bench, part: _Part, stream: Stream, fault: Fault | None) -> N
         small = min(part.half_x, part.half_y) < 0.1
         turn = fault.grow(0.50, 1.10) if small else fault.grow(0.16, 0.38)
         angle += turn * fault.stream.choice("side", (-1, 1))
-        way = fault.stream.uniform("way", 0, 2 * np.pi)
-        x += fault.grow(0.035, 0.075) * float(np.cos(way))
-        y += fault.grow(0.035, 0.075) * float(np.sin(way))
+        down, right = fault.shift(0.035, 0.075)
+        x, y = x + right, y + down
     hx, hy = part.half_x, part.half_y
     at, v, u = bench.window(x, y, float(np.hypot(hx, hy)) + 0.06)
     cos, sin = float(np.cos(angle)), float(np.sin(angle))
@@ -162,7 +161,7 @@ def _mount(bench: _Bench, part: _Part, stream: Stream, fault: Fault | None) -> N
     rise = 0.02 * step(0, 0.02, -box)
 
     def shaded(code: str) -> Array:
-        return colour(code) * tone[..., None]
+        return color(code) * tone[..., None]
 
     if part.kind == "chip":
         for pad_x, pad_y, pad_hx, pad_hy in _pads(part):
@@ -171,7 +170,7 @@ def _mount(bench: _Bench, part: _Part, stream: Stream, fault: Fault | None) -> N
             )
             dv, du = dv * cos - du * sin, du * cos + dv * sin
             leg = canvas.inside(_box(dv, du, pad_hx - 0.008, pad_hy - 0.004))
-            canvas.lay(leg, colour("c9cbce"), 0.02, 0.8, here)
+            canvas.lay(leg, color("c9cbce"), 0.02, 0.8, here)
         _shadow(canvas, at, cover, 0.03)
         canvas.lay(cover, shaded("26272a"), 0.05 + rise, 0.25, at)
         dot = canvas.inside(np.hypot(v + 0.62 * hy, u + 0.62 * hx) - 0.024)
@@ -202,7 +201,7 @@ def _mount(bench: _Bench, part: _Part, stream: Stream, fault: Fault | None) -> N
             here, dv, du = bench.window(x + pad_x * cos, y + pad_x * sin, 0.05)
             pin = _box(dv * cos - du * sin, du * cos + dv * sin, 0.026, 0.026)
             top = 0.05 + 0.5 * step(0, 0.02, -pin)
-            canvas.lay(canvas.inside(pin), colour("d9b65c"), top, 0.9, here)
+            canvas.lay(canvas.inside(pin), color("d9b65c"), top, 0.9, here)
     elif part.kind == "led":
         _shadow(canvas, at, cover, 0.02)
         canvas.lay(cover, shaded("e6e2d6"), 0.03 + rise, 0.4, at)
@@ -227,7 +226,7 @@ def _mount(bench: _Bench, part: _Part, stream: Stream, fault: Fault | None) -> N
 def _circuit_board(canvas: Canvas, stream: Stream, fault: Fault | None) -> None:
     """Green board on a dark carrier, aligned by its edges."""
     sheet = canvas.fractal(stream.child("carrier"), 20, 2, 0.8)
-    canvas.albedo[:] = colour("33353a") * (1 + 0.06 * sheet)[..., None]
+    canvas.albedo[:] = color("33353a") * (1 + 0.06 * sheet)[..., None]
     v, u = canvas.pose(stream.child("pose"), 0.010, 0.7, 0.004)
     bench = _Bench(canvas, v, u, canvas.noise(stream.child("grain"), 45))
     outline = _box(v, u, 0.88, 0.88, 0.04)
@@ -236,10 +235,9 @@ def _circuit_board(canvas: Canvas, stream: Stream, fault: Fault | None) -> None:
         outline[at] = np.maximum(outline[at], 0.05 - np.hypot(dv, du))
     cover = canvas.inside(outline)
     canvas.cast_shadow(cover, 0.03, 0.02, 0.6)
-    canvas.occlusion += (1 - canvas.occlusion) * cover
     weave = canvas.noise(stream.child("glass"), 36)
     tone = 1 + 0.03 * weave + 0.05 * canvas.noise(stream.child("tone"), 0.9)
-    canvas.lay(cover, colour("1f5a3a") * tone[..., None], 0.02 + 0.00025 * weave, 0.5)
+    canvas.lay(cover, color("1f5a3a") * tone[..., None], 0.02 + 0.00025 * weave, 0.5)
     canvas.product[:] = cover
 
     copper = np.full_like(u, 1.0)
@@ -251,13 +249,13 @@ def _circuit_board(canvas: Canvas, stream: Stream, fault: Fault | None) -> None:
             along = np.maximum(np.abs(du * cos + dv * sin) - length / 2, 0)
             copper[at] = np.minimum(copper[at], np.hypot(along, dv * cos - du * sin) - 0.015)
     trace_cover = step(0.006, -0.006, copper) * cover
-    canvas.lay(trace_cover, colour("3f9060") * tone[..., None])
+    canvas.lay(trace_cover, color("3f9060") * tone[..., None])
     canvas.height += 0.004 * trace_cover
     for x, y in _VIAS:
         at, dv, du = bench.window(x, y, 0.06)
         radius = np.hypot(dv, du)
-        canvas.lay(canvas.inside(radius - 0.032), colour("c9a85a"), 0.026, 0.9, at)
-        canvas.lay(canvas.inside(radius - 0.014), colour("14161a"), 0.0, 0.0, at)
+        canvas.lay(canvas.inside(radius - 0.032), color("c9a85a"), 0.026, 0.9, at)
+        canvas.lay(canvas.inside(radius - 0.014), color("14161a"), 0.0, 0.0, at)
     # Silk-screen: outlines of the larger parts and polarity ticks.
     slack = stream.child("silk")
     silk_x, silk_y = slack.uniform("x", -0.006, 0.006), slack.uniform("y", -0.006, 0.006)
@@ -266,11 +264,11 @@ def _circuit_board(canvas: Canvas, stream: Stream, fault: Fault | None) -> None:
         reach = max(part.half_x, part.half_y) + grow + 0.02
         at, v_here, u_here = bench.window(part.x + silk_x, part.y + silk_y, reach)
         frame = np.abs(_box(v_here, u_here, part.half_x + grow, part.half_y + grow)) - 0.007
-        canvas.lay(0.8 * canvas.inside(frame) * cover[at], colour("d9ddd6"), at=at)
+        canvas.lay(0.8 * canvas.inside(frame) * cover[at], color("d9ddd6"), at=at)
         for x, y, half_x, half_y in _pads(part):
             here, v_pad, u_pad = bench.window(part.x + x, part.y + y, max(half_x, half_y))
             pad = canvas.inside(_box(v_pad, u_pad, half_x, half_y, 0.008))
-            solder = colour("b4b8bb") * (1 + 0.04 * weave[here])[..., None]
+            solder = color("b4b8bb") * (1 + 0.04 * weave[here])[..., None]
             canvas.lay(pad, solder, 0.026, 0.8, here)
 
     chosen = fault.stream.integer("part", 0, len(_PARTS) - 1) if fault else -1
@@ -280,7 +278,7 @@ def _circuit_board(canvas: Canvas, stream: Stream, fault: Fault | None) -> None:
         moved = fault if fault and index == chosen and fault.kind == "misplaced_part" else None
         _mount(bench, part, stream.child("part", index), moved)
     dust = step(2.4, 3.0, canvas.noise(stream.child("dust"), 26)) * cover
-    canvas.albedo[:] = mix(canvas.albedo, colour("b5b5ad"), (0.2 * dust)[..., None])
+    canvas.albedo[:] = mix(canvas.albedo, color("b5b5ad"), (0.2 * dust)[..., None])
     canvas.shininess = 24.0
 
 
@@ -288,15 +286,7 @@ BOARDS = (
     Product(
         "circuit_board",
         _circuit_board,
-        (
-            "scratch",
-            "stain",
-            "hole",
-            "contamination",
-            "colour_shift",
-            "missing_part",
-            "misplaced_part",
-        ),
+        kinds_but("crack"),
         scratch="c9a36a",
         inside="120d09",
         stains=("4a2f14", "8a8460", "1a1714"),

@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 from scipy import ndimage
 
-from . import noise
-from .noise import Array, Stream
+from rlr_fast.data.synthetic import noise
+from rlr_fast.data.synthetic.noise import Array, Stream
 
 # Two render pixels a side for each picture pixel: enough against stairs, as edges are soft already.
 SUPERSAMPLE = 2
@@ -18,7 +18,7 @@ SUPERSAMPLE = 2
 _STEEPEST = 2.5
 
 
-def colour(code: str) -> Array:
+def color(code: str) -> Array:
     """Return the linear RGB of a ``"rrggbb"`` code, (3,) float32."""
     return (np.array([int(code[i : i + 2], 16) for i in (0, 2, 4)], np.float32) / 255) ** 2.2
 
@@ -40,7 +40,7 @@ class Canvas:
     Attributes:
         y, x: (h, w) coordinates.
         pixel: side of a render pixel.
-        albedo: (h, w, 3) linear colour.
+        albedo: (h, w, 3) linear color.
         height: (h, w) towards the camera.
         gloss: (h, w) strength of the highlight.
         occlusion: (h, w) share of the light that arrives.
@@ -118,15 +118,16 @@ class Canvas:
             self.gloss[at] += (gloss - self.gloss[at]) * cover
 
     def cast_shadow(self, cover: Array, shift: float, softness: float, strength: float) -> None:
-        """Darken what lies to the lower right of ``cover``, before the part itself is laid."""
+        """Darken what lies to the lower right of ``cover``; what it covers lies in the light."""
         moved = ndimage.shift(cover, shift / self.pixel, order=1, mode="constant")
         self.occlusion *= 1 - np.float32(strength) * self.blur(moved, softness)
+        self.occlusion += (1 - self.occlusion) * cover
 
     def window(self, row: float, column: float, reach: float) -> tuple[slice, slice]:
         """Return the slices of the render pixels within ``reach`` of a point."""
 
-        def part(axis: Array, centre: float) -> slice:
-            low, high = np.searchsorted(axis, [centre - reach, centre + reach])
+        def part(axis: Array, center: float) -> slice:
+            low, high = np.searchsorted(axis, [center - reach, center + reach])
             return slice(int(low), int(high))
 
         return part(self.ys, row), part(self.xs, column)

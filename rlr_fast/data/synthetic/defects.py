@@ -1,6 +1,6 @@
-"""Defects of a surface: scratch, stain, crack, hole, contamination, colour shift.
+"""Defects of a surface: scratch, stain, crack, hole, contamination, color shift.
 
-Each changes the maps of a canvas (colour, height, gloss) before the light falls on them, so that a
+Each changes the maps of a canvas (color, height, gloss) before the light falls on them, so that a
 scratch glints and a hole is shaded like the rest of the picture. `Fault.severity` goes from 0 to 1
 and scales the ranges written in the calls of `Fault.grow`, in units of half the shorter side.
 """
@@ -11,10 +11,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from . import noise
-from .canvas import Canvas, colour, mix, step
-from .noise import Array, Stream
-from .product import Fault, Product
+from rlr_fast.data.synthetic import noise
+from rlr_fast.data.synthetic.canvas import Canvas, color, mix, step
+from rlr_fast.data.synthetic.noise import Array, Stream
+from rlr_fast.data.synthetic.product import Fault, Product
 
 # Places tried for a defect before the best of them is taken.
 _TRIES = 60
@@ -70,7 +70,7 @@ def _scratch(canvas: Canvas, product: Product, fault: Fault) -> None:
         pressure = 0.75 + 0.25 * noise.jagged(stream.child("pressure").key, along * 14)
         groove = step(1.15, 0.55, np.abs(across) / (width * np.maximum(taper, 0.05)))
         groove = groove * (taper > 0) * canvas.product
-        tint = colour(product.scratch) * stream.uniform("tint", 0.85, 1.1)
+        tint = color(product.scratch) * stream.uniform("tint", 0.85, 1.1)
         canvas.lay(groove * pressure * np.float32(fault.grow(0.45, 0.9)), tint)
         lip = np.exp(-(((np.abs(across) - 1.4 * width) / (0.6 * width)) ** 2)) * taper
         canvas.height += (0.2 * lip * canvas.product - groove) * np.float32(0.8 * width)
@@ -86,7 +86,7 @@ def _stain(canvas: Canvas, product: Product, fault: Fault) -> None:
     weight = (
         fault.grow(0.46, 0.70) * film * patchy + fault.grow(0.12, 0.25) * rim
     ) * canvas.product
-    canvas.lay(np.clip(weight, 0, 0.92), colour(stream.choice("colour", product.stains)))
+    canvas.lay(np.clip(weight, 0, 0.92), color(stream.choice("colour", product.stains)))
     canvas.gloss *= 1 - 0.6 * film * canvas.product
 
 
@@ -95,18 +95,18 @@ def _crack(canvas: Canvas, product: Product, fault: Fault) -> None:
     angle = fault.stream.uniform("angle", 0, np.pi)
     half = 0.5 * fault.grow(0.45, 1.05)
     width = fault.grow(0.009, 0.017)
-    centre = _place(canvas, fault.stream.child("place"), 0.5 * half)
+    center = _place(canvas, fault.stream.child("place"), 0.5 * half)
     for branch in range(1 + int(fault.severity * 2.99)):
         stream = fault.stream.child(branch)
-        place, turn, reach = centre, angle, half
+        place, turn, reach = center, angle, half
         if branch:
             start = stream.uniform("start", -0.5, 0.5) * half
             reach = half * stream.uniform("reach", 0.3, 0.5)
             turn = angle + stream.choice("side", (-1, 1)) * stream.uniform("turn", 0.5, 0.9)
             # A branch begins on the main line; its own place is its middle.
             place = (
-                centre[0] + start * float(np.sin(angle)) + reach * float(np.sin(turn)),
-                centre[1] + start * float(np.cos(angle)) + reach * float(np.cos(turn)),
+                center[0] + start * float(np.sin(angle)) + reach * float(np.sin(turn)),
+                center[1] + start * float(np.cos(angle)) + reach * float(np.cos(turn)),
             )
         across, along_line = _frame(canvas, place, turn)
         path = 0.045 * noise.jagged(stream.child("bends").key, along_line * 6)
@@ -117,7 +117,7 @@ def _crack(canvas: Canvas, product: Product, fault: Fault) -> None:
         )
         line = step(1.25, 0.6, np.abs(across - path) / np.maximum(gape, 1e-4)) * (taper > 0)
         line = line * canvas.product
-        canvas.lay(line * np.float32(fault.grow(0.7, 0.95)), colour(product.inside), gloss=0.0)
+        canvas.lay(line * np.float32(fault.grow(0.7, 0.95)), color(product.inside), gloss=0.0)
         canvas.height -= line * np.float32(1.2 * width)
 
 
@@ -128,8 +128,8 @@ def _hole(canvas: Canvas, product: Product, fault: Fault) -> None:
     level = _blob(canvas, stream, radius, 0.14)
     floor = step(0.06, -0.16, level) * canvas.product
     fray = np.exp(-((level / 0.22) ** 2)) * canvas.product
-    below = colour(product.inside) * (1 + 0.12 * canvas.noise(stream.child("below"), 30))[..., None]
-    canvas.lay(0.35 * fray, colour(product.scratch))
+    below = color(product.inside) * (1 + 0.12 * canvas.noise(stream.child("below"), 30))[..., None]
+    canvas.lay(0.35 * fray, color(product.scratch))
     canvas.lay(floor, below, gloss=0.0)
     canvas.height += np.float32(0.12 * radius) * fray - np.float32(0.5 * radius) * floor
     # The wall towards the lamp shades the floor beside it.
@@ -141,7 +141,7 @@ def _hole(canvas: Canvas, product: Product, fault: Fault) -> None:
 def _contamination(canvas: Canvas, product: Product, fault: Fault) -> None:
     """Foreign matter lying on the product: a fibre, or a few grains."""
     stream = fault.stream
-    tint = colour(stream.choice("colour", product.debris))
+    tint = color(stream.choice("colour", product.debris))
     if stream.uniform("form") < 0.5:
         half = 0.5 * fault.grow(0.36, 0.78)
         width = fault.grow(0.013, 0.021)
@@ -177,17 +177,16 @@ def _contamination(canvas: Canvas, product: Product, fault: Fault) -> None:
             profile = np.maximum(profile, np.maximum(1 - level, 0) ** 0.5 * radius * 0.8)
     tint = tint * (1 + 0.12 * canvas.noise(stream.child("grain"), 40))[..., None]
     canvas.cast_shadow(body, 0.016, 0.012, 0.5)
-    canvas.occlusion += (1 - canvas.occlusion) * body
     canvas.lay(body * np.float32(fault.grow(0.75, 1.0)), tint, canvas.height + profile, 0.15)
 
 
-def _colour_shift(canvas: Canvas, product: Product, fault: Fault) -> None:
+def _color_shift(canvas: Canvas, product: Product, fault: Fault) -> None:
     """A patch of wrong hue: faded, heated or badly dyed, with the relief untouched."""
     del product
     stream = fault.stream
     level = _blob(canvas, stream, fault.grow(0.17, 0.30), 0.18)
     weight = step(0.15, -0.25, level) * canvas.product
-    grey = canvas.albedo.mean(axis=2, keepdims=True)
+    gray = canvas.albedo.mean(axis=2, keepdims=True)
     strength = fault.grow(0.44, 0.76)
     tint = np.array(
         stream.choice(
@@ -195,7 +194,7 @@ def _colour_shift(canvas: Canvas, product: Product, fault: Fault) -> None:
         ),
         np.float32,
     )
-    shifted = mix(canvas.albedo, grey, 0.35) * tint ** np.float32(2 * strength)
+    shifted = mix(canvas.albedo, gray, 0.35) * tint ** np.float32(2 * strength)
     canvas.lay(weight, shifted)
 
 
@@ -205,7 +204,5 @@ SURFACE_DEFECTS: dict[str, Callable[[Canvas, Product, Fault], None]] = {
     "crack": _crack,
     "hole": _hole,
     "contamination": _contamination,
-    "colour_shift": _colour_shift,
+    "colour_shift": _color_shift,
 }
-PART_DEFECTS = ("missing_part", "misplaced_part")
-DEFECT_KINDS = (*SURFACE_DEFECTS, *PART_DEFECTS)

@@ -6,7 +6,6 @@ import json
 import operator
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .render import PRODUCTS, render_sample
+from rlr_fast.data.synthetic.render import PRODUCTS, render_sample
+from rlr_fast.data.threads import map_ahead
 
 CLASS_NAMES: tuple[str, ...] = tuple(sorted(PRODUCTS))
 
@@ -124,14 +124,10 @@ def make_dataset(
 
     # Threads, not processes: the work is in NumPy and SciPy calls that release the interpreter's
     # lock, and a script that calls this needs no ``__main__`` guard.
-    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-        try:
-            for done, _ in enumerate(pool.map(write, pictures), start=1):
-                if progress is not None:
-                    progress(done, len(pictures))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    threads = workers or os.cpu_count() or 1
+    for done, _ in enumerate(map_ahead(write, pictures, threads), start=1):
+        if progress is not None:
+            progress(done, len(pictures))
     os.replace(folder / _UNFINISHED, folder / _MANIFEST)
     return folder
 

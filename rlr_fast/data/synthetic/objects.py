@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import numpy as np
 
-from . import noise
-from .canvas import Canvas, colour, mix, step
-from .noise import Array, Stream
-from .product import Fault, Product
+from rlr_fast.data.synthetic import noise
+from rlr_fast.data.synthetic.canvas import Canvas, color, mix, step
+from rlr_fast.data.synthetic.noise import Array, Stream
+from rlr_fast.data.synthetic.product import Fault, Product, kinds_but
 
 
 def _background(canvas: Canvas, stream: Stream, code: str, grain: float) -> None:
     """Fill the picture with a matte sheet; the product region starts empty."""
     mottle = canvas.fractal(stream.child("sheet"), 1.5, 2) * 0.02
     fine = canvas.fractal(stream.child("grain"), 30, 2, 0.8) * grain
-    canvas.albedo[:] = colour(code) * (1 + mottle + fine)[..., None]
+    canvas.albedo[:] = color(code) * (1 + mottle + fine)[..., None]
     canvas.height[:] = 0.02 * fine
     canvas.product[:] = 0
 
 
-def _wrapped(angle: Array, centre: float) -> Array:
-    """Return the distance of angles from ``centre``, in 0..pi."""
-    return np.abs((angle - np.float32(centre) + np.pi) % (2 * np.pi) - np.pi)
+def _wrapped(angle: Array, center: float) -> Array:
+    """Return the distance of angles from ``center``, in 0..pi."""
+    return np.abs((angle - np.float32(center) + np.pi) % (2 * np.pi) - np.pi)
 
 
 def _washer(canvas: Canvas, stream: Stream, fault: Fault | None) -> None:
@@ -43,14 +43,12 @@ def _washer(canvas: Canvas, stream: Stream, fault: Fault | None) -> None:
     outer = 0.685 + reach * profile
     hole_v, hole_u = v, u
     if fault and fault.kind == "misplaced_part":
-        way = fault.stream.uniform("way", 0, 2 * np.pi)
-        move = fault.grow(0.045, 0.11)
-        hole_v, hole_u = v - move * float(np.sin(way)), u - move * float(np.cos(way))
+        down, right = fault.shift(0.045, 0.11)
+        hole_v, hole_u = v - down, u - right
     bore = np.hypot(hole_u, hole_v)
     edge = np.maximum(0.6 * (radius - outer), 0.37 - bore)
     cover = canvas.inside(edge)
     canvas.cast_shadow(cover, 0.03, 0.025, 0.55)
-    canvas.occlusion += (1 - canvas.occlusion) * cover
     lathe = noise.smooth_at(stream.child("lathe").key, radius * 70, 0.8 * np.sin(angle))
     seen = float(np.clip(2 - 140 * canvas.pixel, 0, 1))
     # Turned metal shows two bright fans at right angles to the light.
@@ -70,7 +68,7 @@ def _hex_bolt(canvas: Canvas, stream: Stream, fault: Fault | None) -> None:
     v, u = canvas.pose(stream.child("pose"), 0.025, 2.5, 0.012)
     plate = 1 + 0.04 * canvas.fractal(stream.child("plating"), 3, 4)
     patina = canvas.noise(stream.child("patina"), 1.2)[..., None]
-    zinc = mix(colour("87867f"), colour("97885c"), np.clip(0.45 + 0.18 * patina, 0, 1))
+    zinc = mix(color("87867f"), color("97885c"), np.clip(0.45 + 0.18 * patina, 0, 1))
     zinc = zinc * plate[..., None]
 
     # Shank and thread: a cylinder whose radius follows the helix.
@@ -98,7 +96,6 @@ def _hex_bolt(canvas: Canvas, stream: Stream, fault: Fault | None) -> None:
     head = np.maximum(np.abs(head_u) - 0.36, np.maximum(top - head_v, head_v + 0.41))
     cover = np.maximum(shank_cover, canvas.inside(np.minimum(flange, head)))
     canvas.cast_shadow(cover, 0.035, 0.03, 0.5)
-    canvas.occlusion += (1 - canvas.occlusion) * cover
 
     round_height = np.sqrt(np.maximum(shank_radius**2 - u * u, 1e-4))
     thread_dark = 1 - 0.35 * threaded * wave
@@ -150,7 +147,6 @@ def _capsule(canvas: Canvas, stream: Stream, fault: Fault | None) -> None:
     body_cover, cap_cover = canvas.inside(body), canvas.inside(cap) * (not no_cap)
     cover = np.maximum(body_cover, cap_cover)
     canvas.cast_shadow(cover, 0.05, 0.05, 0.5)
-    canvas.occlusion += (1 - canvas.occlusion) * cover
     swirl = 1 + 0.025 * canvas.fractal(stream.child("gelatin"), 2.5, 3)
     canvas.shininess = 40.0
 
@@ -164,14 +160,14 @@ def _capsule(canvas: Canvas, stream: Stream, fault: Fault | None) -> None:
     ) -> None:
         over = np.maximum(np.abs(u) - (length - radius), 0)
         roundness = np.sqrt(np.maximum(radius**2 - across**2 - over**2, 0.0008))
-        # Gelatin lets light through: its edge is deeper in colour than its middle.
+        # Gelatin lets light through: its edge is deeper in color than its middle.
         depth = (0.78 + 0.22 * np.clip(roundness / radius, 0, 1)) * swirl
-        tint = colour(code) * depth[..., None]
+        tint = color(code) * depth[..., None]
         for position, width in marks:
             ink = step(0.006, -0.006, np.abs(printed - position) - width)
             ink = ink * step(0.7, 0.62, np.abs(across / radius))
             ink = ink * (0.85 + 0.1 * canvas.noise(stream.child("ink"), 30))
-            tint = mix(tint, colour("2b2a33"), (0.85 * ink)[..., None])
+            tint = mix(tint, color("2b2a33"), (0.85 * ink)[..., None])
         canvas.lay(shape, tint, roundness * 0.9, 1.6)
 
     drift = stream.uniform("print drift", -0.012, 0.012)
@@ -182,7 +178,7 @@ def _capsule(canvas: Canvas, stream: Stream, fault: Fault | None) -> None:
     half(v, u - slip - slant * v, body_radius, body_cover, "d9c9a3", body_marks)
     if no_cap:
         mouth = np.hypot((u - seam + 0.17) / 0.35, v) - body_radius * 0.93
-        canvas.lay(canvas.inside(mouth), colour("6d6047"), 0.0, 0.0)
+        canvas.lay(canvas.inside(mouth), color("6d6047"), 0.0, 0.0)
     half(cap_v, u, cap_radius, cap_cover, "9c3f2e", ((-0.30 - drift, 0.014),))
     lip = np.exp(-(((u - seam + 0.012) / 0.008) ** 2)) * cap_cover
     canvas.albedo *= (1 - 0.18 * lip)[..., None]
@@ -202,14 +198,13 @@ def _bottle_cap(canvas: Canvas, stream: Stream, fault: Fault | None) -> None:
     flat = np.zeros_like(radius)
     if fault and fault.kind == "missing_part" and fault.severity > 0.5:
         # A run of flutes that the press did not form.
-        centre = fault.stream.uniform("centre", -np.pi, np.pi)
+        center = fault.stream.uniform("centre", -np.pi, np.pi)
         reach = fault.grow(0.20, 0.55)
-        flat = step(reach + 0.12, reach, _wrapped(angle, centre))
+        flat = step(reach + 0.12, reach, _wrapped(angle, center))
     wave = np.cos(2 * np.pi * (turn - flute - 0.5)) * depth * (1 - flat)
     edge = radius - (0.80 + 0.032 * wave)
     cover = canvas.inside(edge)
     canvas.cast_shadow(cover, 0.04, 0.035, 0.55)
-    canvas.occlusion += (1 - canvas.occlusion) * cover
     skirt = step(0.60, 0.78, radius)
     height = 0.16 - 0.13 * skirt + 0.030 * wave * skirt
     height += 0.012 * step(0.56, 0.50, radius)
@@ -219,9 +214,8 @@ def _bottle_cap(canvas: Canvas, stream: Stream, fault: Fault | None) -> None:
     print_v = print_v - slack.uniform("y", -0.010, 0.010)
     print_u = print_u - slack.uniform("x", -0.010, 0.010)
     if fault and fault.kind == "misplaced_part":
-        way = fault.stream.uniform("way", 0, 2 * np.pi)
-        move = fault.grow(0.055, 0.13)
-        print_v, print_u = print_v - move * float(np.sin(way)), print_u - move * float(np.cos(way))
+        down, right = fault.shift(0.055, 0.13)
+        print_v, print_u = print_v - down, print_u - right
     ring_radius, ring_angle = np.hypot(print_u, print_v), np.arctan2(print_v, print_u)
     fifth = (ring_angle * np.float32(5 / (2 * np.pi))) % 1 - 0.5
     star = ring_radius * (1 + 0.95 * np.abs(fifth) * 2) - 0.36
@@ -229,16 +223,16 @@ def _bottle_cap(canvas: Canvas, stream: Stream, fault: Fault | None) -> None:
     ink = np.maximum(step(0.008, -0.008, star), step(0.008, -0.008, ring))
     ink = ink * step(-0.008, 0.008, ring_radius - 0.085)
     if fault and fault.kind == "missing_part" and fault.severity <= 0.5:
-        centre = fault.stream.uniform("centre", -np.pi, np.pi)
+        center = fault.stream.uniform("centre", -np.pi, np.pi)
         reach = 0.22 + 0.9 * fault.severity
-        ink = ink * step(reach, reach + 0.05, _wrapped(ring_angle, centre))
+        ink = ink * step(reach, reach + 0.05, _wrapped(ring_angle, center))
     lacquer = 1 + 0.03 * canvas.fractal(stream.child("lacquer"), 4, 3)
     wear = 1 - 0.10 * step(1.6, 2.6, canvas.noise(stream.child("wear"), 16))
-    tint = colour("b02a25") * lacquer[..., None]
-    tint = mix(tint, colour("e8dfc4") * (lacquer * wear)[..., None], (0.95 * ink)[..., None])
+    tint = color("b02a25") * lacquer[..., None]
+    tint = mix(tint, color("e8dfc4") * (lacquer * wear)[..., None], (0.95 * ink)[..., None])
     # Along the flutes the lacquer is stretched thin and the tinplate shines through.
     bare = skirt * step(0.35, 1.0, wave)
-    tint = mix(tint, colour("b9a9a2"), (0.30 * bare)[..., None])
+    tint = mix(tint, color("b9a9a2"), (0.30 * bare)[..., None])
     canvas.lay(cover, tint, height, 1.0)
     canvas.occlusion *= 1 - 0.30 * skirt * step(0.2, -0.9, wave) * (1 - flat) * cover
     canvas.product[:] = cover
@@ -249,15 +243,7 @@ OBJECTS = (
     Product(
         "washer",
         _washer,
-        (
-            "scratch",
-            "stain",
-            "crack",
-            "contamination",
-            "colour_shift",
-            "missing_part",
-            "misplaced_part",
-        ),
+        kinds_but("hole"),
         scratch="f2f0ea",
         inside="131416",
         stains=("7a3d18", "5d2f1a", "3a3a30"),
@@ -266,15 +252,7 @@ OBJECTS = (
     Product(
         "hex_bolt",
         _hex_bolt,
-        (
-            "scratch",
-            "stain",
-            "crack",
-            "contamination",
-            "colour_shift",
-            "missing_part",
-            "misplaced_part",
-        ),
+        kinds_but("hole"),
         scratch="f4f4f0",
         inside="1b1a18",
         stains=("8a3d12", "6b2a12", "1f1d1c"),
@@ -283,15 +261,7 @@ OBJECTS = (
     Product(
         "capsule",
         _capsule,
-        (
-            "scratch",
-            "stain",
-            "crack",
-            "hole",
-            "contamination",
-            "missing_part",
-            "misplaced_part",
-        ),
+        kinds_but("colour_shift"),
         scratch="f3e6d6",
         inside="2a1510",
         stains=("5b4a33", "3a2a24", "6a6f3c"),
@@ -300,15 +270,7 @@ OBJECTS = (
     Product(
         "bottle_cap",
         _bottle_cap,
-        (
-            "scratch",
-            "stain",
-            "hole",
-            "contamination",
-            "colour_shift",
-            "missing_part",
-            "misplaced_part",
-        ),
+        kinds_but("crack"),
         scratch="d8d4cf",
         inside="1a1412",
         stains=("4a2a18", "2c2a2a", "8a8a60"),

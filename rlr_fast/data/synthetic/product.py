@@ -5,8 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .canvas import Canvas
-from .noise import Stream
+import numpy as np
+
+from rlr_fast.data.synthetic.canvas import Canvas
+from rlr_fast.data.synthetic.noise import Stream
+
+PART_DEFECTS = ("missing_part", "misplaced_part")
+DEFECT_KINDS = ("scratch", "stain", "crack", "hole", "contamination", "colour_shift", *PART_DEFECTS)
+
+
+def kinds_but(*missing: str) -> tuple[str, ...]:
+    """Return all kinds of defects but those."""
+    return tuple(kind for kind in DEFECT_KINDS if kind not in missing)
 
 
 @dataclass(frozen=True)
@@ -27,6 +37,12 @@ class Fault:
         """Return the value between ``low`` (subtle) and ``high`` (obvious)."""
         return low + (high - low) * self.severity
 
+    def shift(self, low: float, high: float) -> tuple[float, float]:
+        """Return how far (down, right) a part lies from its place, `grow` in some direction."""
+        way = self.stream.uniform("way", 0, 2 * np.pi)
+        distance = self.grow(low, high)
+        return distance * float(np.sin(way)), distance * float(np.cos(way))
+
 
 @dataclass(frozen=True)
 class Product:
@@ -36,10 +52,10 @@ class Product:
         name: folder name.
         draw: fills a canvas from the picture's stream; handles the two part faults itself.
         kinds: the defects that this class can have.
-        scratch: colour code of freshly scratched material.
-        inside: colour code seen in a hole or crack.
-        stains: colour codes of what gets spilt on it.
-        debris: colour codes of particles and fibres found on it.
+        scratch: color code of freshly scratched material.
+        inside: color code seen in a hole or crack.
+        stains: color codes of what gets spilt on it.
+        debris: color codes of particles and fibres found on it.
     """
 
     name: str

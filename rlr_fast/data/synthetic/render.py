@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
-from .board import BOARDS
-from .canvas import Canvas, expose, photograph, step
-from .defects import PART_DEFECTS, SURFACE_DEFECTS
-from .noise import Array, Stream
-from .objects import OBJECTS
-from .product import Fault, Product
-from .textures import TEXTURES
+from rlr_fast.data.synthetic.board import BOARDS
+from rlr_fast.data.synthetic.canvas import Canvas, expose, photograph, step
+from rlr_fast.data.synthetic.defects import SURFACE_DEFECTS
+from rlr_fast.data.synthetic.noise import Array, Stream
+from rlr_fast.data.synthetic.objects import OBJECTS
+from rlr_fast.data.synthetic.product import PART_DEFECTS, Fault, Product
+from rlr_fast.data.synthetic.textures import TEXTURES
 
 PRODUCTS: dict[str, Product] = {p.name: p for p in (*TEXTURES, *OBJECTS, *BOARDS)}
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from . import noise
-from .canvas import Canvas, colour, mix, step
-from .noise import Stream
-from .product import Fault, Product
+from rlr_fast.data.synthetic import noise
+from rlr_fast.data.synthetic.canvas import Canvas, color, mix, step
+from rlr_fast.data.synthetic.noise import Stream
+from rlr_fast.data.synthetic.product import DEFECT_KINDS, Fault, Product, kinds_but
 
 
 def _cloth(canvas: Canvas, stream: Stream, fault: Fault | None) -> None:
@@ -18,15 +18,15 @@ def _cloth(canvas: Canvas, stream: Stream, fault: Fault | None) -> None:
     v = v * per_unit + 0.20 * canvas.noise(stream.child("weft drift"), 1.1)
     u += 0.05 * canvas.noise(stream.child("warp jitter"), 7)
     v += 0.05 * canvas.noise(stream.child("weft jitter"), 7)
-    thread = span = centre = 0.0
+    thread = span = center = 0.0
     if fault:
         thread = float(fault.stream.integer("thread", -6, 6))
-        centre = fault.stream.uniform("along", -0.5, 0.5) * per_unit
+        center = fault.stream.uniform("along", -0.5, 0.5) * per_unit
         span = fault.grow(2.5, 7.0) if fault.kind == "missing_part" else fault.grow(2.0, 3.5)
     if fault and fault.kind == "misplaced_part":
-        # A pulled thread drags its neighbours along.
+        # A pulled thread drags its neighbors along.
         across = np.exp(-(((v - thread) / fault.grow(1.0, 1.5)) ** 2))
-        along = np.exp(-(((u - centre) / span) ** 2))
+        along = np.exp(-(((u - center) / span) ** 2))
         v = v + fault.grow(1.0, 1.8) * across * along
     column, row = np.floor(u), np.floor(v)
     warp_width = 0.45 + 0.03 * noise.of_index(stream.child("warp width").key, column)
@@ -40,7 +40,7 @@ def _cloth(canvas: Canvas, stream: Stream, fault: Fault | None) -> None:
     weft_height = np.where(weft > 0, weft_height, -1)
     if fault and fault.kind == "missing_part":
         last = thread + (1 if fault.severity > 0.5 else 0)
-        gone = (row >= thread) & (row <= last) & (np.abs(u - centre) < span)
+        gone = (row >= thread) & (row <= last) & (np.abs(u - center) < span)
         weft_height = np.where(gone, -1, weft_height)
     fibre = (
         1
@@ -52,8 +52,8 @@ def _cloth(canvas: Canvas, stream: Stream, fault: Fault | None) -> None:
     top = np.maximum(warp_height, weft_height)
     canvas.albedo[:] = np.where(
         (warp_height > weft_height)[..., None],
-        colour("7f93a8") * warp_tint[..., None],
-        colour("b9b7ad") * weft_tint[..., None],
+        color("7f93a8") * warp_tint[..., None],
+        color("b9b7ad") * weft_tint[..., None],
     )
     canvas.albedo *= mix(0.28, 1.0, step(-1, 0.45, top))[..., None]
     canvas.height[:] = np.maximum(top, -0.6) * (0.32 / per_unit)
@@ -92,7 +92,7 @@ def _wood(canvas: Canvas, stream: Stream, fault: Fault | None) -> None:
     pores = step(1.5, 2.4, canvas.noise(stream.child("pore"), 7, 60))
     shade = 1 + 0.05 * fibres + 0.05 * canvas.noise(stream.child("tone"), 0.7)
     shade = shade * (1 + stream.uniform("board", -0.10, 0.10))
-    base = mix(colour("d9b384"), colour("a9743f"), np.clip(late, 0, 1)[..., None])
+    base = mix(color("d9b384"), color("a9743f"), np.clip(late, 0, 1)[..., None])
     canvas.albedo[:] = base * shade[..., None]
     canvas.albedo *= (1 - 0.35 * pores)[..., None]
     canvas.height[:] = 0.0012 * fibres - 0.004 * pores + 0.004 * late
@@ -100,7 +100,7 @@ def _wood(canvas: Canvas, stream: Stream, fault: Fault | None) -> None:
 
 
 def _tile(canvas: Canvas, stream: Stream, fault: Fault | None) -> None:
-    """Glazed mosaic in grey grout; tiles differ a little in place, turn and glaze."""
+    """Glazed mosaic in gray grout; tiles differ a little in place, turn and glaze."""
     per_unit = 2.0
     v, u = canvas.pose(stream.child("pose"), 0.03, 0.8)
     u, v = u * per_unit, v * per_unit
@@ -130,18 +130,18 @@ def _tile(canvas: Canvas, stream: Stream, fault: Fault | None) -> None:
     distance = (distance - corner + wobble) / per_unit
 
     grit = canvas.fractal(stream.child("grit"), 24, 3, 0.7)
-    canvas.lay(np.ones_like(u), colour("a5a097") * (1 + 0.09 * grit)[..., None], 0.003 * grit)
+    canvas.lay(np.ones_like(u), color("a5a097") * (1 + 0.09 * grit)[..., None], 0.003 * grit)
     cover = canvas.inside(distance)
     if fault and fault.kind == "missing_part":
         # Behind a fallen tile: adhesive with the marks of the notched trowel.
         comb = np.sin(2 * np.pi * 9 * (du + 0.25 * dv) + 0.5 * grit)
-        bed = colour("8d857a") * (0.85 + 0.10 * comb + 0.08 * grit)[..., None]
+        bed = color("8d857a") * (0.85 + 0.10 * comb + 0.08 * grit)[..., None]
         canvas.lay(cover * chosen, bed, -0.03 + 0.008 * comb + 0.003 * grit)
         cover = cover * ~chosen
     mottle = canvas.fractal(stream.child("mottle"), 3, 3)
     speck = step(1.7, 2.3, canvas.noise(stream.child("speck"), 34))
-    glaze = colour("4f7f86") * (1 + of_tile("tint", 0.10) + 0.05 * mottle)[..., None]
-    glaze = mix(glaze, colour("2f4f58"), 0.5 * speck[..., None])
+    glaze = color("4f7f86") * (1 + of_tile("tint", 0.10) + 0.05 * mottle)[..., None]
+    glaze = mix(glaze, color("2f4f58"), 0.5 * speck[..., None])
     dome = 0.035 * step(0, 0.05, -distance) + 0.0015 * mottle
     lean = 0.02 * (of_tile("lean right", 1) * du + of_tile("lean down", 1) * dv)
     canvas.lay(cover, glaze, dome + lean, 0.9)
@@ -176,7 +176,7 @@ def _leather(canvas: Canvas, stream: Stream, fault: Fault | None) -> None:
     fine = canvas.fractal(stream.child("fine"), 30, 2)
     tone = 1 + 0.05 * canvas.noise(stream.child("tone"), 1.2) + 0.04 * fine
     pores = step(1.9, 2.5, canvas.noise(stream.child("pore"), 22))
-    tint = mix(colour("3a2015"), colour("71422a"), (0.35 + 0.65 * pebble)[..., None])
+    tint = mix(color("3a2015"), color("71422a"), (0.35 + 0.65 * pebble)[..., None])
     canvas.albedo[:] = tint * (tone * (1 - 0.3 * pores))[..., None]
     canvas.height[:] = 0.013 * pebble + 0.0015 * fine - 0.006 * pores
     canvas.gloss[:] = 0.35 * pebble
@@ -187,7 +187,7 @@ TEXTURES = (
     Product(
         "cloth",
         _cloth,
-        ("stain", "hole", "contamination", "colour_shift", "missing_part", "misplaced_part"),
+        kinds_but("scratch", "crack"),
         scratch="d8d6d0",
         inside="14161a",
         stains=("4a3a28", "6b5a2c", "2c3038"),
@@ -196,7 +196,7 @@ TEXTURES = (
     Product(
         "brushed_metal",
         _brushed_metal,
-        ("scratch", "stain", "crack", "hole", "contamination", "colour_shift"),
+        kinds_but("missing_part", "misplaced_part"),
         scratch="eef0f2",
         inside="17181a",
         stains=("7a4a22", "6d7150", "4c4f55"),
@@ -205,7 +205,7 @@ TEXTURES = (
     Product(
         "wood",
         _wood,
-        ("scratch", "stain", "crack", "hole", "contamination", "colour_shift"),
+        kinds_but("missing_part", "misplaced_part"),
         scratch="efd9b4",
         inside="2b190c",
         stains=("3a2a20", "5b2b22", "3f4650"),
@@ -214,16 +214,7 @@ TEXTURES = (
     Product(
         "tile",
         _tile,
-        (
-            "scratch",
-            "stain",
-            "crack",
-            "hole",
-            "contamination",
-            "colour_shift",
-            "missing_part",
-            "misplaced_part",
-        ),
+        DEFECT_KINDS,
         scratch="c9d4d3",
         inside="c2b8a6",
         stains=("6b5138", "2f2c28", "7d7f45"),
@@ -232,7 +223,7 @@ TEXTURES = (
     Product(
         "leather",
         _leather,
-        ("scratch", "stain", "crack", "hole", "contamination", "colour_shift"),
+        kinds_but("missing_part", "misplaced_part"),
         scratch="c08a5e",
         inside="140a06",
         stains=("1d1512", "b8a58a", "2a3140"),

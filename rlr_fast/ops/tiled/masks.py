@@ -34,7 +34,7 @@ class OutsideWindow:
 
     @property
     def entries(self) -> int:
-        """Number of entries."""
+        """Return the number of entries."""
         return (self.stop - self.start) * (self.bottom - self.top) * self.width
 
     def build(self, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -60,7 +60,7 @@ class InsideWindow:
 
     @property
     def entries(self) -> int:
-        """Number of entries."""
+        """Return the number of entries."""
         (_, tile_y, pad_y, _), (_, tile_x, pad_x, _) = self.tiling
         queries, keys = tile_y * tile_x, (tile_y + 2 * pad_y) * (tile_x + 2 * pad_x)
         return (self.stop - self.start) * self.batch * queries * keys
@@ -157,7 +157,7 @@ def _kept_mask(geometry: Mask, dtype: torch.dtype, device: torch.device) -> Tens
 
 
 def has_storage(tensor: Tensor) -> bool:
-    """Whether a tensor has memory of its own, and is not traced."""
+    """Return whether a tensor has memory of its own, and is not traced."""
     traced = torch.compiler.is_compiling() or type(tensor.detach()) is not Tensor
     return not traced and tensor.device.type != "meta"
 

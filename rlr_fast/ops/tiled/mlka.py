@@ -116,21 +116,21 @@ class _Cut(NamedTuple):
         def tokens(first: int, last: int) -> slice:
             return slice(first * width, last * width)
 
-        found = []
+        bands = []
         for first in range(0, height, self.rows):
             last = min(first + self.rows, height)
             top, bottom = max(0, first - reach), min(height, last + reach)
             hidden = tokens(0, last - first), tokens(top - first + reach, bottom - first + reach)
-            found.append(
+            bands.append(
                 _Band(
                     tokens(first, last), tokens(top, bottom), tokens(bottom, height + top), hidden
                 )
             )
-        return found
+        return bands
 
 
 class _Banded(torch.autograd.Function):
-    """Attention to a chunk's near and far keys apart, joined by their log-sum-exp.
+    """Attention to a chunk's near and far keys in two calls, joined by their log-sum-exp.
 
     ``output = w · near + (1 - w) · far``, ``w = sigmoid(near_lse - far_lse)``. Only the near keys
     need a mask, which costs a third of a call. The fused backward pass takes weights from the
@@ -176,8 +176,8 @@ class _Banded(torch.autograd.Function):
                     g, q, k, v, o, s, 0.0, False, attn_mask=m, scale=ctx.scale
                 )
                 grad_query[:, :, queries] += dq
-                for total, found in ((grad_keys, dk), (grad_values, dv)):
-                    total[..., seen, :] += found.sum_to_size(total[..., seen, :].shape)
+                for total, part in ((grad_keys, dk), (grad_values, dv)):
+                    total[..., seen, :] += part.sum_to_size(total[..., seen, :].shape)
         tokens = query.shape[2]
         grad_key, grad_value = (
             x[..., :tokens, :] + x[..., tokens:, :] for x in (grad_keys, grad_values)

@@ -1,0 +1,71 @@
+"""Flags from a YAML file: ``--config FILE``, where the flags of the command line win."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from cyclopts import Argument, ArgumentCollection, Token
+
+from rlr_fast.config import suggest
+
+
+def read_flags(_app: object, _words: object, arguments: ArgumentCollection) -> None:
+    """Give flags that the command line does not name the values of the ``--config`` file, if any.
+
+    Raises:
+        ValueError: The file is missing or broken, an unknown flag, or a value that does not fit.
+    """
+    config = arguments.get("--config", None)
+    if config is None or not config.tokens:
+        return
+    path = config.tokens[0].value
+    known = {
+        name: argument
+        for argument in arguments
+        for name in argument.names
+        if name.startswith("--") and name not in argument.negatives and argument is not config
+    }
+    for key, value in _read(path).items():
+        name = "--" + key.replace("_", "-")
+        if name not in known:
+            names = (flag[2:] for flag in known)
+            raise ValueError(f"--config: unknown flag {key!r}; {suggest(name[2:], names)}")
+        values = _checked(name, known[name], value)
+        if not known[name].has_tokens:
+            for index, text in enumerate(values):
+                token = Token(keyword=name, value=text, source=f"--config {path}", index=index)
+                known[name].append(token)
+
+
+def _read(path: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"--config: cannot read {path!r}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--config: {path!r} is not UTF-8 text") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: what looks like a date and is none
+        reason = " ".join(str(error).split())
+        raise ValueError(f"--config: {path!r} is not YAML: {reason}") from error
+    if not isinstance(values or {}, dict):
+        raise ValueError(f"--config: {path!r} must hold flags and values, e.g. 'epochs: 20'")
+    return {str(name): value for name, value in (values or {}).items()}
+
+
+def _checked(name: str, argument: Argument, value: Any) -> list[str]:
+    """Return a file's value as the words that a command line would hold."""
+    count, several = argument.token_count()
+    if count == 0:
+        if not isinstance(value, bool):
+            raise ValueError(f"--config: {name} is true or false, got {value!r}")
+        return [str(value)]
+    values = value if isinstance(value, list) else [value]
+    if not values or None in values or not (several or len(values) == count):
+        wanted = (
+            "one value or more" if several else "one value" if count == 1 else f"{count} values"
+        )
+        raise ValueError(f"--config: {name} takes {wanted}, got {value!r}")
+    # A pair such as [3, 5] among the values is written 3x5 on the command line.
+    return ["x".join(map(str, v)) if isinstance(v, list) else str(v) for v in values]

@@ -1,0 +1,71 @@
+"""JSON files that are read back: a dataclass says what one must hold."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+_NAMES: dict[Any, str] = {
+    **{dict: "an object", list: "a list", str: "a text"},
+    **{int: "an integer", float: "a finite number", type(None): "null"},
+}
+_SHOWN = 40  # characters of a wrong value
+
+
+def read_record(cls: type[T], path: Path) -> T:
+    """Return the content of a JSON file as ``cls``; fields that ``cls`` does not know are left out.
+
+    Raises:
+        OSError: The file is missing or cannot be read.
+        ValueError: It is no JSON, lacks a field without a default, or a value has another type; the
+            message names the field.
+    """
+    return typing.cast(T, _parsed(cls, json.loads(path.read_text(encoding="utf-8")), "it"))
+
+
+def _parsed(kind: Any, value: Any, name: str) -> Any:
+    """Return a JSON value as ``kind``, a dataclass or what JSON has, called ``name`` in errors."""
+    if kind is Any:
+        return value
+    origin, arguments = typing.get_origin(kind) or kind, typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        choices = [part for part in arguments if _is(value, typing.get_origin(part) or part)]
+        if not choices:
+            raise _wrong(name, " or ".join(_NAMES[part] for part in arguments), value)
+        return _parsed(choices[0], value, name)
+    is_record = dataclasses.is_dataclass(origin)
+    if not _is(value, dict if is_record else origin):
+        raise _wrong(name, _NAMES[dict if is_record else origin], value)
+    if is_record:
+        hints = typing.get_type_hints(origin)
+        for field in dataclasses.fields(origin):
+            is_needed = field.default is field.default_factory is dataclasses.MISSING
+            if is_needed and field.name not in value:
+                raise ValueError(f"{name} has no {field.name!r}")
+        return origin(**{k: _parsed(hints[k], value[k], k) for k in hints if k in value})
+    if origin is dict and arguments:
+        return {k: _parsed(arguments[1], v, f"{k!r} of {name}") for k, v in value.items()}
+    if origin is list and arguments:
+        return [_parsed(arguments[0], v, f"an entry of {name}") for v in value]
+    return value
+
+
+def _is(value: Any, kind: type) -> bool:
+    if isinstance(value, bool):
+        return kind is bool
+    if kind is float:
+        return isinstance(value, (int, float)) and math.isfinite(value)
+    return isinstance(value, kind)
+
+
+def _wrong(name: str, rule: str, value: Any) -> ValueError:
+    shown = json.dumps(value)
+    shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]} …"
+    return ValueError(f"{name} must be {rule}, got {shown}")
