@@ -1,12 +1,13 @@
 """The command of the machine; see the README beside it.
 
-python -m tests.ptx [cases | planted | barriers | examples] [--arch 90] [--dtype bf16] [--case NAME]
+python -m tests.ptx [cases] [planted] [barriers] [examples] [--arch 90] [--dtype bf16] [--case NAME]
 """
 
 from __future__ import annotations
 
 import argparse
 import fnmatch
+import itertools
 import json
 import sys
 import time
@@ -19,7 +20,7 @@ import torch
 
 from tests.ptx import examples, planted
 from tests.ptx.alu import Inexact
-from tests.ptx.cases import ARCHES, CASES, DTYPES, applies
+from tests.ptx.cases import ARCHES, CASES, CHOICE, DTYPES, applies
 from tests.ptx.findings import Unsupported
 from tests.ptx.runs import run
 
@@ -34,6 +35,8 @@ def run_cases(options: argparse.Namespace) -> Iterator[Row]:
         for dtype in options.dtype:
             for name, case in CASES.items():
                 if not applies(case, dtype) or not _wanted(name, options.case):
+                    continue
+                if options.choice and name not in CHOICE[dtype]:
                     continue
                 about = {"name": name, "arch": arch, "dtype": dtype}
                 began = time.process_time()
@@ -66,6 +69,8 @@ def run_planted(options: argparse.Namespace) -> Iterator[Row]:
     """Plant bugs, and yield what was noticed of each."""
     for arch in options.arch:
         for title, bug in planted.bugs(arch).items():
+            if options.choice and not bug.chosen:
+                continue
             if bug.dtype in options.dtype and _wanted(title, options.case):
                 about = {"name": title, "arch": arch, "dtype": bug.dtype}
                 began = time.process_time()
@@ -130,17 +135,21 @@ _COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what is asked for; 1 if anything is wrong, or a planted bug is missed."""
     parser = argparse.ArgumentParser(prog="python -m tests.ptx", description=__doc__.split(";")[0])
-    parser.add_argument("what", nargs="?", choices=_COMMANDS, default="cases")
+    parser.add_argument("what", nargs="*", help=", ".join(_COMMANDS))
     parser.add_argument("--arch", nargs="+", choices=ARCHES, default=ARCHES)
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument("--case", nargs="+", default=(), help="names, or patterns of them")
+    parser.add_argument("--choice", action="store_true", help="only what the tests run")
     parser.add_argument("--exact", action="store_true", help="round approximate functions and sums")
     parser.add_argument("--out", type=Path, help="write all rows to this JSON file as well")
     options = parser.parse_args(arguments)
+    commands = options.what or ["cases"]
+    if unknown := [what for what in commands if what not in _COMMANDS]:
+        parser.error(f"{unknown[0]} is none of {', '.join(_COMMANDS)}")
     torch.set_num_threads(1)
     Inexact.on = not options.exact
     rows = []
-    for row in _COMMANDS[options.what](options):
+    for row in itertools.chain.from_iterable(_COMMANDS[what](options) for what in commands):
         rows.append(row)
         print(line(row), flush=True)
         if options.out:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 DTYPES = ("bf16", "fp16", "fp32")
@@ -127,12 +127,22 @@ def _cases() -> Iterator[tuple[str, Case]]:
 
 CASES: dict[str, Case] = dict(_cases())
 
+# What the tests run: every kernel, with atomic and with deterministic sums, in each dtype.
+CHOICE = {
+    "bf16": (
+        "mlka-16x16-w5-d64-mixed", "mlka-9x13-w5-d16-chunks", "lca-9x13-w5-d16-chunks",
+        "lca-20x20-w17-d16-raster-deterministic", "block", "block-deterministic", "distance-37",
+    ),
+    "fp16": (
+        "mlka-9x13-w5-d16-chunks", "lca-9x13-w5-d16-chunks", "block-deterministic", "distance-37",
+    ),
+    "fp32": (
+        "mlka-9x13-w5-d16", "lca-9x13-w5-d16", "block-deterministic", "distance-37",
+        "distance-100-strided",
+    ),
+}  # fmt: skip
+
 
 def applies(case: Case, dtype: str) -> bool:
     """Return whether a case is for a dtype."""
     return dtype == "fp32" or not getattr(case, "tf32", False)
-
-
-def matching(wanted: Callable[[str], bool]) -> list[str]:
-    """Return the names of the cases that are wanted, in their order."""
-    return [name for name in CASES if wanted(name)]

@@ -62,10 +62,11 @@ class Operands:
             x = g.registers[register]
             if x is None:
                 ins = self.program.code[g.pc - 1]
-                # LLVM packs bytes beside others that it drops again.
-                formal = "formal: undefined bytes given to prmt"
-                kind = formal if ins.op == "prmt.b32" else "unwritten register"
-                g.findings.add(kind, ins, text)
+                # LLVM packs bytes beside others that it drops again; what uses them is NaN.
+                packs = ins.op == "prmt.b32" or any(isinstance(o, list) for o in ins.operands[1:])
+                formal = "formal: undefined bytes packed beside others"
+                packs &= ins.op.startswith(("mov", "prmt"))
+                g.findings.add(formal if packs else "unwritten register", ins, text)
                 x = g.registers[register] = _unwritten(g.lanes, have)
             if have == 1:
                 return x

@@ -1,0 +1,105 @@
+"""The kernels' compiled code, run for sm_80 and sm_90 by the machine, and bugs planted in it.
+
+What is run is the choice of `cases` and `planted`; `python -m tests.ptx` runs everything.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.ptx.cases import ARCHES, CHOICE
+
+ROOT = Path(__file__).resolve().parents[2]
+pytest.importorskip("triton", reason="compiling the kernels needs Triton")
+
+EXAMPLES = ("softmax", "columns", "tuples", "matmul-100x72x80-ta", "matmul-64x32x128-tb")
+CASES = [
+    pytest.param(arch, dtype, name, id=f"sm_{arch}-{dtype}-{name}")
+    for arch in ARCHES
+    for dtype, names in CHOICE.items()
+    for name in names
+]
+
+
+def start(folder: Path, name: str, *arguments: str) -> tuple[subprocess.Popen, Path, Path]:
+    """Start the command in a process with Triton's compiler and not its interpreter.
+
+    Returns:
+        The process, the file of its rows and that of what it says.
+    """
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(folder / "cache")
+    out, said = folder / f"{name}.json", folder / f"{name}.txt"
+    command = [sys.executable, "-m", "tests.ptx", *arguments, "--out", str(out)]
+    with said.open("w") as file:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
+    return process, out, said
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """Return all rows, by architecture, dtype and name; the architectures run side by side."""
+    folder = tmp_path_factory.mktemp("ptx")
+    started = [start(folder, a, "cases", "planted", "--choice", "--arch", a) for a in ARCHES]
+    started.append(start(folder, "examples", "examples", "--case", *EXAMPLES))
+    found = {}
+    for process, out, said in started:
+        # 1: a row is bad, which is a test's to say.
+        assert process.wait() in (0, 1) and out.exists(), said.read_text()
+        for row in json.loads(out.read_text()):
+            found[row["arch"], row["dtype"], row["name"]] = row
+    return found
+
+
+@pytest.mark.parametrize(("arch", "dtype", "name"), CASES)
+def test_a_kernel_is_within_its_budget_and_leaves_memory_alone(rows, arch, dtype, name):
+    row = rows[arch, dtype, name]
+    assert row["findings"] == []
+    assert row["verdicts"]
+    for result, verdict in row["verdicts"].items():
+        assert verdict["ok"], f"{result}: {verdict['error']:.3g} of {verdict['allowed']:.3g}"
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+def test_every_kernel_is_run(rows, arch):
+    run = {
+        launch["kernel"]
+        for row in rows.values()
+        if row["arch"] == arch
+        for launch in row.get("launches", ())
+    }
+    operators = {"forward.forward_kernel", "backward.backward_key_kernel"}
+    operators |= {"backward.backward_query_kernel", "backward.delta_kernel"}
+    operators |= {f"lca.{name}_kernel" for name in ("forward", "backward", "gather")}
+    others = {"reference.prepare_kernel", "distance.forward_kernel", "distance.backward_kernel"}
+    assert run == operators | others
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+def test_planted_bugs_are_noticed(rows, arch):
+    planted = {name: row for (at, _, name), row in rows.items() if at == arch and "noticed" in row}
+    assert len(planted) >= 10
+    assert [name for name, row in planted.items() if not row["noticed"]] == []
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_machine_is_right_about_small_kernels(rows, name):
+    found = {key[:2]: row for key, row in rows.items() if key[2] == name}
+    assert len(found) == len(ARCHES) * len(CHOICE)
+    assert [f"sm_{arch} {dtype}" for (arch, dtype), row in found.items() if not row["ok"]] == []
+
+
+def test_the_interpreter_is_refused_in_words():
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.ptx", "--case", "distance-37"],
+        cwd=ROOT, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "unset TRITON_INTERPRET" in done.stderr.splitlines()[-1]
