@@ -169,7 +169,8 @@ def precision(dtype: torch.dtype) -> str:
     """
     if dtype != torch.float32:
         return "ieee"
-    return "tf32" if torch.get_float32_matmul_precision() != "highest" else "tf32x3"
+    # The older `torch.get_float32_matmul_precision` raises where the newer interface was used.
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
