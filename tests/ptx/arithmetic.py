@@ -110,12 +110,12 @@ def fused_multiply_add(ins: Instruction, operands: Operands) -> Action:
 
 def divide(ins: Instruction, operands: Operands) -> Action:
     if ins.parts[-1] == "f32":
-        error = 0.0 if "rn" in ins.parts else 2.0**-23
+        error = 0.0 if "rn" in ins.parts else 2.0**-22
 
         def quotient(a: Array, b: Array) -> Array:
             return alu.approximate(a.astype(np.float64) / b.astype(np.float64), error)
 
-        return _arithmetic(ins, operands, quotient, ("full", "rn"))
+        return _arithmetic(ins, operands, quotient, ("approx", "full", "rn"))
     return _arithmetic(ins, operands, alu.div)
 
 

@@ -100,6 +100,8 @@ _SHAPES = {
     "9x13-w5-d16-shared": _shape(
         (9, 13), 5, 16, "mlka", batch=5, programs=4, shared_value=True
     ),
+    # A sum over tokens and images that is one chain of products, if it is cut off in each.
+    "16x16-w5-d64-many-images": _shape((16, 16), 5, 64, "mlka", heads=1, batch=64, programs=1),
     "9x13-w5-d64-tf32": _shape((9, 13), 5, 64, tf32=True),
     "16x16-w11-d64": _shape((16, 16), 11, 64, heads=1, batch=2),
     "31x37-w7-d32": _shape((31, 37), 7, 32, heads=1, batch=2),

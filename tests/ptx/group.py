@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,46 +16,69 @@ from tests.ptx.shared_memory import SharedMemory
 
 # Which lanes an instruction is for; ``None``: all of them.
 Mask = Array | None
-# Rows and cells of shared memory that a wgmma reads, and the registers that it uses.
-Product = tuple[Array, Array, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Product:
+    """A ``wgmma`` in flight.
+
+    Attributes:
+        rows: The program of each cell of shared memory that it reads.
+        cells: Those cells, in their program's row.
+        accumulators: The registers that it adds to.
+        factors: Those of its A, if that is in registers.
+    """
+
+    rows: Array
+    cells: Array
+    accumulators: tuple[int, ...]
+    factors: tuple[int, ...]
+
+    def take(self, place: Array) -> Product:
+        """Return it for some programs; ``place`` is the new row of each, or -1."""
+        rows = place[self.rows]
+        return replace(self, rows=rows[rows >= 0], cells=self.cells[rows >= 0])
 
 
 class Products:
     """The ``wgmma`` in flight of a group of programs, and what must not touch their registers.
 
     Attributes:
-        busy: How many products in flight use each register.
         fence: The step of the last ``wgmma.fence``.
         last_write: The step in which each register was last written, by anything but a product.
+        accumulators: The registers that the products in flight add to.
+        factors: Those that they read.
     """
 
     def __init__(self, registers: int) -> None:
-        self.busy: dict[int, int] = {}
         self.fence = -1
         self.last_write = [0] * registers
         self.open: list[Product] = []
         self.groups: list[list[Product]] = []
+        self._note_registers()
 
     def take(self, place: Array) -> Products:
         """Return those of some programs; ``place`` is the new row of each, or -1."""
         new = object.__new__(Products)
-        new.busy, new.fence = dict(self.busy), self.fence
-        new.last_write = list(self.last_write)
-
-        def moved(products: list[Product]) -> list[Product]:
-            kept = ((place[row] >= 0, row, cell, used) for row, cell, used in products)
-            return [(place[row[keep]], cell[keep], used) for keep, row, cell, used in kept]
-
-        new.open = moved(self.open)
-        new.groups = [moved(group) for group in self.groups]
+        new.fence, new.last_write = self.fence, list(self.last_write)
+        new.open = [product.take(place) for product in self.open]
+        new.groups = [[product.take(place) for product in group] for group in self.groups]
+        new._note_registers()
         return new
 
-    def begin(self, shared: SharedMemory, cells: Array, registers: tuple[int, ...]) -> None:
+    def begin(
+        self,
+        shared: SharedMemory,
+        cells: Array,
+        accumulators: Sequence[int],
+        factors: Sequence[int],
+    ) -> None:
         shared.begin_product(cells)
-        for r in registers:
-            self.busy[r] = self.busy.get(r, 0) + 1
         rows, cells = np.divmod(cells, shared.row_cells)
-        self.open = [*self.open, (rows, cells, registers)]
+        product = Product(rows, cells, tuple(accumulators), tuple(factors))
+        self.open = [*self.open, product]
+        self.accumulators |= set(accumulators)
+        self.factors |= set(factors)
 
     def commit(self) -> None:
         self.groups = [*self.groups, self.open]
@@ -62,13 +87,15 @@ class Products:
     def wait(self, shared: SharedMemory, left: int) -> None:
         """Wait for all groups of products but the last ``left``."""
         done = max(len(self.groups) - left, 0)
-        for rows, cells, registers in (p for group in self.groups[:done] for p in group):
-            shared.end_product(rows * shared.row_cells + cells)
-            for r in registers:
-                self.busy[r] -= 1
-                if not self.busy[r]:
-                    del self.busy[r]
+        for product in (p for group in self.groups[:done] for p in group):
+            shared.end_product(product.rows * shared.row_cells + product.cells)
         self.groups = self.groups[done:]
+        self._note_registers()
+
+    def _note_registers(self) -> None:
+        flying = [*self.open, *(p for group in self.groups for p in group)]
+        self.accumulators = {r for product in flying for r in product.accumulators}
+        self.factors = {r for product in flying for r in product.factors}
 
 
 class Group:

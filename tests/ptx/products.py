@@ -108,7 +108,7 @@ class _WarpGroupProduct:
             put(g, None, x)
         for r in self.d:  # the next product may add to it without a fence
             g.products.last_write[r] = 0
-        g.products.begin(g.shared, np.unique(np.concatenate(cells)), tuple({*self.d, *self.a}))
+        g.products.begin(g.shared, np.unique(np.concatenate(cells)), self.d, self.a)
 
     def _check_registers(self, g: Group, accumulate: bool) -> None:
         """Find registers that were written after the fence, or are an accumulator in flight."""
@@ -123,7 +123,7 @@ class _WarpGroupProduct:
                     else "register written after wgmma.fence"
                 )
                 g.findings.add(kind, self.ins, self.names[r])
-        if any(r in g.products.busy and r in self.d for r in self.a):
+        if g.products.accumulators & set(self.a):
             g.findings.add("wgmma's A is an accumulator in flight", self.ins)
 
     def _operand(self, g: Group, get: Read, extent: int, transposed: bool) -> tuple[Array, Array]:

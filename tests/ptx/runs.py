@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rlr_fast import kernels
-from rlr_fast.kernels import _launch, tiles
+from rlr_fast.kernels import _choice, _launch
 from rlr_fast.ops import dense
 from tests.ptx.cases import Attention, Block, Case, Distance
 from tests.ptx.driver import Change, Log, machine_as_device
@@ -70,11 +70,26 @@ def run(case: Case, arch: str, dtype: str, change: Change | None = None) -> Resu
 
 def _judge(actual: Tensor, eager: Tensor, exact: Tensor, terms: float) -> Verdict:
     error, allowed = (float(x) for x in budget(actual, eager, exact, terms))
+    return _verdict(error, eager, exact, allowed, actual.dtype == eager.dtype)
+
+
+def _judge_tf32(actual: Tensor, eager: Tensor, exact: Tensor) -> Verdict:
+    """Hold TF32 to eager float16, whose mantissa it has.
+
+    The machine cuts TF32's factors off, as the hardware does what no conversion has rounded, and
+    errs twice as much.
+    """
+    band = torch.finfo(torch.float16).eps * float(exact.abs().max())
+    allowed = 4 * float((eager.double() - exact).abs().max()) + band
+    error = float((actual.double() - exact).abs().max())
+    return _verdict(error, eager, exact, allowed, actual.dtype == torch.float32)
+
+
+def _verdict(error: float, eager: Tensor, exact: Tensor, allowed: float, typed: bool) -> Verdict:
     usual = float((eager.double() - exact).abs().max())
     unit = float(exact.abs().max()) or 1.0
     # Written so that NaN fails.
-    ok = error <= allowed and actual.dtype == eager.dtype
-    return Verdict(error / unit, usual / unit, allowed / unit, ok)
+    return Verdict(error / unit, usual / unit, allowed / unit, typed and error <= allowed)
 
 
 def _gradients(
@@ -136,13 +151,17 @@ def _attention(case: Attention, arch: str, dtype: torch.dtype, change: Change | 
         with (
             _deterministic(case.deterministic),
             mock.patch.object(_launch, "PROGRAMS", programs),
-            tiles.forced(architecture=int(arch)),
+            _choice.forced(architecture=int(arch)),
             machine_as_device(arch, change) as log,
         ):
             actual = _gradients(names, function(kernels), inputs, grad)
     finally:
         torch.set_float32_matmul_precision(allowed)
     exact = _gradients(names, function(dense), [x.double() for x in inputs], grad.double())
+    if case.tf32:
+        half = [x.half() for x in (*inputs, grad)]
+        eager = _gradients(names, function(dense), half[:3], half[3])
+        return Result(log, {n: _judge_tf32(actual[n], eager[n], exact[n]) for n in names})
     eager = _gradients(names, function(dense), inputs, grad)
     terms = rounded_terms([*inputs, grad])
     return Result(log, {n: _judge(actual[n], eager[n], exact[n], terms[n]) for n in names})
@@ -176,7 +195,7 @@ def _block(case: Block, arch: str, dtype: torch.dtype, change: Change | None) ->
     inputs = (projected, keys, value)
     with (
         _deterministic(case.deterministic),
-        tiles.forced(architecture=int(arch)),
+        _choice.forced(architecture=int(arch)),
         machine_as_device(arch, change) as log,
     ):
         actual = _gradients(names, ours, inputs, grad)

@@ -41,7 +41,7 @@ class SharedMemory:
 
     _SHADOW = (
         "written_in", "written_by", "written_in_warp", "read_in", "read_by", "read_in_warp",
-        "fenced", "arriving", "products", "initialized",
+        "fenced", "arriving", "products", "initialized", "copied",
     )  # fmt: skip
 
     def __init__(self, programs: int, threads: int, size: int, cell: int, findings: Findings):
@@ -62,6 +62,7 @@ class SharedMemory:
         self.arriving = np.zeros(cells, bool)
         self.products = np.zeros(cells, np.int16)
         self.initialized = np.zeros(cells, bool)
+        self.copied = np.zeros(cells, bool)
         self._number_lanes(programs)
 
     def _number_lanes(self, programs: int) -> None:
@@ -168,6 +169,7 @@ class SharedMemory:
                 cell = self._cells(lanes, at, data.shape[1])
                 self.arriving[cell] = False
                 self._mark_written(cell, self.thread[lanes][:, None])
+                self.copied[cell] = True
         self.copy_groups = self.copy_groups[done:]
 
     @property
@@ -195,6 +197,7 @@ class SharedMemory:
             at = np.clip(at, 0, self.row_size - size)
         found = self.data.view(dtype)[(rows * self.row_size + at) // size]
         cell = np.unique((rows * self.row_cells + at // self.cell).reshape(-1))
+        unfenced, copied = self.fenced[cell] == self.fences, self.copied[cell]
         for bad, kind in (
             (self.arriving[cell], "wgmma reads shared memory before its cp.async is waited for"),
             (~self.initialized[cell], "wgmma reads unwritten shared memory"),
@@ -202,10 +205,8 @@ class SharedMemory:
                 self.written_in[cell] == self.epoch,
                 "shared race: wgmma reads without a barrier after the write",
             ),
-            (
-                self.fenced[cell] == self.fences,
-                "wgmma reads without fence.proxy.async after the write",
-            ),
+            (unfenced & ~copied, "wgmma reads without fence.proxy.async after the write"),
+            (unfenced & copied, "formal: wgmma reads without fence.proxy.async after a cp.async"),
         ):
             if bad.any():
                 self.findings.add(kind, ins, f"{bad.sum()} cells")
@@ -318,6 +319,7 @@ class SharedMemory:
         self.written_in_warp[cell] = self.warp_epoch
         self.fenced[cell] = self.fences
         self.initialized[cell] = True
+        self.copied[cell] = False
 
     def _race(
         self, kind: str, ins: Instruction, others: Array, cell: Array, thread: Array, bad: Array

@@ -88,13 +88,17 @@ def store(ins: Instruction, operands: Operands) -> Action:
 
 
 def atomic(ins: Instruction, operands: Operands) -> Action:
-    """Add float32 in global memory; order and scope are of no concern to a sum."""
+    """Add float32 in global memory, with ``atom`` or without a result with ``red``.
+
+    Order and scope are of no concern to a sum.
+    """
     space, *modifiers, kind = ins.parts[1:]
     known = {"gpu", "relaxed", "acquire", "release", "acq_rel", "add", *_VECTORS}
     if space != "global" or "add" not in modifiers or kind != "f32" or set(modifiers) - known:
         raise Unsupported(f"{ins.op} at line {ins.line}")
-    puts, gets = operands.writes(ins.operands[0]), operands.reads(ins.operands[2], "f32")
-    address = operands.address(ins.operands[1])
+    *result, place, source = ins.operands
+    puts = [put for operand in result for put in operands.writes(operand)]
+    gets, address = operands.reads(source, "f32"), operands.address(place)
 
     def action(g: Group, mask: Mask) -> None:
         lanes = g.selected(mask)
@@ -213,6 +217,7 @@ HANDLERS = {
     "fence": fence,
     "ld": load,
     "ldmatrix": load_matrix,
+    "red": atomic,
     "st": store,
     "stmatrix": store_matrix,
 }
