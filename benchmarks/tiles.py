@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from triton.errors import TritonError
 
-from benchmarks import check, pool, record, timing
+from benchmarks import check, parallel, record, timing
 from benchmarks.shapes import HEADLINE, OPERATORS, PAPER, Problem, Shape, make_inputs
 from rlr_fast.kernels import _choice
 from rlr_fast.kernels._launch import Geometry
@@ -175,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--most", type=int, default=24, help="candidates of a kernel and shape")
     parser.add_argument("--seconds", type=float, default=540, help="start no further search then")
-    parser.add_argument("--workers", type=int, default=pool.default_workers())
+    parser.add_argument("--workers", type=int, default=parallel.default_workers())
     parser.add_argument("--record", metavar="NAME", help="as of pytest --benchmark-record")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
@@ -194,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{len(jobs)} candidates; compiling and checking in {options.workers} processes")
     passed = set()
     # Half of the time is for timing.
-    for job, outcome in pool.each(run_job, jobs, options.workers, options.seconds / 2):
+    for job, outcome in parallel.each(run_job, jobs, options.workers, options.seconds / 2):
         if outcome.failure is None:
             passed.add(job)
         else:
@@ -212,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             try:
                 figures = _time(job)
             except (RuntimeError, TritonError) as error:
-                recorder.add(_result(job) | {"outcome": "failed", "reason": pool.reason(error)})
+                recorder.add(_result(job) | {"outcome": "failed", "reason": parallel.reason(error)})
                 continue
             recorder.add(_result(job) | {"outcome": "ok", **figures})
             ranking.append((float(str(figures["median_s"])), job))

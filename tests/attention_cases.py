@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from gpu import DEVICE, ON_GPU
 from torch import Tensor
 
 from rlr_fast.functional import local_cross_attention, masked_learnable_key_attention
 
-ON_GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 LCA, MLKA = local_cross_attention, masked_learnable_key_attention
 OPERATORS = [pytest.param(LCA, id="lca"), pytest.param(MLKA, id="mlka")]
 EXACT = torch.float32 if ON_GPU else torch.float64
