@@ -23,6 +23,8 @@ from rlr_fast.kernels import _launch
 # warp: sm_80 has 16 FP32 lanes a scheduler, later architectures 32.
 _SHARED = {arch: most + 1024 for arch, most in _launch.SHARED.items()}
 _FP32_CLOCKS = {80: 2, 86: 1, 89: 1, 90: 1, 100: 1, 120: 1}
+# Warps and programs that an SM holds at the most.
+_RESIDENT = {80: (64, 32), 86: (48, 16), 89: (48, 24), 90: (64, 32), 100: (64, 32), 120: (48, 24)}
 # The system's own shared memory in each program; from sm_90 on the cubin's count includes it.
 _RESERVED_SHARED = 1024
 _TENSOR_MEMORY_COLUMNS = 512
@@ -235,7 +237,7 @@ def resources(compiled: CompiledKernel, code: Sequence[Instruction] | None = Non
     programs_by = {
         "registers": warps_by_registers // warps,
         "shared": _SHARED[arch] // (-(-(shared + _RESERVED_SHARED) // 128) * 128),
-        "threads": min(64 // warps, 32),
+        "threads": min(_RESIDENT[arch][0] // warps, _RESIDENT[arch][1]),
     }
     if getattr(metadata, "tmem_size", 0):
         programs_by["tensor_memory"] = _TENSOR_MEMORY_COLUMNS // metadata.tmem_size
