@@ -237,20 +237,20 @@ def run_job(job: Any) -> dict[str, float]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check, print and record; return 1 where anything failed."""
-    from benchmarks import pool, record
+    from benchmarks import parallel, record
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.check", description=__doc__)
     parser.add_argument("--backend", help="default: triton on a GPU, tiled on a CPU")
     parser.add_argument("--record", metavar="NAME", help="as of pytest --benchmark-record")
     parser.add_argument("--seconds", type=float, default=240, help="give up after this time")
-    parser.add_argument("--workers", type=int, default=pool.default_workers())
+    parser.add_argument("--workers", type=int, default=parallel.default_workers())
     options = parser.parse_args(arguments)
     gpu = torch.cuda.is_available()
     backend = options.backend or ("triton" if gpu else "tiled")
     path = record.record_path(options.record) if options.record else None
     recorder = record.Recorder(path)
     jobs, failures, start = _jobs(backend, gpu), 0, time.monotonic()
-    for job, outcome in pool.each(run_job, jobs, options.workers, options.seconds):
+    for job, outcome in parallel.each(run_job, jobs, options.workers, options.seconds):
         name = job.problem.name + ("-deterministic" if job.deterministic else "")
         result = {"suite": "check", **job.problem.info(), "rival": backend}
         result |= {"deterministic": job.deterministic}

@@ -40,7 +40,7 @@ from benchmarks.launches import HEADS, KERNELS, MODES, OPERATORS, SHAPES, Shape,
 from rlr_fast.kernels import _launch
 from rlr_fast.kernels._launch import Launch
 
-ARCHES = ("80", "90", "100", "gfx942")
+ARCHES = (*map(str, _launch.SHARED), "gfx942")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 RECORD = Path(__file__).with_name("codegen.json")
 
@@ -51,7 +51,7 @@ _CLOCKS = 132 * 4 * 1.755e9
 _EXPS = 132 * 16 * 1.755e9
 
 # The most shared memory of one program; more compiles, and fails when launched.
-_LARGEST_SHARED = {"80": 163 * 1024, "90": 227 * 1024, "100": 227 * 1024, "gfx942": 64 * 1024}
+_LARGEST_SHARED = {str(arch): most for arch, most in _launch.SHARED.items()} | {"gfx942": 64 * 1024}
 
 _TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 HEADLINES = (
@@ -387,7 +387,7 @@ def examine_launch(task: Task, launch: Launch) -> Row:
     shape = SHAPES[task.shape]
     about: dict[str, Any] = {
         **asdict(task),
-        "tiles": _tiles(launch),
+        "tiles": tiles_of(launch),
         "warps": launch.options["num_warps"],
         "stages": launch.options["num_stages"],
         "programs_launched": launch.programs,
@@ -423,7 +423,8 @@ def examine_launch(task: Task, launch: Launch) -> Row:
     )
 
 
-def _tiles(launch: Launch) -> str:
+def tiles_of(launch: Launch) -> str:
+    """Say the tiles of a launch in a word or two."""
     c = launch.constants
     if "IMAGES" in c:
         parts = "+".join(str(c[name]) for name in ("HALO_A", "HALO_B") if c[name])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -42,9 +43,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Show a line for each benchmark, unless told to be quiet."""
-    if config.getoption("--benchmark") and config.option.verbose == 0:
+    """Collect the benchmarks alone, and show a line for each unless told to be quiet."""
+    if not config.getoption("--benchmark"):
+        return
+    if config.option.verbose == 0:
         config.option.verbose = 1
+    if config.args_source == pytest.Config.ArgsSource.TESTPATHS:
+        config.args = [str(Path(__file__).parent)]
 
 
 def pytest_report_teststatus(

@@ -2,7 +2,7 @@
 # What a GPU is worth ten minutes for, the most valuable first. Results come as they are made, into
 # $OUT, else benchmarks/results: each part has its own time limit and leaves a record and a log.
 #   benchmarks/gpu_session.sh                     all parts
-#   benchmarks/gpu_session.sh check headline      these parts: check headline unknowns tests training
+#   benchmarks/gpu_session.sh check headline      these parts: check headline microbenchmarks tests training
 #                                                 large suite tiles operators model jobs scaling
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -14,6 +14,8 @@ python=${PYTHON:-python3}
 options=(-o 'testpaths=tests benchmarks' -o 'python_files=test_*.py bench_*.py' -p no:cacheprovider)
 benchmark=("$python" -m pytest -q --benchmark "${options[@]}" --benchmark-columns=median,min,rounds)
 failed=0
+# Processes that compile; each holds a context of the GPU.
+workers=$(($(nproc) < 14 ? $(nproc) : 14))
 
 part() { # name, seconds, command…
   local name=$1 seconds=$2 start=$SECONDS code
@@ -32,8 +34,14 @@ run() {
       part headline 150 "${benchmark[@]}" benchmarks/bench_operators.py --benchmark-headline \
         --benchmark-record "$out/gpu-headline.json"
       ;;
-    unknowns) part unknowns 70 "$python" -m benchmarks.unknowns --record "$out/gpu-unknowns.json" ;;
-    tests) part tests 110 "$python" -m pytest -q -x tests/kernels/test_kernels.py tests/kernels/test_distance.py -p no:cacheprovider ;;
+    microbenchmarks)
+      part microbenchmarks 70 "$python" -m benchmarks.microbenchmarks \
+        --record "$out/gpu-microbenchmarks.json"
+      ;;
+    tests) # most of it is compilation, so each core takes its share of the tests
+      part tests 240 "$python" -m pytest -q -x -n "$workers" --dist worksteal tests/kernels \
+        -p no:cacheprovider
+      ;;
     training)
       part training 60 "$python" -m benchmarks.throughput --batch 64 --batch 256 --batch 4 \
         --record "$out/gpu-training.json"
@@ -71,6 +79,6 @@ run() {
 }
 
 : >"$log"
-if [ $# -eq 0 ]; then set -- check headline unknowns tests training; fi
+if [ $# -eq 0 ]; then set -- check headline microbenchmarks tests training; fi
 for name in "$@"; do run "$name"; done
 exit "$failed"

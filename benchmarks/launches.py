@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlr_fast.kernels import _launch, lca, mlka, reference, tiles
+from rlr_fast.kernels import _choice, _launch, mlka, reference
 from rlr_fast.kernels._launch import Geometry, Launch
+from rlr_fast.kernels._trial import launch_passes
 
 HEADS = 8
 
@@ -54,7 +55,7 @@ class Shape:
 
     grid: tuple[int, int]
     width: int
-    window: int
+    window: tuple[int, int]
     batch: int = 64
     operators: tuple[str, ...] = ("mlka", "lca")
     paper: bool = False
@@ -63,31 +64,33 @@ class Shape:
     def name(self) -> str:
         """As ``64x64-d16-w11``, with ``-b4`` for a batch of 4."""
         height, width = self.grid
+        rows, columns = self.window
+        window = f"{rows}" if rows == columns else f"{rows}x{columns}"
         batch = "" if self.batch == 64 else f"-b{self.batch}"
-        return f"{height}x{width}-d{self.width}-w{self.window}{batch}"
+        return f"{height}x{width}-d{self.width}-w{window}{batch}"
 
     @property
     def geometry(self) -> Geometry:
         """Grid and reach of the windows."""
-        return Geometry.of(self.grid, (self.window, self.window))
+        return Geometry.of(self.grid, self.window)
 
 
 def _shapes() -> dict[str, Shape]:
     paper = [
-        Shape((64, 64), 16, 11, paper=True),
-        Shape((32, 32), 32, 7, paper=True),
-        Shape((16, 16), 64, 5, paper=True),
+        Shape((64, 64), 16, (11, 11), paper=True),
+        Shape((32, 32), 32, (7, 7), paper=True),
+        Shape((16, 16), 64, (5, 5), paper=True),
     ]
     more = [
-        Shape((64, 64), 16, 5),
-        Shape((16, 16), 64, 11),
-        Shape((16, 16), 128, 5),
-        Shape((31, 37), 32, 7),
+        Shape((64, 64), 16, (5, 5)),
+        Shape((16, 16), 64, (11, 11)),
+        Shape((16, 16), 128, (5, 5)),
+        Shape((31, 37), 32, (7, 7)),
     ]
     # The tiles of the halo kernels depend on the batch, no others do.
     small = [Shape(s.grid, s.width, s.window, 4, ("lca",)) for s in paper + more]
-    large = [Shape((128, 128), 16, 11, 4), Shape((256, 256), 16, 11, 4)]
-    raster = [Shape((64, 64), 16, 31, operators=("lca",))]
+    large = [Shape((128, 128), 16, (11, 11), 4), Shape((256, 256), 16, (11, 11), 4)]
+    raster = [Shape((64, 64), 16, (31, 31), operators=("lca",))]
     return {shape.name: shape for shape in paper + more + small + large + raster}
 
 
@@ -119,7 +122,7 @@ def views(shape: Shape, dtype: torch.dtype) -> dict[str, Tensor]:
 def launches(shape: Shape, dtype: torch.dtype, arch: str = "90") -> dict[str, Launch]:
     """Every launch of a shape, by the names of ``KERNELS``, with the tiles of an architecture."""
     # The table knows NVIDIA's only; AMD's local memory is the size of the smallest.
-    with tiles.forced(architecture=int(arch) if arch.isdigit() else 80):
+    with _choice.forced(architecture=int(arch) if arch.isdigit() else 80):
         return _launches(shape, dtype)
 
 
@@ -152,10 +155,5 @@ def _operator_launches(operator: str, shape: Shape, dtype: torch.dtype) -> list[
     q, k, v, o, do, dq = (named[f"{operator}_{name}"] for name in ("q", "k", "v", "o", "do", "dq"))
     bound, dv = named["bound"], named["mlka_dv"]
     with _launch.recorded() as records:
-        if operator == "mlka":
-            lse = mlka.launch_forward(q, k, bound, v, o, geometry, inside=False)
-            mlka.launch_backward(do, q, k, v, o, lse, dq, dv, geometry, inside=False)
-        else:
-            saved = lca.launch_forward(q, k, bound, v, o, geometry)
-            lca.launch_backward(do, q, k, v, o, saved, dq, geometry)
+        launch_passes(operator, q, k, bound, v, o, do, dq, dv, geometry, backward=True)
     return records

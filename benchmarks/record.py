@@ -46,6 +46,7 @@ def describe(command: str | None = None) -> dict[str, Any]:
         facts["cuda"] = torch.version.cuda
         facts["cudnn"] = torch.backends.cudnn.version()
         facts["driver"] = _query("driver_version")
+        facts["gpu"] = _gpu()
     return {
         "format": FORMAT,
         "made": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -62,6 +63,12 @@ def clocks() -> dict[str, str] | None:
     if values is None:
         return None
     return dict(zip(_CLOCKS.split(","), (v.strip() for v in values.split(",")), strict=False))
+
+
+def megahertz(clock: str) -> float | None:
+    """Return a clock as nvidia-smi reads it now; ``None`` where it does not tell."""
+    found = re.match(r"([\d.]+) MHz", (clocks() or {}).get(clock, ""))
+    return float(found[1]) if found else None
 
 
 def commit() -> str | None:
@@ -151,9 +158,14 @@ def _processor() -> str:
 
 
 def _query(fields: str) -> str | None:
-    index = str(torch.cuda.current_device())
-    output = _run("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "-i", index)
+    output = _run("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "-i", _gpu())
     return output.strip() if output else None
+
+
+def _gpu() -> str:
+    # nvidia-smi counts all GPUs of a machine, PyTorch those that a process may see.
+    properties: Any = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return f"GPU-{properties.uuid}"
 
 
 def _run(*command: str) -> str | None:

@@ -23,7 +23,7 @@ BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 Result = dict[str, Any]
 
 # What an H100 allows, for the limits in the plots: bytes/s of its memory, powers of two a second.
-# A record of `benchmarks.unknowns` from the same device replaces them by what was measured.
+# A record of `benchmarks.microbenchmarks` from the same device replaces them by what was measured.
 _LIMITS = {"H100": (3.0e12, 3.7e12), "H200": (4.3e12, 3.7e12)}
 
 
@@ -286,8 +286,11 @@ def _limit(
     for file, other in records.items():
         if other["environment"]["device_name"] != device:
             continue
-        values = {r["name"]: r["value"] for r in other["results"] if r.get("suite") == "unknowns"
-                  and r["outcome"] == "ok"}  # fmt: skip
+        values = {
+            r["name"]: r["value"]
+            for r in other["results"]
+            if r.get("suite") == "microbenchmarks" and r["outcome"] == "ok"
+        }
         powers = [v for k, v in values.items() if k.startswith("powers of two")]
         if powers and "device copy" in values:
             bandwidth, rate = values["device copy"] * 1e12, max(powers) * 1e12
@@ -319,7 +322,7 @@ def _check(
     return "\n".join([text, *([""] if lines else []), *lines])
 
 
-def _unknowns(
+def _microbenchmarks(
     results: list[Result], content: dict[str, Any], name: str, folder: Path, records: Any
 ) -> str:
     found = {r["name"]: r for r in results}
@@ -430,7 +433,7 @@ _WRITERS: dict[str, Callable[..., str]] = {
     "distance": _distance,
     "jobs": _jobs,
     "throughput": _throughput,
-    "unknowns": _unknowns,
+    "microbenchmarks": _microbenchmarks,
     "tiles": _tiles,
 }
 

@@ -17,10 +17,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
+from rlr_fast.kernels import _launch
+
 # An SM's shared memory in bytes and the clocks of one scheduler for one FP32 instruction of a
-# warp: sm_80 has 16 FP32 lanes a scheduler, later data center architectures 32.
-_SHARED = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
-_FP32_CLOCKS = {80: 2, 90: 1, 100: 1}
+# warp: sm_80 has 16 FP32 lanes a scheduler, later architectures 32.
+_SHARED = {arch: most + 1024 for arch, most in _launch.SHARED.items()}
+_FP32_CLOCKS = {80: 2, 86: 1, 89: 1, 90: 1, 100: 1, 120: 1}
+# Warps and programs that an SM holds at the most.
+_RESIDENT = {80: (64, 32), 86: (48, 16), 89: (48, 24), 90: (64, 32), 100: (64, 32), 120: (48, 24)}
 # The system's own shared memory in each program; from sm_90 on the cubin's count includes it.
 _RESERVED_SHARED = 1024
 _TENSOR_MEMORY_COLUMNS = 512
@@ -184,7 +188,8 @@ def compile_kernel(
         signature: Types by argument, as ``"*bf16"`` or ``"i32"``, for a tuple those of its
             elements; constexprs may be left out.
         constexprs: Values of the compile-time arguments, by name, or (name, index) in a tuple.
-        arch: 80, 90 or 100, or the name of an AMD architecture such as ``"gfx942"``.
+        arch: A compute capability of `_launch.SHARED`, or the name of an AMD architecture such as
+            ``"gfx942"``.
         num_warps: Warps a program.
         num_stages: Depth of the software pipeline.
         maxnreg: Most registers a thread, where given.
@@ -232,7 +237,7 @@ def resources(compiled: CompiledKernel, code: Sequence[Instruction] | None = Non
     programs_by = {
         "registers": warps_by_registers // warps,
         "shared": _SHARED[arch] // (-(-(shared + _RESERVED_SHARED) // 128) * 128),
-        "threads": min(64 // warps, 32),
+        "threads": min(_RESIDENT[arch][0] // warps, _RESIDENT[arch][1]),
     }
     if getattr(metadata, "tmem_size", 0):
         programs_by["tensor_memory"] = _TENSOR_MEMORY_COLUMNS // metadata.tmem_size
@@ -331,7 +336,7 @@ def bound(counts: Counts, elements: float, *, arch: int = 90) -> Bound:
     Args:
         counts: Counts of one turn of a loop.
         elements: Scores a thread handles in one turn.
-        arch: 80, 90 or 100.
+        arch: A compute capability.
     """
     single = _FP32_CLOCKS[arch]
     clocks = {

@@ -1,9 +1,8 @@
 """Tile search at the headline shapes: every candidate's time on the record, in a few minutes.
 
-``python -m benchmarks.tiles [--kernel NAME] [--shape NAME] [--seconds S]``. It serves the shipped
-table; ``rlr-fast tune`` serves a user's own GPU, and tries the same candidates. Here they are
-compiled and compared with the definition in parallel processes; those that pass are timed one after
-another.
+``python -m benchmarks.tiles [--kernel NAME] [--shape NAME] [--seconds S]``. It serves those who
+keep the table of `rlr_fast.kernels.tiles`. Candidates are compiled and compared with the definition
+in parallel processes; those that pass are timed one after another.
 """
 
 from __future__ import annotations
@@ -20,11 +19,18 @@ from typing import Any
 import torch
 from triton.errors import TritonError
 
-from benchmarks import check, pool, record, timing
+from benchmarks import check, parallel, record, timing
 from benchmarks.shapes import HEADLINE, OPERATORS, PAPER, Problem, Shape, make_inputs
-from rlr_fast.kernels import tiles as shipped_tiles
-from rlr_fast.kernels import tuning
+from rlr_fast.kernels import _choice
 from rlr_fast.kernels._launch import Geometry
+from rlr_fast.kernels.tiles import (
+    HALO_KERNELS,
+    HaloTiles,
+    RasterTiles,
+    Tiles,
+    fits_in_shared_memory,
+)
+from rlr_fast.kernels.tiles import candidates as table_candidates
 
 # Of a kernel: its operator, whether backward runs it, and whether deterministically alone.
 KERNELS: dict[str, tuple[str, bool, bool]] = {
@@ -43,29 +49,56 @@ class Job:
 
     kernel: str
     problem: Problem
-    tiles: shipped_tiles.Tiles | None
+    tiles: Tiles | None
 
 
-def candidates(kernel: str, problem: Problem) -> Iterator[shipped_tiles.Tiles | None]:
-    """Yield the table's own tiles, then others, each once."""
-    yield None
+def candidates(kernel: str, problem: Problem) -> Iterator[Tiles | None]:
+    """Yield the table's own tiles, then others, each once; none where the kernel is not taken."""
     own = _own(kernel, problem)
+    if own is None:
+        return
+    yield None
     # Those most like the table's own first: a search that runs out of time has seen the likely.
-    found = sorted(tuning.candidates(kernel), key=lambda tiles: _distance(tiles, own))
+    found = sorted(_worth_trying(kernel), key=lambda tiles: _distance(tiles, own))
     yield from (tiles for tiles in dict.fromkeys(found) if tiles != own)
 
 
-def _own(kernel: str, problem: Problem) -> shipped_tiles.Tiles:
-    return shipped_tiles.shipped(
-        shipped_tiles.Problem(
-            kernel,
-            Geometry.of(problem.grid, problem.window),
-            problem.shape.width,
-            problem.batch,
-            problem.dtype,
-            record.bench_device(),
-        )
+def _worth_trying(kernel: str) -> Iterator[Tiles]:
+    if kernel in HALO_KERNELS:
+        forms = ((1, 1), (2, 2), (2, 4), (4, 4), (8, 8))
+        sizes = ((16, 4), (32, 4), (64, 4), (128, 4), (128, 8))
+        for (rows, columns), (queries, warps), stages in itertools.product(forms, sizes, (1, 2, 3)):
+            if queries >= rows * columns:
+                yield HaloTiles(rows, columns, queries // (rows * columns), warps, stages)
+        return
+    sides = itertools.product((32, 64, 128), (64, 128), (4, 8), (1, 2, 3))
+    for queries, keys, warps, stages in sides:
+        tiles = RasterTiles(queries, keys, warps=warps, stages=stages)
+        # Eight warps on fewer than 128 rows compute every score twice.
+        if warps == 8 and (keys if kernel == "raster_key" else queries) < 128:
+            continue
+        if kernel == "raster_forward":
+            yield from (dataclasses.replace(tiles, fma_exp2_eighths=n) for n in (0, 2, 3))
+        elif kernel == "raster_query":
+            yield tiles
+        else:
+            for blocks, separate_dq in itertools.product((1, 2), (False, True)):
+                yield dataclasses.replace(tiles, blocks=blocks, separate_dq=separate_dq)
+
+
+def _own(kernel: str, problem: Problem) -> Tiles | None:
+    """Return the tiles that the table gives; ``None`` where the problem takes another kernel."""
+    geometry = Geometry.of(problem.grid, problem.window)
+    query = torch.empty(
+        (problem.batch, 1, 1, problem.shape.width), dtype=problem.dtype, device="meta"
     )
+    target = _choice.target_of(record.bench_device())
+    if kernel in HALO_KERNELS and not fits_in_shared_memory(
+        geometry, problem.shape.width, problem.dtype, target
+    ):
+        return None
+    about = _choice.problem_of(kernel, query, geometry)._replace(target=target)
+    return table_candidates(about)[0]
 
 
 def _distance(tiles: Any, own: Any) -> int:
@@ -99,9 +132,8 @@ def _prepared(job: Job) -> tuple[Callable[[], Any], Any]:
 
 
 def _forced(job: Job) -> Any:
-    # The table's own are forced too: tiles tuned on this machine would take their place.
-    own = _own(job.kernel, job.problem)
-    return shipped_tiles.forced(**{job.kernel: own if job.tiles is None else job.tiles})
+    # The table's own are forced too: forced tiles are refused where others would take their place.
+    return _choice.forced(**{job.kernel: job.tiles or _own(job.kernel, job.problem)})
 
 
 def run_job(job: Job) -> dict[str, float]:
@@ -143,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--most", type=int, default=24, help="candidates of a kernel and shape")
     parser.add_argument("--seconds", type=float, default=540, help="start no further search then")
-    parser.add_argument("--workers", type=int, default=pool.default_workers())
+    parser.add_argument("--workers", type=int, default=parallel.default_workers())
     parser.add_argument("--record", metavar="NAME", help="as of pytest --benchmark-record")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
@@ -155,12 +187,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     jobs: list[Job] = []
     for shape, kernel in itertools.product(shapes, options.kernel or KERNELS):
         problem = Problem(KERNELS[kernel][0], shape, options.batch, torch.bfloat16)
-        found = itertools.islice(candidates(kernel, problem), options.most)
+        found = list(itertools.islice(candidates(kernel, problem), options.most))
         jobs += [Job(kernel, problem, tiles) for tiles in found]
+        if not found:
+            print(f"no candidates for {kernel} {problem.name}")
     print(f"{len(jobs)} candidates; compiling and checking in {options.workers} processes")
     passed = set()
     # Half of the time is for timing.
-    for job, outcome in pool.each(run_job, jobs, options.workers, options.seconds / 2):
+    for job, outcome in parallel.each(run_job, jobs, options.workers, options.seconds / 2):
         if outcome.failure is None:
             passed.add(job)
         else:
@@ -178,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             try:
                 figures = _time(job)
             except (RuntimeError, TritonError) as error:
-                recorder.add(_result(job) | {"outcome": "failed", "reason": pool.reason(error)})
+                recorder.add(_result(job) | {"outcome": "failed", "reason": parallel.reason(error)})
                 continue
             recorder.add(_result(job) | {"outcome": "ok", **figures})
             ranking.append((float(str(figures["median_s"])), job))
@@ -190,7 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _result(job: Job) -> dict[str, object]:
-    tiles = _own(job.kernel, job.problem) if job.tiles is None else job.tiles
+    tiles: Any = job.tiles or _own(job.kernel, job.problem)
     return {
         "suite": "tiles",
         "kernel": job.kernel,

@@ -9,28 +9,28 @@ from __future__ import annotations
 if __name__ != "rlr_fast.kernels":
     raise ImportError("the kernels are imported as rlr_fast.kernels, not by their folder's name")
 
-from rlr_fast.kernels._launch import unsupported_device, unsupported_reason, unsupported_width
+from rlr_fast.kernels._launch import (
+    LaunchRefused,
+    unsupported_device,
+    unsupported_reason,
+    unsupported_width,
+)
+from rlr_fast.kernels._trial import refusal
 from rlr_fast.kernels.block import block_attention
 from rlr_fast.kernels.distance import token_distance
 from rlr_fast.kernels.lca import local_cross_attention
 from rlr_fast.kernels.mlka import masked_learnable_key_attention
 from rlr_fast.kernels.reference import prepare_key
-from rlr_fast.kernels.tiles import forget_tuned, read_tuned, tuned_file, with_tuned
-from rlr_fast.kernels.tuning import Shape, search
 
 __all__ = [
-    "Shape",
+    "LaunchRefused",
     "block_attention",
-    "forget_tuned",
     "local_cross_attention",
     "masked_learnable_key_attention",
     "prepare_key",
-    "read_tuned",
-    "search",
+    "refusal",
     "token_distance",
-    "tuned_file",
     "unsupported_device",
     "unsupported_reason",
     "unsupported_width",
-    "with_tuned",
 ]

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+from triton.errors import TritonError
+from triton.runtime.errors import InterpreterError
 
 HEAD_DIMS = (16, 32, 64, 128)
 _TOKENS = 2**24
-# Programs that a launch over chunks of the batch aims at: two rounds of two on each of the 132
-# multiprocessors of an H100. More would only add partial sums.
-PROGRAMS = 528
+# Programs that a launch over chunks of the batch aims at, where set; else see `chunk_programs`.
+PROGRAMS: int | None = None
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+# Bytes of shared memory that a program may use, by compute capability.
+SHARED = {
+    80: 163 * 1024,
+    86: 99 * 1024,
+    89: 99 * 1024,
+    90: 227 * 1024,
+    100: 227 * 1024,
+    120: 99 * 1024,
+}
 
 
 # Whether Triton's interpreter runs the kernels; a kernel learns it once, when it is defined.
@@ -27,6 +38,47 @@ INTERPRETING = bool(triton.knobs.runtime.interpret)
 def capability(device: torch.device) -> tuple[int, int]:
     """Return the compute capability of a GPU."""
     return torch.cuda.get_device_capability(device)
+
+
+class Target(NamedTuple):
+    """What the choice of tiles and of chunks knows of a GPU.
+
+    Attributes:
+        architecture: Compute capability, e.g. 86 for 8.6.
+        shared: Bytes of shared memory that a program may use.
+        processors: Multiprocessors.
+    """
+
+    architecture: int
+    shared: int
+    processors: int
+
+    @staticmethod
+    def of(architecture: int) -> Target:
+        """Return the target of an architecture of `SHARED`, with an H100's multiprocessors."""
+        return Target(architecture, SHARED[architecture], 132)
+
+
+@functools.cache
+def target(device: torch.device) -> Target:
+    """Return what is known of a device; any but a CUDA device stands for an H100."""
+    if device.type != "cuda" or INTERPRETING:
+        return Target.of(90)
+    major, minor = capability(device)
+    known: Any = torch.cuda.get_device_properties(device)
+    shared, processors = known.shared_memory_per_block_optin, known.multi_processor_count
+    return Target(10 * major + minor, shared, processors)
+
+
+def chunk_programs(device: torch.device, warps: int) -> int:
+    """Return how many programs a launch over chunks of the batch aims at.
+
+    Two rounds of what a GPU holds at a time: programs whose threads take up to 255 of a
+    multiprocessor's 65,536 registers. More would only add partial sums.
+    """
+    if PROGRAMS is not None:
+        return PROGRAMS
+    return 2 * target(device).processors * max(1, 8 // warps)
 
 
 def unsupported_device(device: torch.device | str) -> str | None:
@@ -85,8 +137,7 @@ def unsupported_reason(query: Tensor, *shared: Tensor) -> str | None:
     return None
 
 
-@dataclass(frozen=True)
-class Geometry:
+class Geometry(NamedTuple):
     """A token grid and the reach of its windows, in tokens."""
 
     height: int
@@ -113,12 +164,13 @@ class Geometry:
 def precision(dtype: torch.dtype) -> str:
     """Return how float32 products are computed; half-precision products have one way only.
 
-    As PyTorch's own: TF32 where the user allowed it, else three TF32 products, which keep float32's
-    accuracy on tensor cores.
+    As PyTorch's own: TF32 where the user allowed it, by whichever of its interfaces, else three
+    TF32 products, which keep float32's accuracy on tensor cores.
     """
-    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
-        return "tf32"
-    return "tf32x3" if dtype == torch.float32 else "ieee"
+    if dtype != torch.float32:
+        return "ieee"
+    # The older `torch.get_float32_matmul_precision` raises where the newer interface was used.
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -137,6 +189,19 @@ class Launch:
     options: dict[str, int]
 
 
+class LaunchRefused(RuntimeError):
+    """The compiler or the GPU refuses a kernel, and nothing of it has run.
+
+    Attributes:
+        problem: What its tiles were chosen for, a `rlr_fast.kernels.tiles.Problem`; ``None`` where
+            there are no others to choose from.
+    """
+
+    def __init__(self, reason: str, problem: Any = None) -> None:
+        super().__init__(reason)
+        self.problem = problem
+
+
 _RECORDS: list[list[Launch]] = []
 
 
@@ -151,26 +216,79 @@ def recorded() -> Iterator[list[Launch]]:
         _RECORDS.pop()
 
 
+_COMPILE_ONLY = False
+
+
+@contextlib.contextmanager
+def compile_only() -> Iterator[None]:
+    """Compile and load what is launched, and run nothing; tensors may have no memory."""
+    global _COMPILE_ONLY
+    before, _COMPILE_ONLY = _COMPILE_ONLY, True
+    try:
+        yield
+    finally:
+        _COMPILE_ONLY = before
+
+
 def launch(
     kernel: Any,
     programs: int,
     *arguments: Any,
+    problem: Any = None,
     warps: int = 4,
     stages: int = 2,
     registers: int = 0,
     **constants: Any,
 ) -> None:
-    """Launch ``programs`` programs of a kernel on the device of its first tensor."""
+    """Launch ``programs`` programs of a kernel on the device of its first tensor.
+
+    Args:
+        kernel: A function under ``triton.jit``.
+        programs: How many.
+        arguments: Of the kernel.
+        problem: What the tiles were chosen for, see `rlr_fast.kernels.tiles.choose`.
+        warps: Warps a program.
+        stages: Depth of the software pipeline.
+        registers: Most registers a thread; 0 is no limit.
+        constants: The kernel's constants.
+
+    Raises:
+        LaunchRefused: The kernel does not compile, or needs more than the GPU has.
+    """
     options = {"num_warps": warps, "num_stages": stages}
     if registers:
         options["maxnreg"] = registers
+    made = Launch(kernel, programs, arguments, constants, options)
     if _RECORDS:
-        _RECORDS[-1].append(Launch(kernel, programs, arguments, constants, options))
+        _RECORDS[-1].append(made)
         return
     device = arguments[0].device
-    # Triton launches on the current device.
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[(programs,)](*arguments, **constants, **options)
+    try:
+        # Triton launches on the current device.
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            (_compile if _COMPILE_ONLY else _start)(made)
+    except InterpreterError:  # a mistake in a kernel
+        raise
+    except TritonError as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = f"{kernel.__name__}: {lines[0] if lines else type(error).__name__}"
+        raise LaunchRefused(reason, problem) from error
+
+
+def _start(made: Launch) -> None:
+    made.kernel[(made.programs,)](*made.arguments, **made.constants, **made.options)
+
+
+def _compile(made: Launch) -> None:
+    if INTERPRETING:
+        return
+    # Triton takes a dtype for a tensor of that dtype whose memory is aligned.
+    arguments = (x.dtype if isinstance(x, Tensor) else x for x in made.arguments)
+    compiled = made.kernel.warmup(
+        *arguments, grid=(made.programs,), **made.constants, **made.options
+    )
+    # Loads it, which is when a GPU refuses what is too large for it.
+    compiled.run  # noqa: B018
 
 
 def addressable(tensor: Tensor) -> Tensor:

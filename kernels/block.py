@@ -49,11 +49,12 @@ def _(
     heads, tokens, width = value.shape
     batch, exact = projected.shape[0], _launch.accumulator(projected.dtype)
     rows = (batch, heads, tokens)
-    kept = lca.resident(Geometry.of(grid, window), width, projected.element_size())
+    query = projected.new_empty((batch, heads, tokens, width))
+    saves_nothing = lca.saves_nothing(query, Geometry.of(grid, window))
     return (
         projected.new_empty((batch, tokens, 2 * heads * width)),
         projected.new_empty(rows, dtype=exact),
-        projected.new_empty((0,) if kept else rows, dtype=exact),
+        projected.new_empty((0,) if saves_nothing else rows, dtype=exact),
     )
 
 

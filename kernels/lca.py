@@ -30,12 +30,13 @@ from torch import Tensor
 
 from rlr_fast.kernels import _launch, mlka
 from rlr_fast.kernels._autograd import register_gradients
+from rlr_fast.kernels._choice import choose, problem_of, target_of, with_smaller_tiles
 from rlr_fast.kernels._dot import dot
 from rlr_fast.kernels._launch import Geometry
 from rlr_fast.kernels._softmax import exp2
 from rlr_fast.kernels._window import within
 from rlr_fast.kernels.reference import prepare_key
-from rlr_fast.kernels.tiles import HaloTiles, Problem, choose
+from rlr_fast.kernels.tiles import HaloTiles, fits_in_shared_memory
 
 _LN2 = tl.constexpr(0.6931471805599453)
 # The bias of a hidden key is minus the square of this, a product whose factors the dtype holds: far
@@ -47,9 +48,6 @@ _HIDDEN_FLOAT16 = tl.constexpr(2.0**15)
 # is less than 2**-57 of the sum, all 2**8 keys together: exact to rounding.
 _LEAST_SUM = tl.constexpr(2.0**-60)
 _LARGEST_SUM = tl.constexpr(2.0**60)
-# Keys of a halo, and bytes of its keys alone.
-_LARGEST_HALO = 256
-_LARGEST_BYTES = 32768
 # Bytes of the partial halos that a deterministic backward pass holds at a time.
 _LARGEST_PARTS = 256 * 2**20
 # Share of forward's powers of two that the FMA units compute in bfloat16, of 8.
@@ -415,29 +413,8 @@ def gather_kernel(
     tl.store(dv + offsets, dv_sum, mask=(n < last_key)[:, None])
 
 
-def halo_parts(tile: HaloTiles, geometry: Geometry) -> tuple[int, int]:
-    """Return two powers of two, of which the second may be 0, that hold a tile's halo."""
-    keys = tile.halo(geometry)
-    whole = max(16, triton.next_power_of_2(keys))
-    half = whole // 2
-    if half >= 64 and (keys - half <= half // 2 or whole > tile.part):
-        return half, max(16, triton.next_power_of_2(keys - half))
-    return whole, 0
-
-
-def resident(geometry: Geometry, width: int, itemsize: int) -> bool:
-    """Whether the halo of 4x4 positions is small enough to stay in shared memory."""
-    halo = sum(halo_parts(HaloTiles(4, 4, 4), geometry))
-    return halo <= _LARGEST_HALO and halo * width * itemsize <= _LARGEST_BYTES
-
-
-def _tiles(kernel: str, q: Tensor, geometry: Geometry) -> HaloTiles:
-    batch, _, _, width = q.shape
-    return choose(Problem(kernel, geometry, width, batch, q.dtype, q.device))
-
-
 def _constants(geometry: Geometry, tile: HaloTiles, width: int, dtype: torch.dtype) -> dict:
-    halo_a, halo_b = halo_parts(tile, geometry)
+    halo_a, halo_b = tile.parts(geometry)
     positions = max(16, tile.rows * tile.columns)
     return {
         **geometry.constants(), "D": width,
@@ -447,15 +424,23 @@ def _constants(geometry: Geometry, tile: HaloTiles, width: int, dtype: torch.dty
     }  # fmt: skip
 
 
-def _programs(geometry: Geometry, tile: HaloTiles, heads: int, batch: int) -> tuple[int, int, int]:
+def _programs(q: Tensor, geometry: Geometry, tile: HaloTiles) -> tuple[int, int, int]:
     """Return position tiles, images a chunk, and chunks."""
+    batch, heads = q.shape[:2]
     places = triton.cdiv(geometry.height, tile.rows) * triton.cdiv(geometry.width, tile.columns)
     steps = triton.cdiv(batch, tile.images)
-    chunks = min(steps, max(1, _launch.PROGRAMS // (places * heads)))
+    most = _launch.chunk_programs(q.device, tile.warps)
+    chunks = min(steps, max(1, most // (places * heads)))
     chunk = triton.cdiv(steps, chunks) * tile.images
     return places, chunk, triton.cdiv(batch, chunk)
 
 
+def saves_nothing(q: Tensor, geometry: Geometry) -> bool:
+    """Whether backward needs no lse of query (B, h, N, d), for it keeps all keys of a row."""
+    return fits_in_shared_memory(geometry, q.shape[3], q.dtype, target_of(q.device))
+
+
+@with_smaller_tiles
 def launch_forward(
     q: Tensor, k: Tensor, bound: Tensor, v: Tensor, o: Tensor, geometry: Geometry
 ) -> Tensor:
@@ -465,17 +450,21 @@ def launch_forward(
         What backward needs beside the arguments: nothing, or lse (B, h, N) of a large window.
     """
     batch, heads, _, width = q.shape
-    if not resident(geometry, width, q.element_size()):
+    if not saves_nothing(q, geometry):
         return mlka.launch_forward(q, k, bound, v, o, geometry, inside=True)
     saved = torch.empty((0,), dtype=_launch.accumulator(q.dtype), device=q.device)
     if batch == 0:
         return saved
-    tile = _tiles("halo_forward", q, geometry)
-    places, chunk, chunks = _programs(geometry, tile, heads, batch)
+    problem = problem_of("halo_forward", q, geometry)
+    tile = choose(problem)
+    if tile is None:
+        mlka.launch_forward(q, k, bound, v, o, geometry, inside=True)
+        return saved
+    places, chunk, chunks = _programs(q, geometry, tile)
     _launch.launch(
         forward_kernel, heads * places * chunks,
         q, k, v, o, q.stride()[:3], k.stride()[:2], v.stride()[:2], o.stride()[:3],
-        batch, heads, chunk, **_constants(geometry, tile, width, q.dtype),
+        batch, heads, chunk, problem=problem, **_constants(geometry, tile, width, q.dtype),
         # Float16 has no weight of 2**60. Float32's products, and the memory of wider heads, take
         # longer than the powers. Float64 tests in the interpreter what bfloat16 does on a GPU.
         TRY_WITHOUT_MAXIMUM=q.dtype in (torch.bfloat16, torch.float64) and width <= 32,
@@ -485,13 +474,21 @@ def launch_forward(
     return saved
 
 
+@with_smaller_tiles
 def launch_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, saved: Tensor, dq: Tensor,
     geometry: Geometry,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Write dQ into ``dq``; return dK and dV (h, N, d) in the accumulator's dtype."""
     batch, heads, tokens, width = q.shape
-    if not resident(geometry, width, q.element_size()):
+    problem = problem_of("halo_backward", q, geometry)
+    tile = choose(problem) if saves_nothing(q, geometry) else None
+    if tile is None:
+        if saved.numel() == 0:
+            # The GPU refused what was to do without. An infinite bound certifies nothing.
+            bound = torch.full((heads,), torch.inf, dtype=saved.dtype, device=q.device)
+            unused = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+            saved = mlka.launch_forward(q, k, bound, v, unused, geometry, inside=True)
         dk, dv = mlka.launch_backward(do, q, k, v, o, saved, dq, None, geometry, inside=True)
         assert dv is not None
         return dk, dv
@@ -502,8 +499,7 @@ def launch_backward(
     if batch == 0:
         return sums[0], sums[1]
     do = _launch.addressable(do)
-    tile = _tiles("halo_backward", q, geometry)
-    places, chunk, chunks = _programs(geometry, tile, heads, batch)
+    places, chunk, chunks = _programs(q, geometry, tile)
     constants = _constants(geometry, tile, width, q.dtype)
     halo = constants["HALO_A"] + constants["HALO_B"]
 
@@ -512,7 +508,7 @@ def launch_backward(
             backward_kernel, heads * (last - first),
             q, k, v, do, dq, dk, dv,
             q.stride()[:3], k.stride()[:2], v.stride()[:2], do.stride()[:3], dq.stride()[:3],
-            batch, heads, chunk, first, ATOMIC=atomic, **constants,
+            batch, heads, chunk, first, problem=problem, ATOMIC=atomic, **constants,
         )  # fmt: skip
 
     count = places * chunks
@@ -562,11 +558,9 @@ def _forward(
 def _(
     query: Tensor, key: Tensor, bound: Tensor, value: Tensor, grid: list[int], window: list[int]
 ) -> tuple[Tensor, Tensor]:
-    kept = resident(Geometry.of(grid, window), query.shape[3], query.element_size())
-    exact = _launch.accumulator(query.dtype)
-    return query.new_empty(query.shape), query.new_empty(
-        (0,) if kept else query.shape[:3], dtype=exact
-    )
+    rows = (0,) if saves_nothing(query, Geometry.of(grid, window)) else query.shape[:3]
+    saved = query.new_empty(rows, dtype=_launch.accumulator(query.dtype))
+    return query.new_empty(query.shape), saved
 
 
 @torch.library.custom_op("rlr_fast::local_cross_attention_backward", mutates_args=())

@@ -1,26 +1,20 @@
-"""Which tiles a kernel takes: forced ones, else tuned ones on disk, else the shipped table.
+"""Which tiles a kernel takes: the table's, and smaller ones where a GPU refuses them.
 
 The table was chosen by counting machine code (`python -m benchmarks.codegen`): no spilled
-register, then the fewest clocks a score. ``rlr-fast tune`` measures on the GPU at hand and keeps
-what it finds in a file, which is read once a process.
+register, then the fewest clocks a score. What it gives is compiled for every supported GPU by
+`python -m benchmarks.survey`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
-import json
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import triton
 
-from rlr_fast.kernels._launch import INTERPRETING, Geometry, capability
+from rlr_fast.kernels._launch import Geometry, Target
 
 RASTER_KERNELS = ("raster_forward", "raster_key", "raster_query")
 HALO_KERNELS = ("halo_forward", "halo_backward")
@@ -81,82 +75,167 @@ class HaloTiles:
     stages: int = 2
     part: int = 256
 
+    @property
+    def queries(self) -> int:
+        """Rows of a tile of scores."""
+        return self.rows * self.columns * self.images
+
     def halo(self, geometry: Geometry) -> int:
         """Keys around a tile."""
         height = self.rows + 2 * geometry.radius_y
         return height * (self.columns + 2 * geometry.radius_x)
 
+    def parts(self, geometry: Geometry) -> tuple[int, int]:
+        """Two powers of two, of which the second may be 0, that hold a tile's halo."""
+        keys = self.halo(geometry)
+        whole = max(16, triton.next_power_of_2(keys))
+        half = whole // 2
+        if half >= 64 and (keys - half <= half // 2 or whole > self.part):
+            return half, max(16, triton.next_power_of_2(keys - half))
+        return whole, 0
+
 
 Tiles = RasterTiles | HaloTiles
 
 
-@dataclass(frozen=True)
-class Problem:
-    """What a launch is about.
+# Images of a batch that is too small to fill a tile of few positions.
+FEW_IMAGES = 8
+
+
+class Problem(NamedTuple):
+    """What tiles are chosen for.
 
     Attributes:
         kernel: One of `KERNELS`.
         geometry: Grid and window.
         width: Head width d.
-        batch: Images.
+        few_images: Whether the batch has at most 8.
         dtype: Of query and output.
-        device: Of the tensors; any but a CUDA device stands for compute capability 9.0.
+        target: The GPU.
     """
 
     kernel: str
     geometry: Geometry
     width: int
-    batch: int
+    few_images: bool
     dtype: torch.dtype
-    device: torch.device
+    target: Target
 
     @property
-    def architecture(self) -> int:
-        """Of the table: 80, 90 or 100."""
-        if "architecture" in _FORCED:
-            return _FORCED["architecture"]
-        if self.device.type != "cuda" or INTERPRETING:
-            return 90
-        major = capability(self.device)[0]
-        # Compute capability 12 has the matrix instructions and the memory of 8.
-        return {9: 90, 10: 100}.get(major, 80)
+    def table(self) -> int:
+        """The architecture of the table that serves the GPU: 80, 90 or 100."""
+        # Compute capability 12 has the matrix instructions of 8.
+        return {9: 90, 10: 100}.get(self.target.architecture // 10, 80)
 
-    def key(self) -> str:
-        """Name in the file of tuned tiles; batches count as the next power of two."""
+    def __str__(self) -> str:
         g = self.geometry
         window = f"{2 * g.radius_y + 1}x{2 * g.radius_x + 1}"
-        bucket = triton.next_power_of_2(self.batch)
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.kernel} {g.height}x{g.width} {window} d{self.width} b{bucket} {dtype}"
+        return (
+            f"{self.kernel} of a {g.height}x{g.width} grid, window {window}, head width "
+            f"{self.width}, {dtype}, on compute capability {self.target.architecture / 10}"
+        )
 
 
-_FORCED: dict[str, Any] = {}
+# What fits a GPU.
+
+# Columns of tensor memory, of compute capability 10.
+_TENSOR_MEMORY = 512
+# Keys of a halo that is worth to be kept, and bytes of its keys alone.
+_LARGEST_HALO = 256
+_LARGEST_BYTES = 32768
 
 
-@contextlib.contextmanager
-def forced(**tiles: Any) -> Iterator[None]:
-    """Use these tiles by kernel name, or this ``architecture``'s, for tests and measurements."""
-    before = dict(_FORCED)
-    _FORCED.update(tiles)
-    try:
-        yield
-    finally:
-        _FORCED.clear()
-        _FORCED.update(before)
+def candidates(problem: Problem) -> tuple[Tiles, ...]:
+    """Return the tiles for a problem, the table's own first, then smaller ones.
+
+    Those that are known not to fit the GPU are left out.
+    """
+    own = table_tiles(problem)
+    smaller: list[Tiles] = [dataclasses.replace(own, stages=1)]
+    if isinstance(own, HaloTiles):
+        smaller += [tiles for tiles in _SMALLER_HALO if tiles.queries <= own.queries]
+    else:
+        smaller += _SMALLER_RASTER
+    return tuple(t for t in dict.fromkeys((own, *smaller)) if fits(problem, t))
 
 
-def choose(problem: Problem) -> Any:
-    """Return the tiles for a problem."""
-    if problem.kernel in _FORCED:
-        return _FORCED[problem.kernel]
-    if problem.device.type == "cuda" or INTERPRETING:
-        found = _tuned(_machine(problem.device)).get(problem.key())
-        if found is not None:
-            return found
-    return shipped(problem)
+def fits_in_shared_memory(
+    geometry: Geometry, width: int, dtype: torch.dtype, target: Target
+) -> bool:
+    """Whether a program of LCA can keep the keys around its positions.
+
+    It depends on nothing that happens at a launch, as what the forward pass saves depends on it.
+    """
+    halo = sum(HaloTiles(4, 4, 4).parts(geometry))
+    if halo > _LARGEST_HALO or halo * width * dtype.itemsize > _LARGEST_BYTES:
+        return False
+    problems = (Problem(name, geometry, width, True, dtype, target) for name in HALO_KERNELS)
+    return all(map(candidates, problems))
 
 
-# The shipped table.
+def fits(problem: Problem, tiles: Tiles) -> bool:
+    """Whether a GPU has the memory and the registers that tiles take.
+
+    What the kernels in raster order take depends on no grid and no window: the table's fit.
+    """
+    if isinstance(tiles, RasterTiles):
+        return True
+    if shared_memory(problem, tiles) > problem.target.shared:
+        return False
+    wide = problem.dtype.itemsize > 2 and problem.kernel == "halo_backward"
+    keys = sum(tiles.parts(problem.geometry))
+    if wide and problem.table == 80 and keys * (problem.width + 32) > 6144:
+        return False  # registers spill by kilobytes
+    on_blackwell = problem.target.architecture // 10 == 10
+    return not on_blackwell or tensor_memory(problem, tiles) <= _TENSOR_MEMORY
+
+
+def shared_memory(problem: Problem, tiles: HaloTiles) -> int:
+    """Return a bound of the bytes of shared memory that a program of LCA takes.
+
+    Counted are the operands of its matrix products; a share is added for what goes between warps,
+    which is more where they share few rows.
+    """
+    width, queries = problem.width, tiles.queries
+    parts = tiles.parts(problem.geometry)
+    numbers = 2 * sum(parts) * width + queries * width
+    if problem.kernel == "halo_backward":
+        numbers += queries * width + queries * max(parts)
+        if width == queries == 16:
+            numbers += sum(parts) * width  # the keys once more, see the kernel
+    # A product of float32 holds both halves of its operands.
+    numbers *= 1 if problem.dtype.itemsize == 2 else 2
+    numbers += 16 * (queries + sum(parts))  # positions and bias
+    share = 1.3 if queries < 32 else 1.15
+    return round(share * numbers * problem.dtype.itemsize)
+
+
+def tensor_memory(problem: Problem, tiles: HaloTiles) -> int:
+    """Return a bound of the columns of tensor memory that a program of LCA takes.
+
+    Scores of fewer than 64 rows stay in registers. Backward holds two tiles of them, and gradients.
+    """
+    if tiles.queries < 64:
+        return 0
+    columns = sum(tiles.parts(problem.geometry))
+    return 2 * (columns + problem.width) if problem.kernel == "halo_backward" else columns
+
+
+_SMALLER_HALO = (
+    HaloTiles(1, 1, 64, stages=1),
+    HaloTiles(1, 1, 32, stages=1),
+    HaloTiles(1, 1, 16, stages=1),
+    HaloTiles(1, 1, 16, stages=1, part=64),
+)
+_SMALLER_RASTER = (
+    RasterTiles(32, 32, separate_dq=True, stages=1),
+    RasterTiles(16, 32, separate_dq=True, stages=1),
+    RasterTiles(16, 16, separate_dq=True, stages=1),
+)
+
+
+# The table.
 
 # Registers are given out otherwise since Triton 3.9.
 _BEFORE_3_9 = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
@@ -204,17 +283,23 @@ _SMALL_KEY, _TINY_KEY = (
     RasterTiles(32, 64, stages=1),
     RasterTiles(32, 32, separate_dq=True, stages=1),
 )
+# One stage spills here on sm_90; a third costs 4 % of the issue slots.
+_DEEP_KEY = RasterTiles(32, 32, separate_dq=True, stages=3)
 _QUERY, _SMALL_QUERY = RasterTiles(64, 32, stages=1), RasterTiles(32, 32, stages=1)
 _WIDE: dict[int, dict[str, dict[int, RasterTiles]]] = {
     90: {
         "raster_forward": {width: RasterTiles(64, 32) for width in (16, 32, 64, 128)},
-        "raster_key": {16: _SMALL_KEY, 32: _SMALL_KEY, 64: _TINY_KEY, 128: _TINY_KEY},
+        "raster_key": {16: _SMALL_KEY, 32: _SMALL_KEY, 64: _DEEP_KEY, 128: _TINY_KEY},
         "raster_query": {16: _QUERY, 32: _QUERY, 64: _QUERY, 128: _SMALL_QUERY},
     }
 }
-_WIDE[100] = _WIDE[90] | {"raster_query": _WIDE[90]["raster_query"] | {64: _SMALL_QUERY}}
+_WIDE[100] = _WIDE[90] | {
+    "raster_key": _WIDE[90]["raster_key"] | {64: _TINY_KEY},
+    "raster_query": _WIDE[90]["raster_query"] | {64: _SMALL_QUERY},
+}
 _WIDE[80] = _WIDE[100] | {
-    "raster_key": _WIDE[90]["raster_key"] | {32: RasterTiles(16, 64, separate_dq=True, stages=1)}
+    "raster_forward": _WIDE[90]["raster_forward"] | {128: RasterTiles(32, 32, stages=1)},
+    "raster_key": _WIDE[100]["raster_key"] | {32: RasterTiles(16, 64, separate_dq=True, stages=1)},
 }
 
 
@@ -225,13 +310,31 @@ if _BEFORE_3_9:
     _BACKWARD_STAGES[90, 16] = 3
 
 
-def shipped(problem: Problem) -> Tiles:
-    """Return the tiles of the shipped table."""
+def table_tiles(problem: Problem) -> Tiles:
+    """Return the tiles of the table."""
     if problem.kernel in HALO_KERNELS:
         return _halo_tiles(problem)
     if problem.dtype.itemsize > 2:
-        return _WIDE[problem.architecture][problem.kernel][problem.width]
-    return _RASTER[problem.architecture][problem.kernel][problem.width]
+        return _WIDE[problem.table][problem.kernel][problem.width]
+    tiles = _RASTER[problem.table][problem.kernel][problem.width]
+    if problem.kernel == "raster_forward" and _windows_meet_all(problem.geometry, tiles):
+        # Pipelined, the loop that nobody enters ends ptxas 12.9 for sm_90 with a segmentation
+        # fault; few blocks of keys gain nothing by it.
+        return dataclasses.replace(tiles, stages=1)
+    return tiles
+
+
+def _windows_meet_all(geometry: Geometry, tiles: RasterTiles) -> bool:
+    """Whether the windows of every block of queries meet every block of keys."""
+    height, width, radius, _ = geometry
+    for first in range(0, geometry.tokens, tiles.queries):
+        last = min(first + tiles.queries, geometry.tokens) - 1
+        # As `window_range` of the kernels.
+        lo = max(first // width - radius, 0) * width
+        hi = min(last // width + radius + 1, height) * width
+        if lo >= tiles.keys or -(-hi // tiles.keys) < -(-geometry.tokens // tiles.keys):
+            return False
+    return True
 
 
 def _halo_tiles(problem: Problem) -> HaloTiles:
@@ -244,7 +347,7 @@ def _halo_tiles(problem: Problem) -> HaloTiles:
         return _on_grid(_wide_halo_tiles(problem), problem.geometry)
     forward = problem.kernel == "halo_forward"
     large, small = HaloTiles(2, 2, 16), HaloTiles(4, 4, 4)
-    if problem.batch <= 8 and (forward or small.halo(problem.geometry) <= 128 >= 4 * problem.width):
+    if problem.few_images and (forward or small.halo(problem.geometry) <= 128 >= 4 * problem.width):
         tiles = small
     else:
         tiles = large
@@ -252,12 +355,12 @@ def _halo_tiles(problem: Problem) -> HaloTiles:
     if forward:
         return tiles
     numbers = triton.next_power_of_2(tiles.halo(problem.geometry)) * problem.width
-    if (problem.architecture, problem.width, numbers) == (80, 64, 4096):
+    if (problem.table, problem.width, numbers) == (80, 64, 4096):
         return dataclasses.replace(tiles, rows=1, columns=1, images=64, stages=1)
     if numbers >= 8192:
         tiles = dataclasses.replace(tiles, images=4, warps=8 if numbers > 8192 else 4)
     # One stage keeps registers free, but for these.
-    stages = _BACKWARD_STAGES.get((problem.architecture, problem.width), 1)
+    stages = _BACKWARD_STAGES.get((problem.table, problem.width), 1)
     return dataclasses.replace(tiles, stages=stages)
 
 
@@ -272,12 +375,13 @@ def _wide_halo_tiles(problem: Problem) -> HaloTiles:
     if problem.kernel == "halo_backward":
         few = halo <= 64 and problem.width < 64
         tiles = pair if few else HaloTiles(1, 1, 16, stages=1)
-        if problem.architecture == 80 and problem.width < 64:
-            # Sixteen rows are not shared out there, and 64 cost a third of the clocks: the one
-            # place where registers spill.
-            tiles = dataclasses.replace(tiles, images=4 * tiles.images)
+        if problem.table == 80 and problem.width < 64:
+            # Sixteen rows are not shared out there, and more cost fewer clocks. Registers spill
+            # where the halo is large, with more rows by kilobytes.
+            large = sum(tiles.parts(problem.geometry)) * problem.width > 2048
+            tiles = dataclasses.replace(tiles, images=16 if few or large else 32)
         return tiles
-    if problem.batch <= 8:
+    if problem.few_images:
         return pair
     few = halo <= 128 and problem.width < 64
     return HaloTiles(2, 2, 16, stages=1) if few else HaloTiles(1, 1, 64, stages=1, part=64)
@@ -289,76 +393,3 @@ def _on_grid(tiles: HaloTiles, geometry: Geometry) -> HaloTiles:
     columns = min(tiles.columns, triton.next_power_of_2(geometry.width))
     images = tiles.images * tiles.rows * tiles.columns // (rows * columns)
     return dataclasses.replace(tiles, rows=rows, columns=columns, images=images)
-
-
-# Tuned tiles.
-
-
-def tuned_file() -> Path:
-    """Return the file of tuned tiles: RLR_FAST_TILES, else in the user's cache folder."""
-    named = os.environ.get("RLR_FAST_TILES")
-    if named:
-        return Path(named)
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "rlr_fast" / "tiles.json"
-
-
-def with_tuned(problem: Problem, tiles: Tiles) -> str:
-    """Return the new text of `tuned_file`: what it holds, and the tiles of one more problem.
-
-    Raises:
-        ValueError: The file is damaged.
-    """
-    content = read_tuned()
-    machine = content.setdefault(_machine(problem.device), {})
-    machine[problem.key()] = dataclasses.asdict(tiles)
-    return json.dumps(content, indent=2)
-
-
-def forget_tuned() -> None:
-    """Read the file of tuned tiles again at the next launch."""
-    _tuned.cache_clear()
-
-
-@torch.compiler.assume_constant_result
-def _machine(device: torch.device) -> str:
-    """A measurement holds for one kind of GPU and one compiler."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
-    return f"{name}, Triton {triton.__version__}"
-
-
-def read_tuned() -> dict[str, dict[str, dict[str, Any]]]:
-    """Return what `tuned_file` holds: the fields of the tiles, by machine and problem.
-
-    Raises:
-        ValueError: The file is damaged.
-    """
-    path = tuned_file()
-    try:
-        text = path.read_text()
-    except FileNotFoundError:
-        return {}
-    try:
-        content = json.loads(text)
-        if not isinstance(content, dict):
-            raise ValueError("not a table")
-        return content
-    except ValueError as error:
-        raise ValueError(
-            f"the file of tuned tiles, {path}, is damaged ({error}); delete it, or tune again"
-        ) from error
-
-
-@functools.cache
-def _tuned(machine: str) -> dict[str, Tiles]:
-    entries = read_tuned().get(machine, {})
-    try:
-        return {
-            key: (HaloTiles if key.split()[0] in HALO_KERNELS else RasterTiles)(**fields)
-            for key, fields in entries.items()
-        }
-    except TypeError as error:
-        raise ValueError(
-            f"the file of tuned tiles, {tuned_file()}, has unknown fields ({error}); delete it, or "
-            "tune again"
-        ) from error

@@ -7,6 +7,8 @@ each other; they meet here.
 from __future__ import annotations
 
 import contextlib
+import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, get_args
 
@@ -162,12 +164,14 @@ class PreparedReference(NamedTuple):
         bound: (2h,), the largest norm of a head's keys, which are then centered and in log2 units,
             as the Triton kernels take them; ``None``: the keys are as projected.
         path: The path to take, "triton", "tiled" or "dense".
+        backend: As it was asked for.
     """
 
     keys: Tensor
     value: Tensor
     bound: Tensor | None
     path: str
+    backend: str
 
 
 def prepare_reference(
@@ -196,10 +200,10 @@ def prepare_reference(
     keys, value = parts[: 2 * heads], parts[2 * heads :]
     path = _path(backend, keys[None], (keys, value))
     if path != "triton":
-        return PreparedReference(keys, value, None, path)
+        return PreparedReference(keys, value, None, path, backend)
     refuse_forward_mode(projected)
     prepared, bound = kernels.prepare_key(keys, keys.shape[2] ** -0.5)
-    return PreparedReference(prepared, value, bound, path)
+    return PreparedReference(prepared, value, bound, path, backend)
 
 
 def block_attention(
@@ -222,6 +226,7 @@ def block_attention(
     Raises:
         ValueError: ``projected`` has another shape, dtype or device than ``reference`` asks for, or
             ``grid`` or ``window`` breaks its rule.
+        BackendError: The GPU refuses the kernels that the reference was prepared for by request.
     """
     heads, tokens, width = reference.value.shape
     kind = (reference.value.dtype, reference.value.device)
@@ -237,21 +242,28 @@ def block_attention(
         )
     grid = _check_grid(grid, tokens)
     window = _clipped(window_pair(window), grid)
-    if reference.bound is not None:
-        refuse_forward_mode(projected, reference.keys, reference.value)
-        return kernels.block_attention(
-            projected, reference.keys, reference.bound, reference.value, grid, window
-        )
     query, value, local = projected.unflatten(2, (3, heads, width)).permute(2, 0, 3, 1, 4).unbind(0)
     keys, local_keys = reference.keys.chunk(2)
     path: Backend = reference.path  # type: ignore[assignment]
+    scale = None
+    if reference.bound is not None:
+        refuse_forward_mode(projected, reference.keys, reference.value)
+        tensors = (projected, reference.keys, reference.value)
+        reason = _refusal("mlka", query, value, tensors, grid, window)
+        reason = reason or _refusal("lca", local, reference.value, tensors, grid, window)
+        if reason is None:
+            return kernels.block_attention(
+                projected, reference.keys, reference.bound, reference.value, grid, window
+            )
+        # The prepared keys are in log2 units: 2**s is exp(ln 2 · s).
+        path, scale = _without_kernels(reference.backend, reason), math.log(2)
     device = projected.device.type
     # As the kernels: in the dtype that both have.
     lowered = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     with torch.autocast(device, enabled=False) if lowered else contextlib.nullcontext():
         outputs = (
-            masked_learnable_key_attention(query, keys, value, grid, window, backend=path),
-            local_cross_attention(local, local_keys, reference.value, grid, window, backend=path),
+            masked_learnable_key_attention(query, keys, value, grid, window, scale, path),
+            local_cross_attention(local, local_keys, reference.value, grid, window, scale, path),
         )
     return torch.cat([output.transpose(1, 2) for output in outputs], 2).flatten(2)
 
@@ -273,6 +285,41 @@ def _resolved(backend: str, device: torch.device | str, reason: str | None) -> s
     if reason is not None:
         raise BackendError(f"backend {backend!r} cannot run here: {reason}")
     return backend
+
+
+def _refusal(
+    name: str,
+    query: Tensor,
+    value: Tensor,
+    tensors: Sequence[Tensor],
+    grid: tuple[int, int],
+    window: tuple[int, int],
+) -> str | None:
+    """Say why the GPU refuses the kernels of an operator; ``None`` if it takes them."""
+    backward = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return kernels.refusal(name, query, value, grid, window, backward)
+
+
+def _without_kernels(backend: str, reason: str) -> Backend:
+    """Return the path to take where the GPU refuses the kernels.
+
+    Raises:
+        BackendError: The kernels were asked for.
+    """
+    if backend == "triton":
+        raise BackendError(f"backend 'triton' cannot run here: {reason}")
+    _warn_once(f"backend 'auto' goes on with 'tiled', for the Triton kernels cannot run: {reason}")
+    return "tiled"
+
+
+_TOLD: set[str] = set()
+
+
+@torch.compiler.assume_constant_result
+def _warn_once(message: str) -> None:
+    if message not in _TOLD:
+        _TOLD.add(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
 def _apply(
@@ -305,9 +352,13 @@ def _apply(
         raise ValueError(f"scale must be finite in {query.dtype}, got {scale=}")
     shared = (key, value) if paths is _LCA else (key,)
     path = _path(backend, query, shared)
+    window = _clipped(window_pair(window), (height, width))
     if path == "triton":
         refuse_forward_mode(query, key, value)
-    window = _clipped(window_pair(window), (height, width))
+        name, tensors = "lca" if paths is _LCA else "mlka", (query, key, value)
+        reason = _refusal(name, query, value, tensors, (height, width), window)
+        if reason is not None:
+            path = _without_kernels(backend, reason)
     return paths[path](query, key, value, (height, width), window, float(scale))
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from gpu import DEVICE, ON_GPU
 from PIL import Image
 
-if not torch.cuda.is_available():
+if not ON_GPU:
     # The real kernels, run by Triton's interpreter; Triton reads this when it is imported.
     os.environ["TRITON_INTERPRET"] = "1"
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
@@ -22,11 +23,7 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
 from rlr_fast import RLRConfig, TrainConfig
 from rlr_fast.data import DataSet, read_dataset
 
-collect_ignore = (
-    []
-    if importlib.util.find_spec("triton")
-    else ["kernels/test_kernels.py", "kernels/test_distance.py"]
-)
+collect_ignore_glob = [] if importlib.util.find_spec("triton") else ["kernels/*"]
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +43,7 @@ def _poisoned_empty():
 
 @pytest.fixture
 def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return DEVICE
 
 
 SMALL = RLRConfig(

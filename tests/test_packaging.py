@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+from packaging.requirements import Requirement
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -22,3 +25,21 @@ def test_every_package_is_named():
         for file in (ROOT / "kernels").rglob("__init__.py")
     }
     assert named == found
+
+
+@pytest.mark.parametrize(
+    ("system", "machine", "wanted"),
+    [
+        ("Linux", "x86_64", True),
+        ("Linux", "aarch64", True),  # GH200, GB200
+        ("Linux", "ppc64le", False),
+        ("Darwin", "arm64", False),
+        ("Windows", "AMD64", False),
+    ],
+)
+def test_triton_is_wanted_where_it_has_wheels(system, machine, wanted):
+    text = (ROOT / "pyproject.toml").read_text()
+    (line,) = re.findall(r'^  "(triton>=[^"]*)",$', text, re.M)
+    marker = Requirement(line).marker
+    assert marker is not None
+    assert marker.evaluate({"platform_system": system, "platform_machine": machine}) == wanted

@@ -6,9 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlr_fast.kernels._launch import Geometry
 from rlr_fast.kernels._window import inside_window
-from rlr_fast.kernels.tiles import Problem, RasterTiles, choose
 
 
 @triton.jit
@@ -118,12 +116,6 @@ def visible(
     if N % KEYS != 0:
         seen = seen & (keys < N)
     return seen
-
-
-def raster_tiles(kernel: str, q: Tensor, geometry: Geometry) -> RasterTiles:
-    """Return the tiles of a kernel for queries (B, h, N, d)."""
-    batch, _, _, width = q.shape
-    return choose(Problem(kernel, geometry, width, batch, q.dtype, q.device))
 
 
 def value_strides(v: Tensor) -> tuple[int, ...]:

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rlr_fast.kernels import _launch
+from rlr_fast.kernels._choice import problem_of, require, with_smaller_tiles
 from rlr_fast.kernels._dot import dot
 from rlr_fast.kernels._launch import Geometry
 from rlr_fast.kernels._window import window_range
@@ -29,12 +30,12 @@ from rlr_fast.kernels.mlka._blocks import (
     load_rows,
     loop_end,
     query_block,
-    raster_tiles,
     store_rows,
     token_at,
     value_strides,
     visible,
 )
+from rlr_fast.kernels.tiles import RasterTiles
 
 _LN2 = tl.constexpr(0.6931471805599453)
 
@@ -260,6 +261,7 @@ def backward_query_kernel(
     store_rows(dq, grad * _LN2, start_m, BLOCK_M, dq_strides[2], N, D)
 
 
+@with_smaller_tiles
 def launch_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
     dq: Tensor, dv: Tensor | None, geometry: Geometry, inside: bool,
@@ -276,10 +278,12 @@ def launch_backward(
         sums = torch.zeros((1 + shared, heads, tokens, width), dtype=exact, device=q.device)
         return sums[0], sums[1] if shared else None
     do = _launch.addressable(do)
-    tile = raster_tiles("raster_key", q, geometry)
+    problem = problem_of("raster_key", q, geometry)
+    tile: RasterTiles = require(problem)
     keys = tile.keys * tile.blocks
     programs = triton.cdiv(tokens, keys) * heads
-    chunk = triton.cdiv(batch, min(batch, max(1, _launch.PROGRAMS // programs)))
+    most = _launch.chunk_programs(q.device, tile.warps)
+    chunk = triton.cdiv(batch, min(batch, max(1, most // programs)))
     chunks = triton.cdiv(batch, chunk)
     if tokens <= keys:
         mode, dq_buffer = "store", dq
@@ -305,13 +309,14 @@ def launch_backward(
         *inputs, dq_buffer, parts[0], dv_buffer,
         *strides, dq_buffer.stride()[:3], dv_buffer.stride()[:3], batch, heads, chunk,
         BLOCK_M=tile.queries, BLOCK_N=tile.keys, BLOCKS=tile.blocks, SHARED_VALUE=shared,
-        DQ=mode, **constants, **tile.options(),
+        DQ=mode, problem=problem, **constants, **tile.options(),
     )  # fmt: skip
     if mode == "separate":
-        tile = raster_tiles("raster_query", q, geometry)
+        problem = problem_of("raster_query", q, geometry)
+        tile = require(problem)
         _launch.launch(
             backward_query_kernel, triton.cdiv(tokens, tile.queries) * batch * heads,
-            *inputs, dq, *strides, dq.stride()[:3], batch, heads,
+            *inputs, dq, *strides, dq.stride()[:3], batch, heads, problem=problem,
             BLOCK_M=tile.queries, BLOCK_N=tile.keys, **constants, **tile.options(),
         )  # fmt: skip
     if mode == "add":

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rlr_fast.kernels import _launch
+from rlr_fast.kernels._choice import problem_of, require, with_smaller_tiles
 from rlr_fast.kernels._dot import dot
 from rlr_fast.kernels._launch import Geometry
 from rlr_fast.kernels._softmax import NO_MAXIMUM, exp2
@@ -24,7 +25,6 @@ from rlr_fast.kernels.mlka._blocks import (
     load_rows,
     loop_end,
     query_block,
-    raster_tiles,
     store_rows,
     token_at,
     value_strides,
@@ -161,6 +161,7 @@ def forward_kernel(
     tl.store(lse + (i_b * heads + i_h) * N + offs_m, row_lse, mask=offs_m < N)
 
 
+@with_smaller_tiles
 def launch_forward(
     q: Tensor, k: Tensor, bound: Tensor, v: Tensor, o: Tensor, geometry: Geometry, inside: bool
 ) -> Tensor:
@@ -169,7 +170,8 @@ def launch_forward(
     lse = torch.empty((batch, heads, tokens), dtype=_launch.accumulator(q.dtype), device=q.device)
     if batch == 0:
         return lse
-    tile = raster_tiles("raster_forward", q, geometry)
+    problem = problem_of("raster_forward", q, geometry)
+    tile: RasterTiles = require(problem)
     _launch.launch(
         forward_kernel, triton.cdiv(tokens, tile.queries) * batch * heads,
         q, k, v, o, lse, bound,
@@ -178,7 +180,7 @@ def launch_forward(
         # Weights of 2**±80 fit bfloat16 and float32, not float16.
         CERTIFIED=q.dtype != torch.float16, FMA_EXP2_EIGHTHS=_fma_exp2_eighths(tile, q.dtype),
         SUM_BY_PRODUCT=tile.sum_by_product and q.element_size() == 2,
-        PRECISION=_launch.precision(q.dtype), **tile.options(),
+        PRECISION=_launch.precision(q.dtype), problem=problem, **tile.options(),
     )  # fmt: skip
     return lse
 

@@ -36,7 +36,7 @@ def train(
     """
     from rlr_fast.cli.common import report_failures
     from rlr_fast.data import read_dataset
-    from rlr_fast.data.words import counted
+    from rlr_fast.data.check import counted
     from rlr_fast.inference.batches import load_model
     from rlr_fast.models.checkpoint import CheckpointError
     from rlr_fast.training.decoder import train_decoder

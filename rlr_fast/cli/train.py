@@ -34,7 +34,7 @@ def train(
     """
     from rlr_fast.cli.common import report_failures
     from rlr_fast.data import read_dataset
-    from rlr_fast.data.words import counted
+    from rlr_fast.data.check import counted
     from rlr_fast.training.distributed import processes
     from rlr_fast.training.run_dir import read_run
     from rlr_fast.training.train import train

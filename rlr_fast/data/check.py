@@ -51,7 +51,6 @@ from rlr_fast.data.layouts import (
     subfolders,
 )
 from rlr_fast.data.threads import map_ahead
-from rlr_fast.data.words import counted
 
 _ERRORS = frozenset({"missing", "unreadable", "mask-size", "no-mask", "no-train"})
 _SHOWN_OF_A_KIND = 5
@@ -426,3 +425,8 @@ def _verdict(report: Report) -> str:
 
 def _by(size: tuple[int, ...]) -> str:
     return f"{size[0]} x {size[1]}"
+
+
+def counted(number: int, one: str, many: str = "") -> str:
+    """Return ``1 image``, ``2 images``; ``many`` where an s does not do."""
+    return f"{number} {one if number == 1 else many or one + 's'}"

@@ -55,7 +55,7 @@ class PreparedBlock(NamedTuple):
 
     def tensors(self) -> list[Tensor]:
         """Return every tensor of it, in a fixed order."""
-        keys, value, bound, _ = self.reference
+        keys, value, bound, *_ = self.reference
         tensors = [self.weight_in, self.bias_in, self.weight_out, self.bias_out, keys, value]
         tensors += [] if bound is None else [bound]
         return tensors + [tensor for pair in self.more for tensor in pair]

@@ -13,8 +13,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw
 
-from rlr_fast.data.words import one_line
-from rlr_fast.visualization.fonts import FAINT, INK, PAPER, number, shortened, typeface
+from rlr_fast.visualization.fonts import FAINT, INK, PAPER, number, one_line, shortened, typeface
 from rlr_fast.visualization.heat_maps import Scale, check_scale, map_of, paint, position, read_image
 from rlr_fast.visualization.sheets import centered, fitted_size, truth_panel
 

@@ -33,3 +33,8 @@ def shortened(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
     while text and font.getlength(text + "…") > width:
         text = text[:-1]
     return text + "…"
+
+
+def one_line(text: str) -> str:
+    """Return the text without breaks, which a name of a folder may hold."""
+    return " ".join(text.splitlines())

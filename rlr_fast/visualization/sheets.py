@@ -13,7 +13,6 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from rlr_fast.data.words import one_line
 from rlr_fast.visualization.fonts import (
     EMPTY,
     FAINT,
@@ -21,6 +20,7 @@ from rlr_fast.visualization.fonts import (
     PAPER,
     Color,
     number,
+    one_line,
     shortened,
     typeface,
 )

@@ -10,6 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import make_tree
+from gpu import ON_GPU
 from PIL import Image
 from torch._inductor.exc import InductorError
 
@@ -306,7 +307,7 @@ def test_data_make_writes_a_set_that_passes_the_check(tmp_path, capsys):
     assert main(["data", "check", data]) == 0
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the kernels")
+@pytest.mark.skipif(ON_GPU, reason="a GPU runs the kernels")
 def test_info_tells_why_a_backend_is_missing(capsys, monkeypatch):
     monkeypatch.setattr("rlr_fast.kernels._launch.INTERPRETING", False)
     assert main(["info", "--preset", "tiny", "--backbone-weights", "random"]) == 0

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gpu import DEVICE
 from torch.autograd import forward_ad
 
 from rlr_fast.kernels import distance as kernel
 from rlr_fast.models.scoring import distance
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPES = [
     pytest.param((2, 33, 40), id="level-1"),
     pytest.param((3, 5, 200), id="channels-beside-a-power-of-two"),

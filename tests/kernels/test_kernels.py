@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 import math
 import subprocess
 import sys
@@ -17,7 +17,16 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from rlr_fast.cli.tune import tune
+from attention_cases import (
+    DEVICE,
+    EXACT,
+    LCA,
+    MLKA,
+    ON_GPU,
+    OPERATORS,
+    make_inputs,
+    results,
+)
 from tolerances import assert_within_budget, rounded_terms
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -25,30 +34,15 @@ from torch.autograd import forward_ad
 from rlr_fast import RLRModel
 from rlr_fast.functional import (
     block_attention,
-    local_cross_attention,
-    masked_learnable_key_attention,
     prepare_reference,
     unsupported_reason,
 )
 from rlr_fast.kernels import _launch, block, lca, mlka, reference
-from rlr_fast.kernels._launch import Geometry
+from rlr_fast.kernels._choice import forced
+from rlr_fast.kernels._launch import Geometry, Target
 from rlr_fast.kernels._softmax import exp2
-from rlr_fast.kernels.tiles import (
-    KERNELS,
-    HaloTiles,
-    Problem,
-    RasterTiles,
-    choose,
-    forced,
-    forget_tuned,
-    shipped,
-    with_tuned,
-)
+from rlr_fast.kernels.tiles import KERNELS, HaloTiles, Problem, RasterTiles, candidates
 
-ON_GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if ON_GPU else "cpu")
-LCA, MLKA = local_cross_attention, masked_learnable_key_attention
-OPERATORS = [pytest.param(LCA, id="lca"), pytest.param(MLKA, id="mlka")]
 # A GPU multiplies no float64 here, and the interpreter no bfloat16.
 DTYPES = [
     torch.float32,
@@ -60,7 +54,6 @@ DTYPES = [
         torch.bfloat16, marks=pytest.mark.skipif(not ON_GPU, reason="bfloat16 needs a GPU")
     ),
 ]
-EXACT = torch.float32 if ON_GPU else torch.float64
 
 
 @pytest.fixture(params=["atomic", "deterministic"])
@@ -84,39 +77,6 @@ def small_raster_tiles(blocks: int = 1) -> dict[str, RasterTiles]:
     """Tiles of 16, so that a small grid has many of them and ragged ends."""
     tiles = RasterTiles(16, 16, blocks, stages=1)
     return {name: tiles for name in ("raster_forward", "raster_key", "raster_query")}
-
-
-def make_inputs(
-    operator: Callable[..., Tensor],
-    grid: tuple[int, int],
-    batch: int = 2,
-    heads: int = 2,
-    width: int = 16,
-    dtype: torch.dtype = EXACT,
-    strided: bool = False,
-    shared_value: bool | None = None,
-) -> list[Tensor]:
-    """Random query, key, value and output gradient; strided ones as slices of (…, N, 3, h, d)."""
-    tokens = grid[0] * grid[1]
-
-    def draw(*lead: int) -> Tensor:
-        if strided:
-            x = torch.randn(*lead, tokens, 3, heads, width, device=DEVICE).to(dtype)
-            return x[..., 1, :, :].transpose(-2, -3)
-        return torch.randn(*lead, heads, tokens, width, device=DEVICE).to(dtype)
-
-    shared = operator is LCA if shared_value is None else shared_value
-    return [draw(batch), draw(), draw() if shared else draw(batch), draw(batch)]
-
-
-def results(
-    operator: Callable[..., Tensor], inputs: list[Tensor], *args: Any, **options: Any
-) -> dict[str, Tensor]:
-    """Return the output and every gradient."""
-    query, key, value = (x.detach().requires_grad_() for x in inputs[:3])
-    output = operator(query, key, value, *args, **options)
-    grads = torch.autograd.grad(output, (query, key, value), inputs[3])
-    return dict(zip(("output", "dquery", "dkey", "dvalue"), (output.detach(), *grads), strict=True))
 
 
 def check(operator: Callable[..., Tensor], inputs: list[Tensor], *args: Any) -> dict[str, Tensor]:
@@ -689,109 +649,18 @@ def test_geometry_clips_windows_to_the_grid():
 # Tiles.
 
 
-@pytest.fixture
-def tuned(tmp_path, monkeypatch):
-    """A file of tuned tiles of its own."""
-    monkeypatch.setenv("RLR_FAST_TILES", str(tmp_path / "sub" / "tiles.json"))
-    forget_tuned()
-    yield tmp_path / "sub" / "tiles.json"
-    forget_tuned()
-
-
-def problem(kernel: str = "raster_forward", batch: int = 2) -> Problem:
-    return Problem(kernel, Geometry.of((6, 7), (3, 3)), 16, batch, torch.float32, DEVICE)
-
-
-def test_tuned_tiles_are_taken_for_their_problem_alone(tuned):
-    tuned.parent.mkdir()
-    tuned.write_text(with_tuned(problem(), RasterTiles(32, 16)))
-    forget_tuned()
-    with _launch.recorded() as launches:
-        for batch in (2, 1, 3):
-            query, key, value, _ = make_inputs(MLKA, (6, 7), batch, dtype=torch.float32)
-            MLKA(query, key, value, (6, 7), 3, backend="triton")
-    blocks = [x.constants["BLOCK_M"] for x in launches if "CERTIFIED" in x.constants]
-    default = shipped(problem()).queries
-    assert blocks == [32, default, default]
-    assert default != 32
-
-
-def test_tuned_tiles_of_another_machine_are_left_alone(tuned):
-    tuned.parent.mkdir()
-    text = with_tuned(problem(), RasterTiles(32, 16))
-    tuned.write_text(text.replace(f"Triton {triton.__version__}", "Triton 1.0"))
-    forget_tuned()
-    assert choose(problem()) == shipped(problem())
-    second = with_tuned(problem(batch=4), RasterTiles(16, 16))
-    assert "Triton 1.0" in second  # nothing that another machine found is lost
-
-
-@pytest.mark.parametrize("text", ["{", "[]", '{"MACHINE": {"raster_forward x": {"sides": 3}}}'])
-def test_damaged_file_of_tuned_tiles_is_named(tuned, text):
-    machine = next(iter(json.loads(with_tuned(problem(), RasterTiles(32, 16)))))
-    tuned.parent.mkdir()
-    tuned.write_text(text.replace("MACHINE", machine))
-    forget_tuned()
-    with pytest.raises(ValueError, match=r"tuned tiles, .*tiles\.json.*delete it"):
-        choose(problem())
-
-
-def test_tuning_keeps_the_fastest_tiles_of_every_kernel(tuned, small):
-    config = replace(small, out_indices=(2,), hidden=(32,), heads=(2,), windows=(3,))
-    times = iter([3.0, 1.0, 2.0] * 5)
-
-    def choices(kernel: str) -> list[Any]:
-        if kernel.startswith("halo"):
-            return [HaloTiles(1, 1, 16), HaloTiles(1, 2, 8)]
-        return [RasterTiles(32, 16), RasterTiles(16, 32)]
-
-    seen: list[int] = []
-    lines = list(
-        tune(
-            config, 2, "fp32", DEVICE, seen.append, choices=choices, measure=lambda run: next(times)
-        )
-    )
-    assert len(lines) == 6
-    assert all(
-        "3.00 times the shipped tiles' speed (3 tried, 0 did not fit)" in x for x in lines[:5]
-    )
-    assert str(tuned) in lines[5]
-    assert sum(seen) == 15
-    forget_tuned()
-    found = choose(
-        Problem("halo_forward", Geometry.of((6, 8), (3, 3)), 16, 2, torch.float32, DEVICE)
-    )
-    assert found == HaloTiles(1, 1, 16)
-
-
-def test_tuning_says_which_levels_it_leaves_out(tuned, small):
-    config = replace(small, out_indices=(1, 2), hidden=(24, 32), heads=(2, 2), windows=(3, 3))
-    lines = tune(config, 2, "fp32", DEVICE, lambda _: None, kernels=())
-    assert "level 0 is left out: the Triton kernels need a head width" in next(lines)
-    config = replace(config, hidden=(24, 40))
-    with pytest.raises(ValueError, match="hidden, heads"):
-        list(tune(config, 2, "fp32", DEVICE, lambda _: None))
-
-
-def test_tuning_finds_a_damaged_file_before_any_search(tuned, small):
-    tuned.parent.mkdir()
-    tuned.write_text("{")
-    with pytest.raises(ValueError, match="damaged"):
-        next(tune(small, 2, "fp32", DEVICE, lambda _: None))
-
-
-def test_every_shipped_tile_fits_its_kernel():
-    for kernel in KERNELS:
-        for width in (16, 32, 64, 128):
-            for dtype in (torch.float32, torch.float16, torch.bfloat16):
-                for batch in (1, 8, 9, 300):
-                    geometry = Geometry.of((16, 16), (5, 5))
-                    tiles = shipped(Problem(kernel, geometry, width, batch, dtype, DEVICE))
-                    if isinstance(tiles, HaloTiles):
-                        rows = tiles.rows * tiles.columns * tiles.images
-                        assert rows >= 16
-                        assert rows == triton.next_power_of_2(rows)
-                    else:
-                        # Eight warps on fewer than 128 rows would compute every score twice.
-                        rows = tiles.keys if kernel == "raster_key" else tiles.queries
-                        assert tiles.warps == 4 or rows >= 128
+@pytest.mark.parametrize("architecture", sorted(_launch.SHARED))
+def test_every_tile_of_the_table_fits_its_kernel(architecture):
+    geometry, target = Geometry.of((16, 16), (5, 5)), Target.of(architecture)
+    for kernel, width, few in itertools.product(KERNELS, (16, 32, 64, 128), (True, False)):
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            offered = candidates(Problem(kernel, geometry, width, few, dtype, target))
+            assert offered or kernel.startswith("halo")
+            for tiles in offered:
+                if isinstance(tiles, HaloTiles):
+                    assert tiles.queries >= 16
+                    assert tiles.queries == triton.next_power_of_2(tiles.queries)
+                else:
+                    # Eight warps on fewer than 128 rows of a warp group compute scores twice.
+                    rows = tiles.keys if kernel == "raster_key" else tiles.queries
+                    assert tiles.warps == 4 or rows >= 128 or architecture not in (90, 100)

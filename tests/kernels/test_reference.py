@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
+from gpu import DEVICE
 
 from rlr_fast.kernels import reference
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 if DEVICE.type == "cpu":
     DTYPES.insert(0, torch.float64)  # for the interpreter alone

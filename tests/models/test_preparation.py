@@ -8,6 +8,7 @@ import pickle
 
 import pytest
 import torch
+from gpu import ON_GPU
 from torch import nn
 from torch.nn.utils import parameters_to_vector, parametrizations, vector_to_parameters
 
@@ -15,7 +16,6 @@ from rlr_fast import RLRModel
 from rlr_fast.models.block import RLRBlock
 from rlr_fast.models.reconstructor import Reconstructor
 
-ON_GPU = torch.cuda.is_available()
 GRID, WINDOW = (4, 5), 3
 VARIANT = {"fusion": "learned", "references": 2}
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rlr_fast import kernels
-from rlr_fast.kernels import _launch, tiles
+from rlr_fast.kernels import _choice, _launch
 from rlr_fast.ops import dense
 from tests.ptx.cases import Attention, Block, Case, Distance
 from tests.ptx.driver import Change, Log, machine_as_device
@@ -151,7 +151,7 @@ def _attention(case: Attention, arch: str, dtype: torch.dtype, change: Change | 
         with (
             _deterministic(case.deterministic),
             mock.patch.object(_launch, "PROGRAMS", programs),
-            tiles.forced(architecture=int(arch)),
+            _choice.forced(architecture=int(arch)),
             machine_as_device(arch, change) as log,
         ):
             actual = _gradients(names, function(kernels), inputs, grad)
@@ -195,7 +195,7 @@ def _block(case: Block, arch: str, dtype: torch.dtype, change: Change | None) ->
     inputs = (projected, keys, value)
     with (
         _deterministic(case.deterministic),
-        tiles.forced(architecture=int(arch)),
+        _choice.forced(architecture=int(arch)),
         machine_as_device(arch, change) as log,
     ):
         actual = _gradients(names, ours, inputs, grad)

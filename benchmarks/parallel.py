@@ -47,6 +47,8 @@ def each(
     """
     deadline = time.monotonic() + seconds
     pending = list(jobs)
+    if not pending:
+        return
     for last in (False,) * (_ROUNDS - 1) + (True,):
         again = []
         executor = concurrent.futures.ProcessPoolExecutor(

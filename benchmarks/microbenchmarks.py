@@ -1,8 +1,8 @@
 """What the design of the kernels rests on, measured on the GPU by small Triton kernels.
 
-``python -m benchmarks.unknowns``: the rate of matrix products as narrow as a head, the ceiling of
-powers of two with and without the FMA units, whether products and powers overlap, and the
-throughput of float32 atomics. Every kernel's result is checked before it is timed.
+``python -m benchmarks.microbenchmarks``: the rate of matrix products as narrow as a head, the
+ceiling of powers of two with and without the FMA units, whether products and powers overlap, and
+the throughput of float32 atomics. Every kernel's result is checked before it is timed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from triton.errors import TritonError
 
-from benchmarks import pool, record
+from benchmarks import parallel, record
 from rlr_fast.kernels._softmax import exp2
 
 _REPEATS = 20
@@ -143,17 +143,15 @@ def powers(fma_exp2_eighths: int) -> dict[str, Any]:
     seconds = seconds_of(launch)
     for _ in range(int(1 / seconds) + 1):
         launch()
-    busy = record.clocks()  # while a second of work runs
+    clock = record.megahertz("clocks.sm")  # while a second of work runs
     torch.cuda.synchronize()
     rate = rows * columns * steps * programs / seconds
-    clock = float((busy or {}).get("clocks.sm", "nan").split()[0]) * 1e6
     processors = torch.cuda.get_device_properties("cuda").multi_processor_count
-    return {
-        "value": rate / 1e12,
-        "unit": "T powers/s",
-        "clock_mhz": clock / 1e6,
-        "per_clock_and_sm": rate / clock / processors,
-    }
+    found: dict[str, Any] = {"value": rate / 1e12, "unit": "T powers/s"}
+    if clock is None:
+        return found
+    per_clock = rate / (1e6 * clock) / processors
+    return found | {"clock_mhz": clock, "per_clock_and_sm": per_clock}
 
 
 def overlap(width: int, fma_exp2_eighths: int) -> dict[str, Any]:
@@ -255,7 +253,9 @@ def measurements() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print and record; return 1 where something failed."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.unknowns", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.microbenchmarks", description=__doc__
+    )
     parser.add_argument("--record", metavar="NAME", help="as of pytest --benchmark-record")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
@@ -264,13 +264,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     recorder = record.Recorder(record.record_path(options.record) if options.record else None)
     failed = 0
     for name, measure in measurements():
-        result: dict[str, Any] = {"suite": "unknowns", "name": name}
+        result: dict[str, Any] = {"suite": "microbenchmarks", "name": name}
         try:
             result |= {"outcome": "ok", **measure()}
             print(f"{name:60} {result['value']:9.3f} {result['unit']}", flush=True)
         except (RuntimeError, TritonError) as error:
             failed = 1
-            result |= {"outcome": "failed", "reason": pool.reason(error)}
+            result |= {"outcome": "failed", "reason": parallel.reason(error)}
             print(f"{name:60} {result['reason']}", flush=True)
         recorder.add(result)
     recorder.close()
