@@ -1,6 +1,6 @@
-"""The kernels' compiled code, run for sm_80 and sm_90 by the machine, and bugs planted in it.
+"""The kernels' compiled code, run for sm_80 and sm_90 by the machine.
 
-What is run is the choice of `cases` and `planted`; `python -m tests.ptx` runs everything.
+What is run is the choice of `cases`; `python -m tests.ptx` runs everything, and plants bugs.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def start(folder: Path, name: str, *arguments: str) -> tuple[subprocess.Popen, P
 def rows(tmp_path_factory):
     """Return all rows, by architecture, dtype and name; the architectures run side by side."""
     folder = tmp_path_factory.mktemp("ptx")
-    started = [start(folder, a, "cases", "planted", "--choice", "--arch", a) for a in ARCHES]
+    started = [start(folder, a, "cases", "--choice", "--arch", a) for a in ARCHES]
     started.append(start(folder, "examples", "examples", "--case", *EXAMPLES))
     found = {}
     for process, out, said in started:
@@ -79,13 +79,6 @@ def test_every_kernel_is_run(rows, arch):
     operators |= {f"lca.{name}_kernel" for name in ("forward", "backward", "gather")}
     others = {"reference.prepare_kernel", "distance.forward_kernel", "distance.backward_kernel"}
     assert run == operators | others
-
-
-@pytest.mark.parametrize("arch", ARCHES)
-def test_planted_bugs_are_noticed(rows, arch):
-    planted = {name: row for (at, _, name), row in rows.items() if at == arch and "noticed" in row}
-    assert len(planted) >= 10
-    assert [name for name, row in planted.items() if not row["noticed"]] == []
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
