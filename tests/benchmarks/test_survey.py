@@ -36,7 +36,9 @@ def sample(tmp_path_factory) -> dict[str, Any]:
 
 
 def test_a_sample_of_the_survey_compiles_and_fits(sample):
-    (group,) = json.loads((sample["folder"] / "record.json").read_text()).popitem()[1]["groups"]
+    (record,) = json.loads((sample["folder"] / "record.json").read_text()).values()
+    (group,) = record["groups"]
+    assert record["kernels"] == 12 < record["of"]
     assert (group["arch"], group["dtype"], group["kernels"]) == (86, "fp32", 12)
     assert group["refused"] == []
     assert 0 < group["shared"] <= group["shared_most"] == 101376

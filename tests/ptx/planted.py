@@ -149,7 +149,8 @@ _BUGS = (
     ),
     Bug(
         "atomics beside their place", _LCA, "backward_kernel",
-        nth(r"((?:atom|red)\.global[^\[]*\[ %rd\d+ \+) 0", 0, lambda m: f"{m[1]} 16"), chosen=("90",),
+        nth(r"((?:atom|red)\.global[^\[]*\[ %rd\d+ \+) 0", 0, lambda m: f"{m[1]} 16"),
+        chosen=("90",),
     ),
     Bug(
         "atomics without their mask", _LCA, "backward_kernel",
@@ -167,7 +168,8 @@ _BUGS = (
     ),
     Bug(
         "shuffle from the wrong lane", _LCA, "forward_kernel",
-        nth(r"(shfl\.sync\.bfly\.b32\s+%r\d+, %r\d+), 2,", 0, lambda m: f"{m[1]}, 4,"), chosen=("90",),
+        nth(r"(shfl\.sync\.bfly\.b32\s+%r\d+, %r\d+), 2,", 0, lambda m: f"{m[1]}, 4,"),
+        chosen=("90",),
     ),
     Bug(
         "ldmatrix at another row", _LCA, "backward_kernel",
