@@ -149,6 +149,8 @@ class Geometry(NamedTuple):
     def of(grid: Sequence[int], window: Sequence[int]) -> Geometry:
         """Of a grid (H, W) and odd windows; no window reaches further than the grid."""
         (height, width), (rows, columns) = grid, window
+        # Plain integers: a graph that is being traced has one for each geometry.
+        height, width, rows, columns = (int(x) for x in (height, width, rows, columns))
         return Geometry(height, width, min(rows // 2, height - 1), min(columns // 2, width - 1))
 
     @property

@@ -8,6 +8,7 @@ register, then the fewest clocks a score. What it gives is compiled for every su
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -160,6 +161,7 @@ def candidates(problem: Problem) -> tuple[Tiles, ...]:
     return tuple(t for t in dict.fromkeys((own, *smaller)) if fits(problem, t))
 
 
+@functools.cache
 def fits_in_shared_memory(
     geometry: Geometry, width: int, dtype: torch.dtype, target: Target
 ) -> bool:
