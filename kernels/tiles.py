@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from rlr_fast.kernels._launch import Geometry, Target
+from rlr_fast.kernels._launch import Geometry, Target, next_power_of_2
 
 RASTER_KERNELS = ("raster_forward", "raster_key", "raster_query")
 HALO_KERNELS = ("halo_forward", "halo_backward")
@@ -89,10 +89,10 @@ class HaloTiles:
     def parts(self, geometry: Geometry) -> tuple[int, int]:
         """Two powers of two, of which the second may be 0, that hold a tile's halo."""
         keys = self.halo(geometry)
-        whole = max(16, triton.next_power_of_2(keys))
+        whole = max(16, next_power_of_2(keys))
         half = whole // 2
         if half >= 64 and (keys - half <= half // 2 or whole > self.part):
-            return half, max(16, triton.next_power_of_2(keys - half))
+            return half, max(16, next_power_of_2(keys - half))
         return whole, 0
 
 
@@ -356,7 +356,7 @@ def _halo_tiles(problem: Problem) -> HaloTiles:
     tiles = _on_grid(tiles, problem.geometry)
     if forward:
         return tiles
-    numbers = triton.next_power_of_2(tiles.halo(problem.geometry)) * problem.width
+    numbers = next_power_of_2(tiles.halo(problem.geometry)) * problem.width
     if (problem.table, problem.width, numbers) == (80, 64, 4096):
         return dataclasses.replace(tiles, rows=1, columns=1, images=64, stages=1)
     if numbers >= 8192:
@@ -391,7 +391,7 @@ def _wide_halo_tiles(problem: Problem) -> HaloTiles:
 
 def _on_grid(tiles: HaloTiles, geometry: Geometry) -> HaloTiles:
     """No more positions than the grid has, and more images instead."""
-    rows = min(tiles.rows, triton.next_power_of_2(geometry.height))
-    columns = min(tiles.columns, triton.next_power_of_2(geometry.width))
+    rows = min(tiles.rows, next_power_of_2(geometry.height))
+    columns = min(tiles.columns, next_power_of_2(geometry.width))
     images = tiles.images * tiles.rows * tiles.columns // (rows * columns)
     return dataclasses.replace(tiles, rows=rows, columns=columns, images=images)

@@ -21,7 +21,7 @@ from torch import Tensor
 from rlr_fast.kernels import _launch
 from rlr_fast.kernels._choice import problem_of, require, with_smaller_tiles
 from rlr_fast.kernels._dot import dot
-from rlr_fast.kernels._launch import Geometry
+from rlr_fast.kernels._launch import Geometry, cdiv
 from rlr_fast.kernels._window import window_range
 from rlr_fast.kernels.mlka._blocks import (
     add_rows,
@@ -281,10 +281,10 @@ def launch_backward(
     problem = problem_of("raster_key", q, geometry)
     tile: RasterTiles = require(problem)
     keys = tile.keys * tile.blocks
-    programs = triton.cdiv(tokens, keys) * heads
+    programs = cdiv(tokens, keys) * heads
     most = _launch.chunk_programs(q.device, tile.warps)
-    chunk = triton.cdiv(batch, min(batch, max(1, most // programs)))
-    chunks = triton.cdiv(batch, chunk)
+    chunk = cdiv(batch, min(batch, max(1, most // programs)))
+    chunks = cdiv(batch, chunk)
     if tokens <= keys:
         mode, dq_buffer = "store", dq
     elif tile.separate_dq or torch.are_deterministic_algorithms_enabled():
@@ -296,7 +296,7 @@ def launch_backward(
     assert dv_buffer is not None
     delta = torch.empty_like(lse)
     _launch.launch(
-        delta_kernel, triton.cdiv(tokens, 128) * batch * heads,
+        delta_kernel, cdiv(tokens, 128) * batch * heads,
         o, do, delta, o.stride()[:3], do.stride()[:3], batch, heads,
         N=tokens, D=width, BLOCK_M=128,
     )  # fmt: skip
@@ -315,7 +315,7 @@ def launch_backward(
         problem = problem_of("raster_query", q, geometry)
         tile = require(problem)
         _launch.launch(
-            backward_query_kernel, triton.cdiv(tokens, tile.queries) * batch * heads,
+            backward_query_kernel, cdiv(tokens, tile.queries) * batch * heads,
             *inputs, dq, *strides, dq.stride()[:3], batch, heads, problem=problem,
             BLOCK_M=tile.queries, BLOCK_N=tile.keys, **constants, **tile.options(),
         )  # fmt: skip
