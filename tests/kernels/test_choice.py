@@ -282,10 +282,10 @@ with _choice.forced(architecture=80), machine_as_device("80") as log:
     after_trial, ran = compiled(), len(log.runs)
     lca.local_cross_attention(query, key, key, (6, 7), (3, 5), 0.25)
     after_launch = compiled()
-query, key = torch.empty(2, 1, 256, 32), torch.empty(1, 256, 32)
-large = HaloTiles(4, 4, 4, stages=1)
+query, key = torch.empty(2, 1, 256, 16), torch.empty(1, 256, 16)
+large = HaloTiles(8, 8, 1, stages=1)
 with _choice.forced(architecture=86, halo_forward=large), machine_as_device("86"):
-    refused = _trial.refusal("lca", query, key, (16, 16), (13, 13), False)
+    refused = _trial.refusal("lca", query, key, (16, 16), (11, 11), False)
 print(json.dumps([taken, after_trial, ran, after_launch, refused]))
 """
 
