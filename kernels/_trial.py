@@ -35,35 +35,31 @@ def refusal(
         window: Odd (height, width) in tokens.
         backward: Whether the backward pass must run as well.
     """
-    # A plain integer is what a traced function asks with.
-    geometry = Geometry.of(*([operator.index(x) for x in pair] for pair in (grid, window)))
-    heads, width = operator.index(query.shape[1]), operator.index(query.shape[3])
+    heads, width = query.shape[1], query.shape[3]
     few = True if query.shape[0] <= FEW_IMAGES else False  # noqa: SIM210
-    shared_value = value.dim() == 3
-    return _tried(name, tuple(geometry), heads, width, few, shared_value, query.dtype,
-                  query.device, backward)  # fmt: skip
+    if torch.compiler.is_compiling():
+        # A plain integer is what a traced function can ask with.
+        heads, width = operator.index(heads), operator.index(width)
+        grid, window = ([operator.index(x) for x in pair] for pair in (grid, window))
+    problem = (name, tuple(grid), tuple(window), heads, width, few, value.dim() == 3)
+    return _tried(problem, query.dtype, query.device, backward)
 
 
 @torch.compiler.assume_constant_result
-def _tried(
-    name: str, geometry: tuple[int, ...], heads: int, width: int, few_images: bool,
-    shared_value: bool, dtype: torch.dtype, device: torch.device, backward: bool,
-) -> str | None:  # fmt: skip
+def _tried(problem: tuple, dtype: torch.dtype, device: torch.device, backward: bool) -> str | None:
     deterministic = torch.are_deterministic_algorithms_enabled()
     modes = (deterministic, _launch.precision(dtype), _choice.forced_now())
-    return _try(name, geometry, heads, width, few_images, shared_value, dtype, device, backward,
-                modes)  # fmt: skip
+    return _try(problem, dtype, device, backward, modes)
 
 
 @functools.cache
 def _try(
-    name: str, geometry: tuple[int, ...], heads: int, width: int, few_images: bool,
-    shared_value: bool, dtype: torch.dtype, device: torch.device, backward: bool,
-    modes: tuple,
-) -> str | None:  # fmt: skip
+    problem: tuple, dtype: torch.dtype, device: torch.device, backward: bool, modes: tuple
+) -> str | None:
     """The modes are only what else the kernels depend on."""
-    around = Geometry(*geometry)
-    shape = (heads, around.tokens, width)
+    name, grid, window, heads, width, few_images, shared_value = problem
+    geometry = Geometry.of(grid, window)
+    shape = (heads, geometry.tokens, width)
     with FakeTensorMode(), _launch.compile_only():
         q = torch.empty((2 if few_images else 64, *shape), dtype=dtype, device=device)
         k = torch.empty(shape, dtype=dtype, device=device)
@@ -71,7 +67,7 @@ def _try(
         bound = torch.empty((heads,), dtype=_launch.accumulator(dtype), device=device)
         o, do, dq, dv = (torch.empty_like(q) for _ in range(4))
         try:
-            launch_passes(name, q, k, bound, v, o, do, dq, dv, around, backward)
+            launch_passes(name, q, k, bound, v, o, do, dq, dv, geometry, backward)
         except LaunchRefused as error:
             return str(error)
     return None

@@ -118,9 +118,9 @@ def launch(
 ) -> None:
     """Launch over all tokens of r and o, with ``strides`` of another tensor before theirs."""
     batch, tokens, channels = r.shape
-    block = max(16, triton.next_power_of_2(channels))
+    block = max(16, _launch.next_power_of_2(channels))
     rows = max(1, _TILE // block)
-    programs = triton.cdiv(batch * tokens, rows)
+    programs = _launch.cdiv(batch * tokens, rows)
     theirs = [*r.stride()[:2], *o.stride()[:2]]
     # As a number by which all are known to divide, so that a thread loads so many at once.
     unit = math.gcd(_VECTOR, channels, *theirs)

@@ -32,7 +32,7 @@ from rlr_fast.kernels import _launch, mlka
 from rlr_fast.kernels._autograd import register_gradients
 from rlr_fast.kernels._choice import choose, problem_of, target_of, with_smaller_tiles
 from rlr_fast.kernels._dot import dot
-from rlr_fast.kernels._launch import Geometry
+from rlr_fast.kernels._launch import Geometry, cdiv
 from rlr_fast.kernels._softmax import exp2
 from rlr_fast.kernels._window import within
 from rlr_fast.kernels.reference import prepare_key
@@ -427,12 +427,12 @@ def _constants(geometry: Geometry, tile: HaloTiles, width: int, dtype: torch.dty
 def _programs(q: Tensor, geometry: Geometry, tile: HaloTiles) -> tuple[int, int, int]:
     """Return position tiles, images a chunk, and chunks."""
     batch, heads = q.shape[:2]
-    places = triton.cdiv(geometry.height, tile.rows) * triton.cdiv(geometry.width, tile.columns)
-    steps = triton.cdiv(batch, tile.images)
+    places = cdiv(geometry.height, tile.rows) * cdiv(geometry.width, tile.columns)
+    steps = cdiv(batch, tile.images)
     most = _launch.chunk_programs(q.device, tile.warps)
     chunks = min(steps, max(1, most // (places * heads)))
-    chunk = triton.cdiv(steps, chunks) * tile.images
-    return places, chunk, triton.cdiv(batch, chunk)
+    chunk = cdiv(steps, chunks) * tile.images
+    return places, chunk, cdiv(batch, chunk)
 
 
 def saves_nothing(q: Tensor, geometry: Geometry) -> bool:
@@ -525,7 +525,7 @@ def launch_backward(
         launch(parts[0], parts[1], first, last)
         first_key, last_key = _keys_of(range(first, last), geometry, tile)
         _launch.launch(
-            gather_kernel, heads * triton.cdiv(last_key - first_key, 64),
+            gather_kernel, heads * cdiv(last_key - first_key, 64),
             parts[0], parts[1], sums[0], sums[1], heads, first, last, first_key, last_key, summed,
             **geometry.constants(), D=width, PH=tile.rows, PW=tile.columns, HALO=halo, BLOCK_N=64,
         )  # fmt: skip
@@ -535,8 +535,8 @@ def launch_backward(
 
 def _keys_of(parts: range, geometry: Geometry, tile: HaloTiles) -> tuple[int, int]:
     """Return a range of keys, whole rows of the grid, that holds the halos of some parts."""
-    tiles_x = triton.cdiv(geometry.width, tile.columns)
-    tiles = triton.cdiv(geometry.height, tile.rows) * tiles_x
+    tiles_x = cdiv(geometry.width, tile.columns)
+    tiles = cdiv(geometry.height, tile.rows) * tiles_x
     first, last = parts[0] % tiles, parts[-1] % tiles
     if parts[0] // tiles < parts[-1] // tiles:  # of more than one chunk of the batch
         first, last = 0, tiles - 1

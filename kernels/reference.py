@@ -63,7 +63,7 @@ def _prepare(key: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     heads, tokens, width = key.shape
     prepared = torch.empty((heads, tokens, width), dtype=key.dtype, device=key.device)
     bound = torch.empty((heads,), dtype=_launch.accumulator(key.dtype), device=key.device)
-    block = max(16, min(8192 // width, triton.next_power_of_2(tokens)))
+    block = max(16, min(8192 // width, _launch.next_power_of_2(tokens)))
     _launch.launch(
         prepare_kernel, heads,
         key, prepared, bound, key.stride(0), key.stride(1), tokens, scale * math.log2(math.e),

@@ -8,13 +8,14 @@ register, then the fewest clocks a score. What it gives is compiled for every su
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import triton
 
-from rlr_fast.kernels._launch import Geometry, Target
+from rlr_fast.kernels._launch import Geometry, Target, next_power_of_2
 
 RASTER_KERNELS = ("raster_forward", "raster_key", "raster_query")
 HALO_KERNELS = ("halo_forward", "halo_backward")
@@ -88,10 +89,10 @@ class HaloTiles:
     def parts(self, geometry: Geometry) -> tuple[int, int]:
         """Two powers of two, of which the second may be 0, that hold a tile's halo."""
         keys = self.halo(geometry)
-        whole = max(16, triton.next_power_of_2(keys))
+        whole = max(16, next_power_of_2(keys))
         half = whole // 2
         if half >= 64 and (keys - half <= half // 2 or whole > self.part):
-            return half, max(16, triton.next_power_of_2(keys - half))
+            return half, max(16, next_power_of_2(keys - half))
         return whole, 0
 
 
@@ -160,6 +161,7 @@ def candidates(problem: Problem) -> tuple[Tiles, ...]:
     return tuple(t for t in dict.fromkeys((own, *smaller)) if fits(problem, t))
 
 
+@functools.cache
 def fits_in_shared_memory(
     geometry: Geometry, width: int, dtype: torch.dtype, target: Target
 ) -> bool:
@@ -241,6 +243,7 @@ _SMALLER_RASTER = (
 _BEFORE_3_9 = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
 
 # By head width d, for two bytes an element.
+_QUERIES = {width: RasterTiles(64, 64) for width in (16, 32, 64, 128)}
 _RASTER: dict[int, dict[str, dict[int, RasterTiles]]] = {
     90: {
         "raster_forward": {
@@ -255,7 +258,7 @@ _RASTER: dict[int, dict[str, dict[int, RasterTiles]]] = {
             64: RasterTiles(64, 64, separate_dq=True, stages=1),
             128: RasterTiles(64, 32, separate_dq=True, stages=1),
         },
-        "raster_query": {width: RasterTiles(64, 64) for width in (16, 32, 64, 128)},
+        "raster_query": _QUERIES | {64: RasterTiles(64, 64, registers=168)},
     }
 }
 # What other architectures do otherwise.
@@ -267,6 +270,7 @@ _RASTER[100] = _RASTER[90] | {
     },
     "raster_key": _RASTER[90]["raster_key"]
     | {128: RasterTiles(32, 64, separate_dq=True, stages=1)},
+    "raster_query": _QUERIES,
 }
 _RASTER[80] = _RASTER[90] | {
     "raster_forward": _RASTER[90]["raster_forward"]
@@ -277,6 +281,15 @@ _RASTER[80] = _RASTER[90] | {
         64: RasterTiles(32, 128, separate_dq=True, warps=8, stages=1),
         128: RasterTiles(64, 64, separate_dq=True, warps=8, stages=1),
     },
+    "raster_query": _QUERIES,
+}
+# A program that holds all keys of a small grid: dQ needs no sum. Of two bytes an element, by
+# architecture and by the heads that leave registers for it.
+_TALL, _LOW = RasterTiles(64, 256, warps=8, stages=1), RasterTiles(32, 256, warps=8, stages=1)
+_ALL_KEYS = {
+    80: {16: _LOW, 32: _LOW},
+    90: {16: _TALL, 32: _LOW, 64: _LOW},
+    100: {16: _TALL, 32: _LOW, 64: _LOW},
 }
 # Four or eight bytes an element: small.
 _SMALL_KEY, _TINY_KEY = (
@@ -316,6 +329,10 @@ def table_tiles(problem: Problem) -> Tiles:
         return _halo_tiles(problem)
     if problem.dtype.itemsize > 2:
         return _WIDE[problem.table][problem.kernel][problem.width]
+    if problem.kernel == "raster_key" and 128 < problem.geometry.tokens <= 256:
+        all_keys = _ALL_KEYS[problem.table].get(problem.width)
+        if all_keys:
+            return all_keys
     tiles = _RASTER[problem.table][problem.kernel][problem.width]
     if problem.kernel == "raster_forward" and _windows_meet_all(problem.geometry, tiles):
         # Pipelined, the loop that nobody enters ends ptxas 12.9 for sm_90 with a segmentation
@@ -354,7 +371,7 @@ def _halo_tiles(problem: Problem) -> HaloTiles:
     tiles = _on_grid(tiles, problem.geometry)
     if forward:
         return tiles
-    numbers = triton.next_power_of_2(tiles.halo(problem.geometry)) * problem.width
+    numbers = next_power_of_2(tiles.halo(problem.geometry)) * problem.width
     if (problem.table, problem.width, numbers) == (80, 64, 4096):
         return dataclasses.replace(tiles, rows=1, columns=1, images=64, stages=1)
     if numbers >= 8192:
@@ -389,7 +406,7 @@ def _wide_halo_tiles(problem: Problem) -> HaloTiles:
 
 def _on_grid(tiles: HaloTiles, geometry: Geometry) -> HaloTiles:
     """No more positions than the grid has, and more images instead."""
-    rows = min(tiles.rows, triton.next_power_of_2(geometry.height))
-    columns = min(tiles.columns, triton.next_power_of_2(geometry.width))
+    rows = min(tiles.rows, next_power_of_2(geometry.height))
+    columns = min(tiles.columns, next_power_of_2(geometry.width))
     images = tiles.images * tiles.rows * tiles.columns // (rows * columns)
     return dataclasses.replace(tiles, rows=rows, columns=columns, images=images)

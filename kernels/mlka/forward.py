@@ -17,7 +17,7 @@ from torch import Tensor
 from rlr_fast.kernels import _launch
 from rlr_fast.kernels._choice import problem_of, require, with_smaller_tiles
 from rlr_fast.kernels._dot import dot
-from rlr_fast.kernels._launch import Geometry
+from rlr_fast.kernels._launch import Geometry, cdiv
 from rlr_fast.kernels._softmax import NO_MAXIMUM, exp2
 from rlr_fast.kernels._window import window_range
 from rlr_fast.kernels.mlka._blocks import (
@@ -173,7 +173,7 @@ def launch_forward(
     problem = problem_of("raster_forward", q, geometry)
     tile: RasterTiles = require(problem)
     _launch.launch(
-        forward_kernel, triton.cdiv(tokens, tile.queries) * batch * heads,
+        forward_kernel, cdiv(tokens, tile.queries) * batch * heads,
         q, k, v, o, lse, bound,
         q.stride()[:3], k.stride()[:2], value_strides(v), o.stride()[:3], batch, heads,
         **geometry.constants(), D=width, BLOCK_M=tile.queries, BLOCK_N=tile.keys, INSIDE=inside,

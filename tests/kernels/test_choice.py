@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +23,7 @@ from rlr_fast.kernels import _choice, _launch, _trial
 from rlr_fast.kernels._launch import Geometry, Launch, Target
 from rlr_fast.kernels.tiles import Problem, candidates, fits_in_shared_memory
 
+ROOT = Path(__file__).resolve().parents[2]
 GRID, WINDOW = (4, 5), (3, 5)
 TOO_LARGE = OutOfResources(126976, 101376, "shared memory")
 
@@ -258,3 +264,41 @@ def test_pipelines_whose_loop_nobody_enters_have_one_stage(grid, window):
 
     assert stages(grid, window) == 1
     assert stages((16, 16), 5) > 1
+
+
+# A trial, by Triton's own compiler and limits, of a device that a CPU imitates.
+TRIAL = """
+import json, torch
+from tests.ptx.driver import machine_as_device
+from rlr_fast.kernels import _choice, _trial, lca
+from rlr_fast.kernels.tiles import HaloTiles
+
+def compiled():
+    return sum(len(caches[0]) for caches in lca.forward_kernel.device_caches.values())
+
+query, key = torch.randn(2, 1, 42, 16).bfloat16(), torch.randn(1, 42, 16).bfloat16()
+with _choice.forced(architecture=80), machine_as_device("80") as log:
+    taken = _trial.refusal("lca", query, key, (6, 7), (3, 5), False)
+    after_trial, ran = compiled(), len(log.runs)
+    lca.local_cross_attention(query, key, key, (6, 7), (3, 5), 0.25)
+    after_launch = compiled()
+query, key = torch.empty(2, 1, 256, 16), torch.empty(1, 256, 16)
+large = HaloTiles(8, 8, 1, stages=1)
+with _choice.forced(architecture=86, halo_forward=large), machine_as_device("86"):
+    refused = _trial.refusal("lca", query, key, (16, 16), (11, 11), False)
+print(json.dumps([taken, after_trial, ran, after_launch, refused]))
+"""
+
+
+def test_a_trial_compiles_what_a_launch_finds_compiled():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", TRIAL], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    taken, after_trial, ran, after_launch, refused = json.loads(done.stdout.splitlines()[-1])
+    assert taken is None
+    assert (after_trial, ran) == (1, 0)
+    assert after_launch == 1
+    assert "shared memory, Required: " in refused
+    assert "Hardware limit: 101376" in refused
