@@ -44,7 +44,7 @@ def refusal(
                   query.device, backward)  # fmt: skip
 
 
-@torch.compiler.assume_constant_result
+@_launch.constant_when_traced
 def _tried(
     name: str, geometry: tuple[int, ...], heads: int, width: int, few_images: bool,
     shared_value: bool, dtype: torch.dtype, device: torch.device, backward: bool,
