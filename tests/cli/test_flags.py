@@ -42,7 +42,7 @@ FLAGS = {
     "figures": f"""{MACHINE} {DATA} --checkpoint --out --backbone-weights --decoder --level
         --per-defect""",
     "paper": f"{TRAINING} --seeds --only",
-    "info": f"{MODEL} {MACHINE} --config --preset --checkpoint --json",
+    "info": f"{MODEL} --device --backend --config --preset --checkpoint --json",
 }
 NEEDED = {
     "demo": "",
