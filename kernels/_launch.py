@@ -34,7 +34,16 @@ SHARED = {
 INTERPRETING = bool(triton.knobs.runtime.interpret)
 
 
-@torch.compiler.assume_constant_result
+def constant_when_traced(function: Any) -> Any:
+    """Mark a function as `torch.compiler.assume_constant_result` does, and return it.
+
+    That one imports the compiler, which takes seconds, wherever it is used.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
+@constant_when_traced
 def capability(device: torch.device) -> tuple[int, int]:
     """Return the compute capability of a GPU."""
     return torch.cuda.get_device_capability(device)

@@ -45,7 +45,7 @@ def refusal(
     return _tried(problem, query.dtype, query.device, backward)
 
 
-@torch.compiler.assume_constant_result
+@_launch.constant_when_traced
 def _tried(problem: tuple, dtype: torch.dtype, device: torch.device, backward: bool) -> str | None:
     deterministic = torch.are_deterministic_algorithms_enabled()
     modes = (deterministic, _launch.precision(dtype), _choice.forced_now())

@@ -19,10 +19,14 @@ Attention = Literal["self", "cross", "mlka", "lca"]
 Fusion = Literal["fixed", "learned"]
 Precision = Literal["fp32", "bf16", "fp16"]
 Schedule = Literal["constant", "step", "cosine"]
+ScoreFit = Literal["fixed", "scaled"]
 Cache = Literal["auto", "gpu", "ram", "disk", "none"]
 
 # Branches whose values come from the reference: α and θ₂ weigh these, θ₁ the others.
 REFERENCE_VALUES = ("cross", "lca")
+
+# Fields of `RLRConfig` that turn distances into scores: they may change after training.
+SCORE_FIELDS = ("level_offsets", "level_weights", "smoothing", "top_share")
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
@@ -151,8 +155,10 @@ class RLRConfig:
         references: Learnable references per level (K of the supplement); LCA is summed over them.
         diversity: Weight in the loss of the mean cosine between the references' tokens; 0 is off.
         perturbation: s of the training noise, randn * norm(token) / channels * s (eq. 3); 0 is off.
-        smoothing: Sigma, in pixels at 256 px, of the Gaussian before the image score's maximum; 0
-            is off.
+        level_offsets: Subtracted from the token distances of each level before their mean.
+        level_weights: Weight of each level in the score map; all 1 is the plain mean of eq. 16.
+        smoothing: Sigma, in pixels at 256 px, of the Gaussian before the image score; 0 is off.
+        top_share: Share of the pixels whose mean is the image score; 0 is their maximum.
 
     Raises:
         ValueError: A field breaks its rule; the message names field, rule and value.
@@ -176,7 +182,10 @@ class RLRConfig:
     references: int = 1
     diversity: float = 0.0
     perturbation: float = 4.0
+    level_offsets: tuple[float, ...] = (0.0,)
+    level_weights: tuple[float, ...] = (1.0,)
     smoothing: float = 4.0
+    top_share: float = 0.0
 
     def __post_init__(self) -> None:
         def put(name: str, value: Any) -> None:
@@ -227,7 +236,16 @@ class RLRConfig:
             self.diversity,
         )
         _require_number("perturbation", self.perturbation, 0)
+        for name in ("level_offsets", "level_weights"):
+            values = _level_values(name, getattr(self, name), levels)
+            for value in values:
+                _require_number(name, value, *([0] if name == "level_weights" else []))
+            put(name, tuple(map(float, values[:1] if len(set(values)) == 1 else values)))
+        _require(
+            any(self.level_weights), "level_weights", "positive for a level", self.level_weights
+        )
         _require_number("smoothing", self.smoothing, 0)
+        _require(0 <= self.top_share <= 1, "top_share", "from 0 to 1", self.top_share)
 
     @staticmethod
     def preset(name: str) -> RLRConfig:
@@ -265,6 +283,9 @@ class TrainConfig:
         precision: Precision of the forward and backward pass; fp16 needs a GPU. Weights stay in
             fp32.
         seed: Seed of weights, order of images and noise.
+        score_fit: Whether level_offsets and level_weights stay fixed, or are scaled after training:
+            so that the median of the training tokens' distances is 0 and their 99 % quantile 1 in
+            each level.
 
     Raises:
         ValueError: A field breaks its rule; the message names field, rule and value.
@@ -277,6 +298,7 @@ class TrainConfig:
     clip_grad: float = 0.0
     precision: Precision = "fp32"
     seed: int = 0
+    score_fit: ScoreFit = "fixed"
 
     def __post_init__(self) -> None:
         _require(self.epochs > 0, "epochs", "positive", self.epochs)
@@ -287,6 +309,7 @@ class TrainConfig:
         check_seed(self.seed)
         _require_choice("schedule", self.schedule, Schedule)
         _require_choice("precision", self.precision, Precision)
+        _require_choice("score_fit", self.score_fit, ScoreFit)
 
     @staticmethod
     def preset(name: str) -> TrainConfig:

@@ -315,11 +315,14 @@ def _without_kernels(backend: str, reason: str) -> Backend:
 _TOLD: set[str] = set()
 
 
-@torch.compiler.assume_constant_result
 def _warn_once(message: str) -> None:
     if message not in _TOLD:
         _TOLD.add(message)
         warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+# As `torch.compiler.assume_constant_result`, whose import of the compiler takes seconds.
+_warn_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _apply(

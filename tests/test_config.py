@@ -47,6 +47,11 @@ def test_window_pairs_survive_json():
     assert json.loads(config.to_json())["windows"] == [[3, 5], 7, 11]
 
 
+def test_levels_that_count_the_same_are_kept_as_one_value():
+    config = RLRConfig(level_weights=(2, 2, 2), level_offsets=(0, 0.5, 1))
+    assert config.level_weights == (2.0,) and config.level_offsets == (0.0, 0.5, 1.0)
+
+
 def test_single_values_are_repeated_for_every_level():
     config = RLRConfig(hidden=64, heads=4, windows=5, image_size=128)
     assert config.hidden == (64,) * 3 and config.heads == (4,) * 3
@@ -72,6 +77,12 @@ def test_single_values_are_repeated_for_every_level():
         ("perturbation", -1.0),
         ("alpha", float("nan")),
         ("smoothing", float("inf")),
+        ("level_offsets", (0.0, 1.0)),
+        ("level_offsets", float("nan")),
+        ("level_weights", (1.0, -1.0, 1.0)),
+        ("level_weights", 0.0),
+        ("top_share", -0.1),
+        ("top_share", 1.5),
         ("fusion", "learnt"),
         ("references", 0),
         ("references", 1.5),

@@ -118,6 +118,7 @@ def _settings(
 if TYPE_CHECKING:
     Model = dict[str, Any]
     Recipe = dict[str, Any]
+    Place = dict[str, Any]
     Execution = dict[str, Any]
     TrainExecution = dict[str, Any]
     InferenceExecution = dict[str, Any]
@@ -126,6 +127,7 @@ if TYPE_CHECKING:
 else:
     Model = _settings(config.RLRConfig, "Model")
     Recipe = _settings(config.TrainConfig, "Recipe")
+    Place = _settings(config.ExecutionConfig, "Execution", without=["compile", "workers"])
     Execution = _settings(config.ExecutionConfig, "Execution", without=["compile"])
     TrainExecution = _settings(
         config.TrainExecution, "Execution", aliases={"micro_batch_size": "--piece"}

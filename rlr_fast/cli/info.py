@@ -1,4 +1,4 @@
-"""What is here and what a configuration makes: the report of ``rlr-fast info``."""
+"""What is installed here and what a configuration makes: the report of ``rlr-fast info``."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     import torch
 
 
-def describe(config: RLRConfig, device: torch.device) -> tuple[dict[str, Any], str]:
-    """Return versions, devices, backends, and the levels and parameters of a configuration.
+def describe(config: RLRConfig | None, device: torch.device) -> tuple[dict[str, Any], str]:
+    """Return versions, devices, backends, and the levels and parameters of a configuration, if any.
 
     The backbone's weights need not be at hand: the same network with random numbers has the same
     shapes.
@@ -39,8 +39,11 @@ def describe(config: RLRConfig, device: torch.device) -> tuple[dict[str, Any], s
     }
     values["auto"] = resolve_backend("auto", device)
     values["compile"] = "off; --compile of train, eval and predict turns it on"
-    values["model"] = _model(config)
-    return values, _text(values)
+    text = _text(values)
+    if config is not None:
+        values["model"] = _model(config)
+        text += f"\n\n{_model_text(values['model'])}"
+    return values, text
 
 
 def _model(config: RLRConfig) -> dict[str, Any]:
@@ -75,12 +78,10 @@ def _model(config: RLRConfig) -> dict[str, Any]:
 
 
 def _text(values: dict[str, Any]) -> str:
-    env, model = values["environment"], values["model"]
-    config = model["config"]
-    packages = ", ".join(f"{k} {v or 'missing'}" for k, v in env["packages"].items())
+    env = values["environment"]
     lines = [
         f"python {env['python']} on {env['platform']}",
-        packages,
+        ", ".join(f"{k} {v or 'missing'}" for k, v in env["packages"].items()),
         f"device: {env['device']} ({env['device_name']}, {env['threads']} threads); "
         f"GPUs: {', '.join(values['gpus']) or 'none'}",
         "",
@@ -89,7 +90,13 @@ def _text(values: dict[str, Any]) -> str:
         f"  auto    takes {values['auto']}",
         "",
         f"torch.compile: {values['compile']}",
-        "",
+    ]
+    return "\n".join(lines)
+
+
+def _model_text(model: dict[str, Any]) -> str:
+    config = model["config"]
+    lines = [
         f"backbone {config['backbone']} at {config['image_size'][0]}x{config['image_size'][1]} px, "
         f"{model['backbone_parameters']:,} parameters, frozen",
         f"  weights ({config['backbone_weights']}): {model['backbone_weights']}",
@@ -114,15 +121,14 @@ def _text(values: dict[str, Any]) -> str:
 
 def info(
     *,
-    preset: flags.Preset = "paper",
+    preset: flags.Preset | None = None,
     checkpoint: Path | None = None,
     as_json: Annotated[flags.Switch, Parameter(name="--json")] = False,
     config: flags.Config | None = None,
-    quiet: flags.Quiet = False,
     model: flags.Model = flags.NONE_GIVEN,
-    execution: flags.Execution = flags.NONE_GIVEN,
+    execution: flags.Place = flags.NONE_GIVEN,
 ) -> int:
-    """Show versions, devices, backends, and what a model consists of.
+    """Show versions, devices and backends; with a preset, a run or settings, the model they give.
 
     Args:
         checkpoint: Folder of a run whose model is described, in place of a preset's.
@@ -131,10 +137,12 @@ def info(
     from rlr_fast.models.checkpoint import CONFIG_FILE, read_config
     from rlr_fast.models.environment import start_device
 
-    base = PRESETS[preset].model
-    if checkpoint is not None:
-        base = from_dict(RLRConfig, read_config(checkpoint / CONFIG_FILE))
-    described = from_dict(RLRConfig, model, base)
+    described = None
+    if preset is not None or checkpoint is not None or model:
+        base = PRESETS[preset or "paper"].model
+        if checkpoint is not None:
+            base = from_dict(RLRConfig, read_config(checkpoint / CONFIG_FILE))
+        described = from_dict(RLRConfig, model, base)
     values, text = describe(described, start_device(ExecutionConfig(**execution)))
     print(json.dumps(values, indent=2) if as_json else text)
     return 0

@@ -100,7 +100,12 @@ _ALL = (
         less_memory=_TRAINING,
         interrupted="; the same command goes on from the last written epoch",
     ),
-    Verb("info", "info:info", "Show versions, devices, backends, and what a model consists of."),
+    Verb(
+        "info",
+        "info:info",
+        "Show versions, devices and backends; with a preset, a run or settings, the model they "
+        "give.",
+    ),
 )
 VERBS = {tuple(verb.name.split()): verb for verb in _ALL}
 GROUPS = {

@@ -211,7 +211,7 @@ def check_dataset(
 
 
 def format_report(report: Report) -> str:
-    """A report as text: a table of the classes, the problems, and one line that sums up.
+    """Return a report as text: a table of the classes, the problems, and one line that sums up.
 
     Of many problems of one kind in one class the first few are shown and the others counted.
     """
@@ -302,7 +302,7 @@ def _check_counts(
 
 
 def _check_unused(name: str, samples: list[Sample], data: DataSet) -> Iterable[Problem]:
-    """Masks that belong to no image one by one, images without use folder by folder."""
+    """Yield masks that belong to no image one by one, images without use folder by folder."""
     folder = data.folders[name]
     used = {str(path) for sample in samples for path in (sample.path, *sample.mask_paths)}
     truth = ("Data", "Masks") if data.layout == "visa" else ("ground_truth",)
@@ -322,7 +322,7 @@ def _check_unused(name: str, samples: list[Sample], data: DataSet) -> Iterable[P
 
 
 def _image_tree(folder: Path) -> Iterable[tuple[Path, list[Path]]]:
-    """Every folder from `folder` down, sorted, with the images right in it; no folder twice."""
+    """Yield every folder from `folder` down, sorted, with the images right in it, none twice."""
     seen: set[str] = set()  # Linked folders may lead back up.
     todo = [folder]
     while todo:
@@ -336,7 +336,7 @@ def _image_tree(folder: Path) -> Iterable[tuple[Path, list[Path]]]:
 
 
 def _leaks(data: DataSet) -> dict[Sample, Path]:
-    """Test sample → the image of training or validation, of any class, with the same content."""
+    """Return test sample → the image, not to be tested on, of any class with the same content."""
     seen_by_length: dict[int, list[Sample]] = {}
     test_by_length: dict[int, list[Sample]] = {}
     for splits, by_length in (
@@ -365,21 +365,21 @@ def _digest(path: Path) -> bytes:
 
 def _table(report: Report) -> list[str]:
     problems = Counter(problem.category for problem in report.problems)
-    has_validation = any(found.validation for found in report.classes.values())
+    has_validation = any(part.validation for part in report.classes.values())
     rows = [
         ["class", "train", "validation", "good", "defective", "image size", "problems", "defects"]
     ]
-    for name, found in report.classes.items():
+    for name, part in report.classes.items():
         rows.append(
             [
                 name,
-                str(found.train),
-                str(found.validation),
-                str(found.test_good),
-                str(sum(found.test_defects.values())),
-                _size_range(found.image_sizes),
+                str(part.train),
+                str(part.validation),
+                str(part.test_good),
+                str(sum(part.test_defects.values())),
+                _size_range(part.image_sizes),
                 str(problems[name]),
-                ", ".join(f"{defect} {count}" for defect, count in found.test_defects.items()),
+                ", ".join(f"{defect} {count}" for defect, count in part.test_defects.items()),
             ]
         )
     if not has_validation:
@@ -411,12 +411,12 @@ def _verdict(report: Report) -> str:
         return (
             f"{counted(len(report.errors), 'problem')} would stop a run or cost it files{warnings}"
         )
-    found = report.classes.values()
+    parts = report.classes.values()
     images = sum(
-        item.train + item.validation + item.test_good + sum(item.test_defects.values())
-        for item in found
+        part.train + part.validation + part.test_good + sum(part.test_defects.values())
+        for part in parts
     )
-    masks = sum(item.masks for item in found)
+    masks = sum(part.masks for part in parts)
     return (
         f"ok: {counted(len(report.classes), 'class', 'classes')}, {counted(images, 'image')} and "
         f"{counted(masks, 'mask')} can be read{warnings}"

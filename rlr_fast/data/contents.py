@@ -51,7 +51,7 @@ def file_digests(data: DataSet) -> Digests:
                 hashes[split].update(_state(sample.path, data.root) + os.fsencode(sample.defect))
                 for mask in sample.mask_paths:
                     hashes["masks"].update(_state(mask, data.root))
-        digests[name] = {kind: found.hexdigest() for kind, found in hashes.items()}
+        digests[name] = {kind: digest.hexdigest() for kind, digest in hashes.items()}
     return digests
 
 
@@ -94,9 +94,9 @@ def unreadable_files(
         for samples, what in ((data.train[name], "training"), (data.test[name], "test")):
             left = len(samples)
             errors: list[UnreadableImageError] = []
-            for found in map_ahead(_errors, samples, workers):
-                errors += found
-                left -= bool(found)
+            for broken in map_ahead(_errors, samples, workers):
+                errors += broken
+                left -= bool(broken)
                 progress(1)
             if samples and not left:
                 raise ValueError(f"no {what} image of {name} can be read: {errors[0]}")

@@ -41,7 +41,6 @@ _BROKEN_FILE = (
     Image.DecompressionBombError,
 )
 
-
 _PICTURES_AHEAD = 2
 
 
@@ -110,7 +109,7 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
 
 
 def read_image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """(height, width) of an image file, from its header alone.
+    """Return (height, width) of an image file, from its header alone.
 
     Raises:
         UnreadableImageError: If the header cannot be read.
@@ -124,7 +123,7 @@ def read_image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
 
 
 def to_rgb(image: Image.Image, path: str | os.PathLike[str]) -> Image.Image:
-    """A decoded image in mode RGB, by the rules on top of this file.
+    """Return a decoded image in mode RGB, by the rules on top of this file.
 
     Args:
         image: What `open_image` returned.
@@ -155,7 +154,7 @@ def to_rgb(image: Image.Image, path: str | os.PathLike[str]) -> Image.Image:
 
 
 def load_image(path: str | os.PathLike[str], size: tuple[int, int]) -> torch.Tensor:
-    """An image file as RGB tensor (3, H, W) of uint8, resized to `size` by Lanczos.
+    """Return an image file as RGB tensor (3, H, W) of uint8, resized to `size` by Lanczos.
 
     Args:
         path: Image file.
@@ -168,29 +167,8 @@ def load_image(path: str | os.PathLike[str], size: tuple[int, int]) -> torch.Ten
     return _load_image(path, checked_size(size))[0]
 
 
-def load_mask(
-    paths: Sequence[str | os.PathLike[str]], image_size: tuple[int, int], size: tuple[int, int]
-) -> torch.Tensor:
-    """Union of mask files as tensor (H, W) of bool; without files, nothing is marked.
-
-    Any pixel that is neither 0 (black) nor transparent in the file counts as anomalous, however
-    small its value. Palette masks count by color.
-
-    Args:
-        paths: Mask files of one image.
-        image_size: (height, width) of the image's file, which each mask must have.
-        size: (H, W) of the result, by nearest neighbor.
-
-    Raises:
-        UnreadableImageError: If a file cannot be read.
-        ValueError: If a mask has another size than its image, or a size is not two positive
-            integers.
-    """
-    return _load_mask(paths, checked_size(image_size), checked_size(size), "its image")
-
-
 def load_sample_mask(sample: Sample, size: tuple[int, int]) -> torch.Tensor:
-    """Ground truth of a sample as tensor (H, W) of bool; nothing is marked in a normal image.
+    """Return a sample's ground truth, a tensor (H, W) of bool; a normal image has nothing marked.
 
     Args:
         sample: A sample of a data set.
@@ -209,64 +187,43 @@ def load_sample_mask(sample: Sample, size: tuple[int, int]) -> torch.Tensor:
             f"{str(sample.path)!r} (defect {sample.defect!r}) without one"
         )
     image_size = read_image_size(sample.path)
-    return _load_mask(sample.mask_paths, image_size, size, f"its image {str(sample.path)!r}")
+    return load_mask(sample.mask_paths, image_size, size, f"its image {str(sample.path)!r}")
 
 
 def iterate_images(
     items: Sequence[Sample | str | os.PathLike[str]],
-    size: tuple[int, int],
+    size: tuple[int, int] | None,
     batch_size: int,
     workers: int | None = None,
 ) -> Iterator[ImageBatch]:
-    """Images in the order of `items`, decoded ahead by threads while the caller is busy.
+    """Yield images in the order of `items`, decoded ahead by threads while the caller is busy.
 
     A file that cannot be read does not end the iteration: it is told in `ImageBatch.failures`, and
     the next one takes its place. So every batch has `batch_size` images but the last, which may
     have fewer, or none where only failures were left. The threads are at most `batch_size` images
-    ahead of the caller, or two a thread if that is more.
+    ahead of the caller, or two a thread if that is more; two pictures where they keep their own
+    size, since one can fill a gigabyte.
 
     Args:
         items: Samples or paths.
-        size: (H, W) of the images.
-        batch_size: Images in a batch.
+        size: (H, W) of the images; None gives each the size of its file, one per batch.
+        batch_size: Images in a batch; 1 where `size` is None.
         workers: Threads that decode; `default_workers` by default.
 
     Raises:
         ValueError: If `size`, `batch_size` or `workers` is not positive.
     """
-    size = checked_size(size)
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be positive, got {batch_size=}")
-    if workers is None:
-        workers = default_workers()
-    if workers < 1:
-        raise ValueError(f"workers must be positive, got {workers=}")
-    # Checked before the first batch is asked for, hence two functions.
-    return _iterate(_paths(items), size, batch_size, workers)
-
-
-def iterate_pictures(
-    items: Sequence[Sample | str | os.PathLike[str]], workers: int | None = None
-) -> Iterator[ImageBatch]:
-    """Images as `iterate_images` gives them, one per batch, each in the size of its file.
-
-    At most `_PICTURES_AHEAD` pictures wait decoded, since one can fill a gigabyte.
-
-    Args:
-        items: Samples or paths.
-        workers: Threads that decode; `default_workers` by default.
-
-    Raises:
-        ValueError: If `workers` is not positive.
-    """
+    if size is not None:
+        size = checked_size(size)
+    if batch_size < 1 or (size is None and batch_size > 1):
+        rule = "positive" if batch_size < 1 else "1 for images of their own size"
+        raise ValueError(f"batch_size must be {rule}, got {batch_size=}")
     workers = default_workers() if workers is None else workers
     if workers < 1:
         raise ValueError(f"workers must be positive, got {workers=}")
-    return _iterate(_paths(items), None, 1, workers)
-
-
-def _paths(items: Sequence[Sample | str | os.PathLike[str]]) -> list[Path]:
-    return [item.path if isinstance(item, Sample) else Path(item) for item in items]
+    paths = [item.path if isinstance(item, Sample) else Path(item) for item in items]
+    # Checked before the first batch is asked for, hence two functions.
+    return _iterate(paths, size, batch_size, workers)
 
 
 def _iterate(
@@ -310,7 +267,7 @@ def _loaded(
 
 
 def resize_image(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """An RGB tensor (3, h, w) of uint8 resized to `size` (H, W) by Lanczos, as image files are."""
+    """Return an RGB tensor (3, h, w) of uint8 resized to `size` (H, W) as image files are."""
     pixels = np.ascontiguousarray(image.numpy().transpose(1, 2, 0))
     return _as_tensor(Image.fromarray(pixels), size)
 
@@ -318,7 +275,7 @@ def resize_image(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 def _load_image(
     path: str | os.PathLike[str], size: tuple[int, int] | None
 ) -> tuple[torch.Tensor, tuple[int, int]]:
-    """The image (3, H, W) in `size`, or in its own, and the (height, width) of its file."""
+    """Return the image (3, H, W) in `size`, or in its own, and the (height, width) of its file."""
     image = to_rgb(open_image(path), path)
     original_size = (image.height, image.width)
     return _as_tensor(image, original_size if size is None else size), original_size
@@ -331,12 +288,27 @@ def _as_tensor(image: Image.Image, size: tuple[int, int]) -> torch.Tensor:
     return torch.from_numpy(np.array(np.asarray(image).transpose(2, 0, 1), order="C"))
 
 
-def _load_mask(
+def load_mask(
     paths: Sequence[str | os.PathLike[str]],
     image_size: tuple[int, int],
     size: tuple[int, int],
-    image_name: str,
+    image_name: str = "its image",
 ) -> torch.Tensor:
+    """Return the union of mask files as tensor (H, W) of bool; without files, nothing is marked.
+
+    Any pixel that is neither 0 (black) nor transparent in the file counts as anomalous, however
+    small its value. Palette masks count by color.
+
+    Args:
+        paths: Mask files of one image.
+        image_size: (height, width) of the image's file, which each mask must have.
+        size: (H, W) of the result, by nearest neighbor.
+        image_name: The image, for the error.
+
+    Raises:
+        UnreadableImageError: If a file cannot be read.
+        ValueError: If a mask has another size than its image.
+    """
     union = np.zeros(image_size, dtype=bool)
     for path in paths:
         marked = read_mask(path)
@@ -351,7 +323,7 @@ def _load_mask(
 
 
 def read_mask(path: str | os.PathLike[str]) -> npt.NDArray[np.bool_]:
-    """A mask file as array (height, width) of bool, in the size it is stored in.
+    """Return a mask file as array (height, width) of bool, in the size it is stored in.
 
     Raises:
         UnreadableImageError: If the file cannot be read.
@@ -373,7 +345,7 @@ def read_mask(path: str | os.PathLike[str]) -> npt.NDArray[np.bool_]:
 
 
 def resize_mask(mask: npt.NDArray[np.bool_], size: tuple[int, int]) -> npt.NDArray[np.bool_]:
-    """A mask (height, width) of bool resized to `size` by nearest neighbor at pixel centers."""
+    """Return a mask (height, width) of bool in `size`, by nearest neighbor at pixel centers."""
     if mask.shape == size:
         return mask
     resized = Image.fromarray(mask.astype(np.uint8)).resize(
@@ -383,7 +355,7 @@ def resize_mask(mask: npt.NDArray[np.bool_], size: tuple[int, int]) -> npt.NDArr
 
 
 def checked_size(size: tuple[int, int]) -> tuple[int, int]:
-    """`size` itself, if it is two positive integers; ValueError otherwise."""
+    """Return `size` itself, if it is two positive integers; ValueError otherwise."""
     if (
         not isinstance(size, Sequence)
         or len(size) != 2

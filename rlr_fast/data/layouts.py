@@ -180,19 +180,6 @@ def holds_masks(folder: Path) -> bool:
     return images is not None and (folder.parent / images).is_dir()
 
 
-def detect_layout(root: str | os.PathLike[str]) -> str:
-    """Name of the layout in `LAYOUTS` that the folders under `root` follow.
-
-    Raises:
-        ValueError: If `root` is not a folder, or nothing fits; says what was looked for and found.
-    """
-    root = _existing_folder(root)
-    layout = _guess(root)
-    if layout is None:
-        raise ValueError(_nothing_fits(root, LAYOUTS))
-    return layout
-
-
 def read_dataset(
     root: str | os.PathLike[str], layout: str = "auto", classes: Iterable[str] | None = None
 ) -> DataSet:
@@ -214,7 +201,10 @@ def read_dataset(
     if layout != "auto" and layout not in LAYOUTS:
         raise ValueError(f"layout must be 'auto' or one of {', '.join(LAYOUTS)}, got {layout=}")
     if layout == "auto":
-        layout = detect_layout(root)
+        guessed = _guess(root)
+        if guessed is None:
+            raise ValueError(_nothing_fits(root, LAYOUTS))
+        layout = guessed
     if layout == "visa":
         return _read_visa(root, classes)
 
@@ -240,8 +230,8 @@ def read_dataset(
 def _existing_folder(root: str | os.PathLike[str]) -> Path:
     path = Path(root)
     if not path.is_dir():
-        found = "a file" if path.exists() else "nothing there"
-        raise ValueError(f"root must be an existing folder, got root={str(path)!r} ({found})")
+        reason = "a file" if path.exists() else "nothing there"
+        raise ValueError(f"root must be an existing folder, got root={str(path)!r} ({reason})")
     return path
 
 
@@ -410,9 +400,9 @@ def _nothing_fits(root: Path, layouts: tuple[str, ...]) -> str:
     folders = [f"{name}/" for name in subfolders(root)]
     with os.scandir(root) as entries:
         files = sorted(entry.name for entry in entries if not entry.is_dir())
-    found = [*folders, *files]
-    shown = ", ".join(found[:12]) if found else "an empty folder"
-    more = f" and {len(found) - 12} more" if len(found) > 12 else ""
+    names = [*folders, *files]
+    shown = ", ".join(names[:12]) if names else "an empty folder"
+    more = f" and {len(names) - 12} more" if len(names) > 12 else ""
     lines.append(f"found: {shown}{more}")
     if (fitting := _guess(root)) is not None:
         lines.append(f"it looks like layout {fitting!r}")

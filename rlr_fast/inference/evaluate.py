@@ -166,16 +166,19 @@ def evaluate(
 
 def protocol(model: RLRModel, data: DataSet) -> dict[str, Any]:
     """Return how the metrics are measured: what must stand beside the numbers."""
-    size, smoothing = model.config.image_size, model.config.smoothing
-    sigma = dict.fromkeys(f"{smoothing * s / 256:.3g}" for s in size)
-    smoothed = f" after a Gaussian, sigma {' x '.join(sigma)} px" if smoothing else ""
+    config, size = model.config, model.config.image_size
+    sigma = dict.fromkeys(f"{config.smoothing * s / 256:.3g}" for s in size)
+    smoothed = f" after a Gaussian, sigma {' x '.join(sigma)} px" if config.smoothing else ""
+    highest = f"mean of the highest {config.top_share:.3%}" if config.top_share else "maximum"
     return {
         "setting": "one model for all classes",
         "data": {"root": str(data.root), "layout": data.layout, "classes": list(data.classes)},
         "image_size": list(size),
         "mask": "non-zero in the file, nearest-neighbor resize",
         "pixel_score": "score map, not smoothed",
-        "image_score": f"maximum of the score map{smoothed}",
+        "image_score": f"{highest} of the score map{smoothed}",
+        "level_offsets": list(config.level_offsets),
+        "level_weights": list(config.level_weights),
         "f1max": "every distinct score as threshold",
         "aupro": "8-connected regions, FPR up to 0.3",
         "checkpoint": "last epoch",

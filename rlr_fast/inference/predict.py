@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from rlr_fast.config import InferenceExecution
-from rlr_fast.data import iterate_images, iterate_pictures, list_images
+from rlr_fast.data import iterate_images, list_images
 from rlr_fast.data.layouts import holds_masks
 from rlr_fast.data.threads import BackgroundWriter, default_workers
 from rlr_fast.inference.batches import check_placed, score_batches
@@ -227,7 +227,7 @@ def _tiled(
         return _Scored(index, image, *output)
 
     def pictures() -> Iterator[tuple[list[_Scored], list[str]]]:
-        for batch in iterate_pictures(paths, execution.workers):
+        for batch in iterate_images(paths, None, 1, execution.workers):
             scored, failed = [], [str(failure.error) for failure in batch.failures]
             for index, image in zip(batch.indices, batch.images, strict=True):
                 misfit = tiles.misfit(*image.shape[1:])

@@ -14,7 +14,7 @@ from rlr_fast.config import InferenceExecution
 from rlr_fast.data import resize_image
 from rlr_fast.inference.batches import score_batches
 from rlr_fast.models.rlr import RLRModel
-from rlr_fast.models.scoring import smooth
+from rlr_fast.models.scoring import smooth, top_mean
 
 # Weights are multiples of this: products of two, and their sums to 1, are exact in float32.
 _WEIGHT_STEP = 2.0**-12
@@ -93,8 +93,8 @@ def predict_tiled(
     It is cut into the fewest tiles that cover it and share ``overlap`` pixels, spread evenly from
     border to border. Each is resized to the model's image size (Lanczos), scored, and its map
     resized back (bilinear). Where two tiles meet, the map goes linearly from one to the other;
-    where one tile is alone it is that tile's own map. The score is the maximum after the model's
-    Gaussian, whose sigma is that of an image as large as a tile.
+    where one tile is alone it is that tile's own map. The score is that of a model whose image is
+    as large as a tile: its Gaussian, and the mean of as many highest pixels.
 
     One batch of tiles is held at a time (two on a GPU).
 
@@ -150,7 +150,8 @@ def predict_tiled(
     smoothed = score_map.numpy()
     for axis, side in enumerate(tiles.size):
         smoothed = smooth(smoothed, model.config.smoothing, side, axis)
-    return TiledOutput(score_map, float(smoothed.max()))
+    highest = torch.from_numpy(smoothed).flatten()[None]
+    return TiledOutput(score_map, float(top_mean(highest, model.config.top_share, h * w)))
 
 
 def tile_starts(length: int, tile: int, overlap: int) -> list[int]:

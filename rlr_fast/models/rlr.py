@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import ModelHubMixin, hf_hub_download
 from torch import Tensor, nn
 
-from rlr_fast.config import RLRConfig
+from rlr_fast.config import SCORE_FIELDS, RLRConfig
 from rlr_fast.functional import Backend
 from rlr_fast.models.authors import load_reconstructors
 from rlr_fast.models.backbone import Backbone, neighborhood_mean
@@ -133,12 +133,31 @@ class RLRModel(
             Standardize(channels) if config.standardize else nn.Identity()
             for channels in self.backbone.channels
         )
-        self.score_map = ScoreMap(config.image_size, config.smoothing)
+        self.set_score()
 
     @property
     def device(self) -> torch.device:
         """Return the device on which the model lies."""
         return next(self.levels.parameters()).device
+
+    def set_score(self, **fields: Any) -> None:
+        """Change fields of the configuration that turn distances into scores, see `SCORE_FIELDS`.
+
+        Raises:
+            TypeError: A field is none of them.
+            ValueError: A field breaks its rule.
+        """
+        unknown = fields.keys() - set(SCORE_FIELDS)
+        if unknown:
+            raise TypeError(f"set_score takes {', '.join(SCORE_FIELDS)}, got {min(unknown)}")
+        self.config = dataclasses.replace(self.config, **fields)
+        self.score_map = ScoreMap(
+            self.config.image_size,
+            self.config.smoothing,
+            self.config.level_offsets,
+            self.config.level_weights,
+            self.config.top_share,
+        ).to(self.device)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Let training compute each block again in backward: less memory, the same gradients."""

@@ -77,21 +77,48 @@ def smooth(values: NDArray[Any], smoothing: float, size: int, axis: int) -> NDAr
     return smoothed
 
 
+def top_mean(values: Tensor, share: float, pixels: int) -> Tensor:
+    """Return the mean of each row's highest values: ``share`` of ``pixels`` of them, at least one.
+
+    Args:
+        values: (B, N).
+        share: From 0, which takes the maximum alone, to 1.
+        pixels: Pixels of an image of the model.
+    """
+    return values.topk(min(max(1, round(share * pixels)), values.shape[1])).values.mean(1)
+
+
+def _per_level(values: Sequence[float], levels: int) -> Sequence[float]:
+    return tuple(values) * levels if len(values) == 1 else values
+
+
 class ScoreMap(nn.Module):
     """Token distances of all levels → score map and image score (eq. 16).
 
-    Each level's map is upsampled bilinearly (corners aligned); the score map is their mean. The
-    image score is the maximum of the score map after a Gaussian whose sigma grows with the image,
-    see `smooth`.
+    Each level's map is upsampled bilinearly (corners aligned); the score map is the mean over the
+    levels of ``weight * (distance - offset)``, which is eq. 16 where weights are 1 and offsets 0.
+    The image score is the mean of the highest pixels after a Gaussian whose sigma grows with the
+    image, see `smooth` and `top_mean`.
 
     Args:
         image_size: (H, W) of the score map.
-        smoothing: Sigma in pixels at 256 px; 0 takes the maximum of the map itself.
+        smoothing: Sigma in pixels at 256 px; 0 leaves the map as it is.
+        offsets: Of the levels' distances; one stands for all levels.
+        weights: Of the levels; one stands for all levels.
+        top_share: Share of the pixels that the image score is the mean of; 0 is their maximum.
     """
 
-    def __init__(self, image_size: tuple[int, int], smoothing: float) -> None:
+    def __init__(
+        self,
+        image_size: tuple[int, int],
+        smoothing: float,
+        offsets: Sequence[float] = (0.0,),
+        weights: Sequence[float] = (1.0,),
+        top_share: float = 0.0,
+    ) -> None:
         super().__init__()
         self.image_size = image_size
+        self.offsets, self.weights, self.top_share = offsets, weights, top_share
         # The filter with its border rule as a matrix an axis: two small products, on any device.
         for name, size in zip(("blur_y", "blur_x"), image_size, strict=True):
             matrix = smooth(np.eye(size), smoothing, size, axis=0)
@@ -101,11 +128,20 @@ class ScoreMap(nn.Module):
 
     def forward(self, level_maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Return ``score_map`` (B, 1, H, W) and ``score`` (B,) of ``level_maps`` [(B, 1, h, w)]."""
+        levels = len(level_maps)
         maps = [
-            F.interpolate(m, self.image_size, mode="bilinear", align_corners=True)
-            for m in level_maps
+            F.interpolate(
+                (level_map - offset) * weight, self.image_size, mode="bilinear", align_corners=True
+            )
+            for level_map, offset, weight in zip(
+                level_maps,
+                _per_level(self.offsets, levels),
+                _per_level(self.weights, levels),
+                strict=True,
+            )
         ]
         score_map = torch.stack(maps).mean(0)
         with torch.autocast(score_map.device.type, enabled=False):
             smoothed = self.blur_y @ score_map.float() @ self.blur_x.T
-        return score_map, smoothed.amax((1, 2, 3))
+        height, width = self.image_size
+        return score_map, top_mean(smoothed.flatten(1), self.top_share, height * width)

@@ -18,6 +18,7 @@ from rlr_fast.config import RLRConfig, TrainConfig, TrainExecution
 from rlr_fast.data import DataSet, ImageFailure, Sample
 from rlr_fast.data.contents import describe_images
 from rlr_fast.data.files import write_atomically
+from rlr_fast.models.checkpoint import CONFIG_FILE
 from rlr_fast.models.environment import environment, start_device
 from rlr_fast.models.precision import check_precision
 from rlr_fast.models.rlr import RLRModel, Standardize
@@ -27,6 +28,7 @@ from rlr_fast.training.feature_cache import cached_features
 from rlr_fast.training.features import Features, FreshFeatures
 from rlr_fast.training.progress import progress_bar
 from rlr_fast.training.run_dir import TrainingError, check_folder, write_settings
+from rlr_fast.training.score_fit import level_scales
 from rlr_fast.training.trainer import Trainer
 from rlr_fast.visualization import loss_curve
 
@@ -136,9 +138,13 @@ def train(
                 }
                 write_settings(out, config.to_json(), record)
         trainer.fit(quiet)
+        if recipe.score_fit == "scaled":
+            offsets, weights = level_scales(model, features, group)
+            model.set_score(level_offsets=offsets, level_weights=weights)
         calibration = calibrate(model, features, [s.category for s in samples], group)
         with group.together():
             if group.is_main:
+                write_atomically(out / CONFIG_FILE, model.config.to_json())
                 write_atomically(out / CALIBRATION_FILE, json.dumps(calibration, indent=2))
                 if trainer.history:
                     loss_curve(trainer.history, out / CURVE_FILE)

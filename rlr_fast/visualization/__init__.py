@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from rlr_fast.visualization.comparisons import ComparisonRow, RunView, comparison_sheet
 from rlr_fast.visualization.curves import loss_curve
-from rlr_fast.visualization.heat_maps import Scale, heat_map, overlay, prediction_picture
+from rlr_fast.visualization.heat_maps import Scale, prediction_picture
 from rlr_fast.visualization.principal import PrincipalColors
 from rlr_fast.visualization.sheets import SheetRow, sample_sheet
 
@@ -21,9 +21,7 @@ __all__ = [
     "Scale",
     "SheetRow",
     "comparison_sheet",
-    "heat_map",
     "loss_curve",
-    "overlay",
     "prediction_picture",
     "sample_sheet",
 ]

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw
 
 from rlr_fast.visualization.fonts import FAINT, INK, PAPER, number, one_line, shortened, typeface
-from rlr_fast.visualization.heat_maps import Scale, check_scale, map_of, paint, position, read_image
+from rlr_fast.visualization.heat_maps import Scale, check_scale, heat_map, map_of, paint, read_image
 from rlr_fast.visualization.sheets import centered, fitted_size, truth_panel
 
 _RULE = (190, 190, 190)
@@ -182,7 +182,7 @@ def _panels(row: ComparisonRow, scales: Sequence[Scale], size: int) -> list[Imag
         panels.append(smooth(row.decoded))
     for view, scale in zip(row.runs, scales, strict=True):
         scores = map_of(shown, view.score_map)
-        panels += [Image.fromarray(paint(position(scores, scale))), tokens(view.features)]
+        panels += [Image.fromarray(heat_map(scores, scale)), tokens(view.features)]
         if view.decoded is not None:
             panels.append(smooth(view.decoded))
     return [centered(panel, size) for panel in panels]

@@ -27,66 +27,24 @@ Scale = tuple[float, float]
 
 _COLORS = np.round(255 * matplotlib.colormaps["inferno"](np.arange(256))[:, :3]).astype(np.uint8)
 _STRIP = 256  # rows of a picture that are painted at once
-
-
-def heat_map(score_map: ArrayLike | torch.Tensor, scale: Scale) -> Image.Image:
-    """Paint a score map, a pixel per score; scores outside the scale get the color of its end.
-
-    Args:
-        score_map: Pixel scores, (H, W).
-        scale: The scores of the first and the last color, ``low < high``.
-
-    Returns:
-        An RGB picture, W x H.
-
-    Raises:
-        ValueError: For a wrong scale or shape, or a score that is NaN or infinite.
-    """
-    return Image.fromarray(paint(position(_read_map(score_map), scale)))
-
-
-def overlay(
-    image: ArrayLike, score_map: ArrayLike | torch.Tensor, scale: Scale, alpha: float = 0.7
-) -> Image.Image:
-    """Paint a score map over its image, the more opaque the higher the score.
-
-    With u twice the position of a score in the scale, clipped to [0, 1], the opacity is
-    ``alpha * (3 u^2 - 2 u^3)``: zero at and below ``low``, where the image stays as it is, small
-    for the low scores of a normal image, full from the middle of the scale. The dark rim that this
-    leaves around a defect sets it off from an image of any color.
-
-    Args:
-        image: The picture, (H, W, 3), uint8.
-        score_map: Pixel scores, (h, w); resized to the image (bilinear) if the sizes differ.
-        scale: The scores of the first and the last color, ``low < high``.
-        alpha: Opacity from the middle of the scale, in [0, 1].
-
-    Returns:
-        An RGB picture, W x H.
-
-    Raises:
-        ValueError: For a wrong scale, shape, dtype or alpha, or a score that is NaN or infinite.
-    """
-    picture = read_image(image)
-    return Image.fromarray(blend(picture, map_of(picture, score_map), scale, alpha))
+_OPACITY = 0.7  # of an overlay, from the middle of the scale
 
 
 def prediction_picture(
-    image: ArrayLike, score_map: ArrayLike | torch.Tensor, scale: Scale, alpha: float = 0.7
+    image: ArrayLike, score_map: ArrayLike | torch.Tensor, scale: Scale
 ) -> Image.Image:
-    """Puts image, score map and overlay side by side, with a bar that says what a color means.
+    """Return image, score map and overlay side by side, with a bar that says what a color means.
 
     Args:
         image: The picture, (H, W, 3), uint8.
         score_map: Pixel scores, (h, w); resized to the image (bilinear) if the sizes differ.
         scale: The scores of the first and the last color, ``low < high``.
-        alpha: Opacity of the overlay from the middle of the scale, in [0, 1].
 
     Returns:
         An RGB picture of the image's height; the three panels have the image's own resolution.
 
     Raises:
-        ValueError: For a wrong scale, shape, dtype or alpha, or a score that is NaN or infinite.
+        ValueError: For a wrong scale, shape or dtype, or a score that is NaN or infinite.
     """
     check_scale(scale)
     picture = read_image(image)
@@ -97,7 +55,7 @@ def prediction_picture(
     sheet = Image.new("RGB", (3 * (width + gap) + bar.width, height), PAPER)
     for y in range(0, height, _STRIP):  # a large picture need not fit in memory as floats
         image, part = picture[y : y + _STRIP], scores[y : y + _STRIP]
-        panels = (image, paint(position(part, scale)), blend(image, part, scale, alpha))
+        panels = (image, heat_map(part, scale), overlay(image, part, scale))
         for i, panel in enumerate(panels):
             sheet.paste(Image.fromarray(panel), (i * (width + gap), y))
     sheet.paste(bar, (3 * (width + gap), 0))
@@ -121,21 +79,30 @@ def _vertical_bar(height: int, scale: Scale) -> Image.Image:
     return bar
 
 
-def blend(
-    picture: NDArray[np.uint8], scores: NDArray[np.float32], scale: Scale, alpha: float
+def heat_map(scores: NDArray[np.float32], scale: Scale) -> NDArray[np.uint8]:
+    """Return the colors (H, W, 3) of scores (H, W); beyond the scale, the color of its end."""
+    return paint(_position(scores, scale))
+
+
+def overlay(
+    picture: NDArray[np.uint8], scores: NDArray[np.float32], scale: Scale
 ) -> NDArray[np.uint8]:
-    """Scores (H, W) painted over a picture (H, W, 3), see `overlay`."""
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha must be in [0, 1], got {alpha=}")
-    place = position(scores, scale)
+    """Return scores (H, W) painted over a picture (H, W, 3), the more opaque the higher they are.
+
+    With u twice the position of a score in the scale, clipped to [0, 1], the opacity is
+    ``0.7 * (3 u^2 - 2 u^3)``: zero at and below ``low``, where the image stays as it is, small for
+    the low scores of a normal image, full from the middle of the scale. The dark rim that this
+    leaves around a defect sets it off from an image of any color.
+    """
+    place = _position(scores, scale)
     ramp = np.minimum(2 * place, 1)
-    opacity = (alpha * ramp * ramp * (3 - 2 * ramp))[:, :, None]
+    opacity = (_OPACITY * ramp * ramp * (3 - 2 * ramp))[:, :, None]
     below, above = picture.astype(np.float32), paint(place).astype(np.float32)
     mixed: NDArray[np.float32] = below + opacity * (above - below)
     return np.rint(mixed).astype(np.uint8)
 
 
-def position(scores: NDArray[np.float32], scale: Scale) -> NDArray[np.float32]:
+def _position(scores: NDArray[np.float32], scale: Scale) -> NDArray[np.float32]:
     """Return where each score lies between the ends of the scale, in [0, 1]."""
     low, high = check_scale(scale)
     place = (scores.astype(np.float64) - low) / (high - low)
@@ -149,7 +116,7 @@ def paint(place: NDArray[np.float32]) -> NDArray[np.uint8]:
 
 def map_of(picture: NDArray[np.uint8], score_map: ArrayLike | torch.Tensor) -> NDArray[np.float32]:
     """Return a score map at the resolution of its picture (H, W, 3)."""
-    scores = _read_map(score_map)
+    scores = read_map(score_map)
     height, width = picture.shape[:2]
     if scores.shape == (height, width):
         return scores
@@ -157,7 +124,8 @@ def map_of(picture: NDArray[np.uint8], score_map: ArrayLike | torch.Tensor) -> N
     return np.asarray(resized)
 
 
-def _read_map(score_map: ArrayLike | torch.Tensor) -> NDArray[np.float32]:
+def read_map(score_map: ArrayLike | torch.Tensor) -> NDArray[np.float32]:
+    """Return a score map as array (H, W) of float32; ValueError if it is none."""
     scores = read(score_map)
     if scores.ndim != 2 or scores.size == 0:
         raise ValueError(f"score_map must have shape (H, W), got {scores.shape}")

@@ -26,16 +26,17 @@ from rlr_fast.visualization.fonts import (
 )
 from rlr_fast.visualization.heat_maps import (
     Scale,
-    blend,
     check_scale,
+    heat_map,
     map_of,
+    overlay,
     paint,
-    position,
     read,
     read_image,
 )
 
 _OUTLINE: Color = (0, 229, 255)
+_ROWS_PER_COLUMN = 16
 
 
 @dataclass(frozen=True)
@@ -64,22 +65,18 @@ def sample_sheet(
     scale: Scale,
     path: str | os.PathLike[str],
     *,
-    alpha: float = 0.7,
     panel_size: int = 192,
-    rows_per_column: int = 16,
 ) -> None:
     """Write a sheet of samples: image, ground truth, score map and overlay in every row.
 
     Each row is captioned with category, defect and image score. The outline of the ground truth is
-    drawn on the overlay. More than ``rows_per_column`` rows are laid out in several equal columns.
+    drawn on the overlay. More than 16 rows are laid out in several equal columns.
 
     Args:
         rows: The samples, at least one; about 60 make a sheet that can still be looked at.
         scale: The scores of the first and the last color, ``low < high``.
         path: File to write; its folder must exist, its suffix names the format (.png, .jpg, .pdf).
-        alpha: Opacity of the overlay from the middle of the scale, in [0, 1].
         panel_size: Longer side of a panel in pixels, at least 64; images are resized to it.
-        rows_per_column: Most rows below each other, positive.
 
     Raises:
         ValueError: For no row, a wrong size or scale, or a row with a wrong shape, dtype or score.
@@ -89,11 +86,9 @@ def sample_sheet(
         raise ValueError("rows must hold at least one sample, got none")
     if panel_size < 64:
         raise ValueError(f"panel_size must be at least 64, got {panel_size=}")
-    if rows_per_column < 1:
-        raise ValueError(f"rows_per_column must be positive, got {rows_per_column=}")
 
-    strips = [_panels(row, scale, alpha, panel_size) for row in rows]
-    columns = math.ceil(len(rows) / rows_per_column)
+    strips = [_panels(row, scale, panel_size) for row in rows]
+    columns = math.ceil(len(rows) / _ROWS_PER_COLUMN)
     per_column = math.ceil(len(rows) / columns)
 
     font_size = max(11, round(panel_size / 13))
@@ -159,13 +154,13 @@ def sample_sheet(
     sheet.save(path)
 
 
-def _panels(row: SheetRow, scale: Scale, alpha: float, size: int) -> list[Image.Image]:
+def _panels(row: SheetRow, scale: Scale, size: int) -> list[Image.Image]:
     """Return the four panels of one row, each size x size."""
     picture = read_image(row.image)
     fitted = fitted_size(picture, size)
     picture = np.asarray(Image.fromarray(picture).resize(fitted, Image.Resampling.LANCZOS))
     scores = map_of(picture, row.score_map)
-    over = blend(picture, scores, scale, alpha)
+    over = overlay(picture, scores, scale)
     truth = truth_panel(row.mask, fitted)
     if row.mask is not None:
         # Any part of a defect marks its pixel, or a small one would vanish from the outline.
@@ -175,7 +170,7 @@ def _panels(row: SheetRow, scale: Scale, alpha: float, size: int) -> list[Image.
         for panel in (
             Image.fromarray(picture),
             truth,
-            Image.fromarray(paint(position(scores, scale))),
+            Image.fromarray(heat_map(scores, scale)),
             Image.fromarray(over),
         )
     ]

@@ -21,8 +21,9 @@ ROOT = Path(__file__).parents[2]
 
 MODEL = """--backbone --backbone-weights --out-indices --image-size --neighborhood --standardize
     --no-standardize --hidden --heads --windows --blocks --ffn-ratio --attention --residual
-    --no-residual --alpha --fusion --references --diversity --perturbation --smoothing"""
-RECIPE = "--epochs --batch-size --lr --schedule --clip-grad --precision --seed"
+    --no-residual --alpha --fusion --references --diversity --perturbation --smoothing
+    --level-offsets --level-weights --top-share"""
+RECIPE = "--epochs --batch-size --lr --schedule --clip-grad --precision --seed --score-fit"
 MACHINE = "--device --backend --workers --quiet"
 DATA = "--layout --classes --config"
 TRAINING = f"""{MODEL} {RECIPE} {MACHINE} {DATA} --preset --out --cache --cache-dir --compile
@@ -42,7 +43,7 @@ FLAGS = {
     "figures": f"""{MACHINE} {DATA} --checkpoint --out --backbone-weights --decoder --level
         --per-defect""",
     "paper": f"{TRAINING} --seeds --only",
-    "info": f"{MODEL} {MACHINE} --config --preset --checkpoint --json",
+    "info": f"{MODEL} --device --backend --config --preset --checkpoint --json",
 }
 NEEDED = {
     "demo": "",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rlr_fast.data.layouts import LAYOUTS, detect_layout, list_images, read_dataset
+from rlr_fast.data.layouts import LAYOUTS, list_images, read_dataset
 
 
 def touch(root: Path, *names: str) -> None:
@@ -85,8 +85,8 @@ def paths(samples) -> list[str]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_each_layout_is_recognized_and_equals_the_explicit_one(tmp_path, layout):
     make(tmp_path, layout)
-    assert detect_layout(tmp_path) == layout
     found = read_dataset(tmp_path)
+    assert found.layout == layout
     assert found == read_dataset(tmp_path, layout)
     assert all(found.train[name] for name in found.classes)
     for samples in (*found.train.values(), *found.test.values(), *found.validation.values()):

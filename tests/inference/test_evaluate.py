@@ -66,6 +66,11 @@ def test_the_image_score_is_told_in_words(small, dataset, size, smoothing, words
     assert protocol(RLRModel(config), dataset)["image_score"] == f"maximum of {words}"
 
 
+def test_the_share_of_the_highest_pixels_is_told(small, dataset):
+    words = protocol(RLRModel(dataclasses.replace(small, top_share=0.005)), dataset)["image_score"]
+    assert words.startswith("mean of the highest 0.500% of the score map after a Gaussian")
+
+
 def test_a_corrupt_test_image_is_left_out_and_named(model, dataset):
     broken = dataset.test["bolt"][0].path
     broken.write_bytes(b"no image")

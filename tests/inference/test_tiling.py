@@ -126,6 +126,13 @@ def test_score_is_the_maximum_after_the_models_gaussian_at_the_tiles_scale(small
     assert score == pytest.approx(expected.max(), rel=1e-5)
 
 
+def test_score_is_the_mean_of_as_many_pixels_as_in_an_image_of_a_tiles_size(small):
+    model = RLRModel(dataclasses.replace(small, smoothing=0.0, top_share=0.01)).eval()
+    score_map, score = predict_tiled(model, picture(100, 80), (48, 64))
+    highest = score_map.flatten().sort(descending=True).values[: round(0.01 * 48 * 64)]
+    assert score == pytest.approx(highest.mean().item(), rel=1e-5)
+
+
 def test_without_smoothing_the_score_is_the_maps_maximum(small):
     model = RLRModel(dataclasses.replace(small, smoothing=0.0)).eval()
     score_map, score = predict_tiled(model, picture(100, 80), (48, 64))

@@ -53,6 +53,29 @@ def test_image_score_is_the_maximum_after_scipys_gaussian(size):
         assert score[b].item() == pytest.approx(smooth.max(), rel=1e-5)
 
 
+def test_levels_are_shifted_and_weighed_before_their_mean():
+    maps = [torch.rand(2, 1, 6, 5), torch.rand(2, 1, 3, 4)]
+    plain = [ScoreMap((16, 16), 0.0)([m])[0] for m in maps]
+    full, _ = ScoreMap((16, 16), 0.0, (0.25, -1.0), (2.0, 0.5))(maps)
+    expected = (2 * (plain[0] - 0.25) + 0.5 * (plain[1] + 1)) / 2
+    torch.testing.assert_close(full, expected)
+
+
+def test_weights_of_one_and_offsets_of_zero_are_eq_16_to_the_bit():
+    maps = [torch.rand(2, 1, 6, 5), torch.rand(2, 1, 3, 4)]
+    levels = [F.interpolate(m, (16, 16), mode="bilinear", align_corners=True) for m in maps]
+    assert torch.equal(ScoreMap((16, 16), 4.0)(maps)[0], torch.stack(levels).mean(0))
+
+
+@pytest.mark.parametrize(
+    ("share", "count"), [(0.0, 1), (0.001, 1), (0.0235, 6), (1.0, 256)], ids=str
+)
+def test_image_score_is_the_mean_of_the_highest_pixels(share, count):
+    full, score = ScoreMap((16, 16), 0.0, top_share=share)([torch.rand(3, 1, 4, 4)])
+    highest = full.flatten(1).sort(1, descending=True).values[:, :count]
+    torch.testing.assert_close(score, highest.mean(1))
+
+
 def test_without_smoothing_the_score_is_the_maps_maximum():
     full, score = ScoreMap((16, 16), 0.0)([torch.rand(3, 1, 4, 4)])
     torch.testing.assert_close(score, full.amax((1, 2, 3)))

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from rlr_fast import functional
 from rlr_fast.functional import (
     local_cross_attention,
     masked_learnable_key_attention,
@@ -539,3 +540,11 @@ def test_default_scale_is_inverse_root_of_width():
             local_cross_attention(*inputs[:3], (4, 4), 3, backend=backend),
             dense.local_cross_attention(*inputs[:3], (4, 4), (3, 3), 8**-0.5),
         )
+
+
+def test_constants_are_marked_as_the_compiler_marks_them():
+    kernels = pytest.importorskip("rlr_fast.kernels")
+    mark = vars(torch.compiler.assume_constant_result(lambda: None))
+    assert mark
+    for function in (functional._warn_once, kernels._launch.capability, kernels._trial._tried):
+        assert vars(function).items() >= mark.items()

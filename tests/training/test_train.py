@@ -19,7 +19,7 @@ from conftest import BRIEF, SMALL, make_tree
 
 from rlr_fast import RLRModel
 from rlr_fast.config import TrainExecution
-from rlr_fast.data import read_dataset
+from rlr_fast.data import load_image, read_dataset
 from rlr_fast.models.backbone import BackboneWeightsError
 from rlr_fast.training import run_dir
 from rlr_fast.training.distributed import Processes
@@ -286,6 +286,26 @@ def test_standardization_is_that_of_the_training_set(dataset, tmp_path):
         torch.testing.assert_close(
             module.std.double(), flat.std(0, correction=0), atol=1e-5, rtol=1e-4
         )
+
+
+def test_scaled_levels_have_normal_distances_from_0_to_1(dataset, tmp_path):
+    recipe = dataclasses.replace(BRIEF, score_fit="scaled")
+    scaled, fixed = tmp_path / "scaled", tmp_path / "fixed"
+    run(dataset, scaled, tmp_path, recipe=recipe)
+    run(dataset, fixed, tmp_path)
+    assert (scaled / "model.safetensors").read_bytes() == (fixed / "model.safetensors").read_bytes()
+    model = RLRModel.from_pretrained(scaled)
+    images = torch.stack(
+        [load_image(s.path, (48, 64)) for group in dataset.train.values() for s in group]
+    )
+    with torch.no_grad():
+        maps = model(images).level_maps
+    config = model.config
+    for level, offset, weight in zip(maps, config.level_offsets, config.level_weights, strict=True):
+        low, high = ((level - offset) * weight).quantile(torch.tensor([0.5, 0.99])).tolist()
+        assert low == pytest.approx(0, abs=0.02) and high == pytest.approx(1, abs=0.05)
+    again = run(dataset, scaled, tmp_path, recipe=recipe, resume=True)
+    assert RLRModel.from_pretrained(again.out).config == config
 
 
 def test_bf16_trains(dataset, tmp_path):

@@ -21,9 +21,8 @@ from rlr_fast.visualization import (
     RunView,
     SheetRow,
     comparison_sheet,
-    heat_map,
+    heat_maps,
     loss_curve,
-    overlay,
     prediction_picture,
     sample_sheet,
 )
@@ -41,6 +40,14 @@ def _warnings_are_errors():
 
 def noise_image(height, width, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def heat_map(score_map, scale):
+    return heat_maps.heat_map(heat_maps.read_map(score_map), scale)
+
+
+def overlay(image, score_map, scale):
+    return heat_maps.overlay(image, heat_maps.map_of(image, score_map), scale)
 
 
 def sample(**changed):
@@ -64,25 +71,25 @@ def outline_pixels(picture):
 
 
 def test_heat_map_has_a_pixel_per_score():
-    assert heat_map(np.zeros((20, 30), np.float32), SCALE).size == (30, 20)
+    assert heat_map(np.zeros((20, 30), np.float32), SCALE).shape == (20, 30, 3)
 
 
 def test_equal_scores_have_equal_colors_in_maps_of_different_range():
-    narrow = np.asarray(heat_map(np.array([[0.2, 0.5, 0.6]]), SCALE))
-    wide = np.asarray(heat_map(np.array([[-7.0, 0.5, 40.0]]), SCALE))
+    narrow = heat_map(np.array([[0.2, 0.5, 0.6]]), SCALE)
+    wide = heat_map(np.array([[-7.0, 0.5, 40.0]]), SCALE)
     assert (narrow[0, 1] == wide[0, 1]).all()
     assert (narrow[0, 2] != wide[0, 2]).any()
 
 
 def test_scores_beyond_the_scale_get_the_color_of_its_end():
-    colors = np.asarray(heat_map(np.array([[-3.0, 0.2, 1.0, 99.0]]), SCALE))[0]
+    colors = heat_map(np.array([[-3.0, 0.2, 1.0, 99.0]]), SCALE)[0]
     assert (colors[0] == colors[1]).all()
     assert (colors[2] == colors[3]).all()
     assert colors[0].sum() < 30 < 600 < colors[3].sum()
 
 
 def test_lightness_grows_with_the_score():
-    colors = np.asarray(heat_map(np.linspace(0.2, 1, 256)[None], SCALE), dtype=float)[0]
+    colors = heat_map(np.linspace(0.2, 1, 256)[None], SCALE).astype(float)[0]
     luminance = colors @ [0.2126, 0.7152, 0.0722]
     assert (np.diff(luminance) > -1).all()
     assert np.corrcoef(luminance, np.arange(256))[0, 1] > 0.98
@@ -93,37 +100,36 @@ def test_lightness_grows_with_the_score():
 )
 def test_tensors_are_painted_as_arrays_are(dtype):
     scores = torch.rand(5, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
-    expected = np.asarray(heat_map(scores.float().numpy(), SCALE))
-    assert (np.asarray(heat_map(scores.requires_grad_(), SCALE)) == expected).all()
+    expected = heat_map(scores.float().numpy(), SCALE)
+    assert (heat_map(scores.requires_grad_(), SCALE) == expected).all()
 
 
 def test_image_below_the_scale_is_not_painted():
     image = noise_image(24, 32)
     scores = np.linspace(-5, 0.2, 24 * 32).reshape(24, 32)
-    assert (np.asarray(overlay(image, scores, SCALE, alpha=1.0)) == image).all()
+    assert (overlay(image, scores, SCALE) == image).all()
 
 
 def test_low_scores_of_a_normal_image_hardly_show():
     image = np.full((4, 4, 3), 200, np.uint8)
     at_a_tenth = np.full((4, 4), 0.28)
-    painted = np.asarray(overlay(image, at_a_tenth, SCALE), dtype=int)
+    painted = overlay(image, at_a_tenth, SCALE).astype(int)
     assert np.abs(painted - image).max() < 20
 
 
-def test_overlay_reaches_alpha():
+def test_overlay_reaches_its_opacity_in_the_middle_of_the_scale():
     image = np.full((1, 2, 3), 100, np.uint8)
     scores = np.array([[0.6, 1.0]])
-    colors = np.asarray(heat_map(scores, SCALE), dtype=float)
-    expected = np.rint(0.25 * 100 + 0.75 * colors)
-    assert np.abs(np.asarray(overlay(image, scores, SCALE, alpha=0.75)) - expected).max() <= 1
-    assert (np.asarray(overlay(image, scores, SCALE, alpha=0.0)) == image).all()
+    colors = heat_map(scores, SCALE).astype(float)
+    expected = np.rint(0.3 * 100 + 0.7 * colors)
+    assert np.abs(overlay(image, scores, SCALE) - expected).max() <= 1
 
 
 def test_overlay_resizes_the_map_to_the_image():
     image = noise_image(40, 60)
     scores = np.zeros((4, 6), np.float32)
     scores[1, 4] = 1  # rows 10-19, columns 40-49 of the image
-    picture = np.asarray(overlay(image, scores, SCALE, alpha=1.0))
+    picture = overlay(image, scores, SCALE)
     assert picture.shape == image.shape
     changed = (picture != image).any(axis=2)
     assert changed[15, 45]
@@ -159,8 +165,8 @@ def test_prediction_picture_holds_image_map_and_overlay_unscaled(height, width):
     assert 3 * (width + gap) < picture.width < 3 * (width + gap) + max(60, height)
     panels = [pixels[:, i * (width + gap) :][:, :width] for i in range(3)]
     assert (panels[0] == image).all()
-    assert (panels[1] == np.asarray(heat_map(scores, SCALE))).all()
-    assert (panels[2] == np.asarray(overlay(image, scores, SCALE))).all()
+    assert (panels[1] == heat_map(scores, SCALE)).all()
+    assert (panels[2] == overlay(image, scores, SCALE)).all()
 
 
 def test_bar_prints_the_numbers_of_the_scale():
@@ -170,7 +176,7 @@ def test_bar_prints_the_numbers_of_the_scale():
     bar = slice(3 * (96 + 2), None)
     assert one[:, bar].shape != other[:, bar].shape or (one[:, bar] != other[:, bar]).any()
     colors = one[:, bar][:, 0].astype(int)  # from high, at the top, to low
-    ends = np.asarray(heat_map(np.array([[1.0, 0.2]]), SCALE))[0]
+    ends = heat_map(np.array([[1.0, 0.2]]), SCALE)[0]
     assert (colors[0] == ends[0]).all()
     assert (colors[-1] == ends[1]).all()
 
@@ -206,15 +212,12 @@ def test_bad_scale_is_refused(scale, tmp_path):
         pytest.param({"image": np.zeros((9, 9, 3))}, "^image must be uint8", id="float-image"),
         pytest.param({"score_map": np.zeros((1, 9, 9))}, "^score_map must have", id="channel"),
         pytest.param({"score_map": np.full((9, 9), np.nan)}, "^score_map must be", id="nan"),
-        pytest.param({"alpha": 1.5}, "^alpha must be", id="alpha-above-1"),
-        pytest.param({"alpha": math.nan}, "^alpha must be", id="alpha-nan"),
     ],
 )
 def test_wrong_arguments_are_named(changed, message):
     good = {"image": np.zeros((9, 9, 3), np.uint8), "score_map": np.zeros((9, 9)), "scale": SCALE}
-    for draw in (overlay, prediction_picture):
-        with pytest.raises(ValueError, match=message):
-            draw(**(good | changed))
+    with pytest.raises(ValueError, match=message):
+        prediction_picture(**(good | changed))
 
 
 @pytest.mark.parametrize(
@@ -236,9 +239,9 @@ def test_sheet_grows_with_its_rows(count, columns, tmp_path):
 
 def test_every_row_of_a_sheet_is_drawn(tmp_path):
     # One row more than columns of equal length would need: the last column is shorter.
-    colors = [(10, 20, 200 - i) for i in range(7)]
+    colors = [(10, 20, 200 - i) for i in range(25)]
     rows = [sample(image=np.full((96, 96, 3), c, np.uint8), mask=None) for c in colors]
-    sample_sheet(rows, SCALE, tmp_path / "sheet.png", panel_size=64, rows_per_column=4)
+    sample_sheet(rows, SCALE, tmp_path / "sheet.png", panel_size=64)
     with Image.open(tmp_path / "sheet.png") as sheet:
         pixels = np.asarray(sheet)
     for color in colors:
@@ -301,7 +304,6 @@ def test_long_captions_leave_the_panels_their_place(tmp_path):
     [
         pytest.param([], {}, "^rows must hold", id="no-row"),
         pytest.param([sample()], {"panel_size": 8}, "^panel_size", id="illegible"),
-        pytest.param([sample()], {"rows_per_column": 0}, "^rows_per_column", id="no-column"),
         pytest.param(
             [sample(mask=np.zeros((96, 96), np.uint8))], {}, "^mask must be bool", id="0-255-mask"
         ),
@@ -386,7 +388,7 @@ def write_comparison(tmp_path, rows, runs, note="a note"):
 @pytest.mark.parametrize("runs", [1, 2])
 def test_comparison_shows_every_panel_of_every_run(runs, decoded, tmp_path):
     pixels = write_comparison(tmp_path, [comparison(runs, decoded)] * 3, runs)
-    heat = np.asarray(heat_map(np.array([[1.0, 2.0]]), (0.0, 4.0)))[0]
+    heat = heat_map(np.array([[1.0, 2.0]]), (0.0, 4.0))[0]
     panels = [(10, 20, 200), (10, 200, 20), *([(200, 10, 20)] if decoded else [])]
     for r in range(runs):
         panels += [tuple(heat[r]), (50, 150, 60 + r), *([(150, 50, 60 + r)] if decoded else [])]

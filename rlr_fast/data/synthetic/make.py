@@ -159,7 +159,7 @@ def _is_complete(folder: Path, manifest: dict[str, Any], pictures: Sequence[_Pic
         return False
     for name in (_MANIFEST, _UNFINISHED):
         try:
-            found = json.loads((folder / name).read_text(encoding="utf-8"))
+            content = json.loads((folder / name).read_text(encoding="utf-8"))
         except FileNotFoundError:
             continue
         except ValueError:
@@ -168,11 +168,11 @@ def _is_complete(folder: Path, manifest: dict[str, Any], pictures: Sequence[_Pic
                 f"root must not hold a damaged {name}: delete it or choose another folder, "
                 f"got root={str(folder)!r}"
             ) from None
-        if found != manifest:
+        if content != manifest:
             other = sorted(
                 key
                 for key in manifest
-                if not isinstance(found, dict) or found.get(key) != manifest[key]
+                if not isinstance(content, dict) or content.get(key) != manifest[key]
             )
             raise ValueError(
                 f"root must be empty or hold this very set, but its {name} differs in "

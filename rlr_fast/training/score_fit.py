@@ -1,0 +1,53 @@
+"""The levels' distances on one scale: fitted on normal images after training."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+from rlr_fast.models.rlr import RLRModel
+from rlr_fast.training.distributed import Processes
+from rlr_fast.training.features import Features
+
+# The median of normal distances becomes 0, their 99 % quantile 1.
+_QUANTILES = (0.5, 0.99)
+_BATCH = 16
+# Distances per level and process that the quantiles are taken of, evenly spread over all.
+_SAMPLE = 2**20
+
+
+@torch.no_grad()
+def level_scales(
+    model: RLRModel, features: Features, processes: Processes
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return ``level_offsets`` and ``level_weights`` that put the levels on one scale.
+
+    A level's distances d become ``(d - median) / (q99 - median)`` over normal tokens, so that the
+    level with the widest spread does not decide the score alone.
+
+    Args:
+        model: The trained model.
+        features: Normal images' features, this process's share.
+        processes: Those that share the images.
+    """
+    model.eval().prepare_for_inference()
+    with processes.together():
+        rows = torch.arange(len(features)).split(_BATCH)
+        parts: list[list[torch.Tensor]] = [[] for _ in model.levels]
+        for tokens in features.batches(rows, model.device):
+            for part, distances in zip(parts, model.distances(tokens), strict=True):
+                part.append(distances.float().flatten().cpu())
+        share = [_thinned(torch.cat(part)) if part else torch.empty(0) for part in parts]
+    shares = processes.all_gather(share)
+    offsets, weights = [], []
+    for level in zip(*shares, strict=True):
+        low, high = map(float, np.quantile(torch.cat(level).double().numpy(), _QUANTILES))
+        offsets.append(low)
+        weights.append(1 / (high - low) if high > low else 1.0)
+    return tuple(offsets), tuple(weights)
+
+
+def _thinned(values: torch.Tensor) -> torch.Tensor:
+    return values[:: max(1, math.ceil(len(values) / _SAMPLE))]
