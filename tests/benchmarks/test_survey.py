@@ -90,6 +90,7 @@ cases = (
     ("lca-backward", Shape((64, 64), 16, (13, 13)), "bf16", 100),
     ("mlka-forward", Shape((9, 9), 64, (5, 5)), "bf16", 90),
     ("mlka-forward", Shape((16, 16), 32, (11, 11)), "bf16", 90),
+    ("mlka-backward-key", Shape((32, 32), 32, (7, 7)), "bf16", 80),
 )
 rows = [survey.compile_task(survey.Task(k, s, 0, t, a)) for k, s, t, a in cases]
 print(json.dumps([f"{row['kernel']} sm_{row['arch']}: {survey.refusal(row)}" for row in rows
