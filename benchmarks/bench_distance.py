@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -26,10 +25,7 @@ LABELS = {
     "compiled": "the same through torch.compile",
 }
 
-if GPU:
-    pytestmark = pytest.mark.benchmark(timer=timing.CLOCK)
-else:
-    pytestmark = pytest.mark.benchmark(max_time=0.25, min_rounds=3)
+pytestmark = timing.MARK
 
 
 @dataclass(frozen=True)
@@ -46,19 +42,21 @@ class Case:
         """The group of its rivals, as ``distance-level1-B64-both``."""
         return f"distance-level{self.level + 1}-B{self.batch}-{self.direction}"
 
+    @property
+    def name(self) -> str:
+        """With the rival: the id of the benchmark."""
+        return f"{self.what}-{self.rival}"
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Make a benchmark of every case; compiling takes a CPU a C++ compiler's time."""
-    option = metafunc.config.getoption
-    headline, large = option("--benchmark-headline"), option("--benchmark-large")
+
+def cases(headline: bool, large: bool) -> list[Case]:
+    """Return what this device times; compiling takes a CPU a C++ compiler's time."""
     rivals = [r for r in LABELS if GPU or (r != "triton" and (large or r == "eager"))]
-    found = [
+    return [
         Case(level, 64 if GPU else 4, direction, rival)
         for level in range(1 if headline else len(LEVELS))
         for direction in ("forward", "both")
         for rival in rivals
     ]
-    metafunc.parametrize("case", [pytest.param(c, id=f"{c.what}-{c.rival}") for c in found])
 
 
 def _inputs(case: Case) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,8 +86,8 @@ def _run(function: Callable[..., Tensor], case: Case, inputs: tuple[Tensor, ...]
         with torch.no_grad():
             return [function(r, o)]
     r = r.detach().requires_grad_()
-    found = function(r, o)
-    return [found.detach(), *torch.autograd.grad(found, r, grad)]
+    distances = function(r, o)
+    return [distances.detach(), *torch.autograd.grad(distances, r, grad)]
 
 
 def _check(case: Case, function: Callable[..., Tensor]) -> dict[str, float]:

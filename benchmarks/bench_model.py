@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, NamedTuple
 
-import pytest
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -34,10 +33,7 @@ CHECKED = 1
 _TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}
 _GRADIENT_TOLERANCE = {"fp32": 5e-3, "bf16": 2e-1}
 
-if GPU:
-    pytestmark = pytest.mark.benchmark(timer=timing.CLOCK)
-else:
-    pytestmark = pytest.mark.benchmark(max_time=0.25, min_rounds=3)
+pytestmark = timing.MARK
 
 
 @dataclass(frozen=True)
@@ -88,7 +84,7 @@ def cases(headline: bool, large: bool) -> list[Case]:
     batches: tuple[int, ...] = (4, 64) if GPU else (1,)
     if headline and GPU:
         backends, batches = ("triton", "tiled"), (64,)
-    found = []
+    chosen = []
     for part in () if headline else PARTS:
         for level in range(3):
             whole = part.startswith("reconstructor")
@@ -97,7 +93,7 @@ def cases(headline: bool, large: bool) -> list[Case]:
                 # is nearly all of a training step, which is timed.)
                 costs = (whole, level == 0, backend == "dense")
                 if GPU or large or sum(costs) < 2:
-                    found.append(Case(part, level, batch, backend))
+                    chosen.append(Case(part, level, batch, backend))
     whole_batches = (1, 8) if large and not GPU else batches
     rivals: tuple[str, ...] = (AUTHORS, SDPA)
     if headline:
@@ -109,15 +105,8 @@ def cases(headline: bool, large: bool) -> list[Case]:
             if headline and backend in rivals and part == "training-step":
                 continue  # a CPU takes a third of a minute for it
             if GPU or large or backend != "dense":
-                found.append(Case(part, None, batch, backend))
-    return found
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Make a benchmark of every case."""
-    option = metafunc.config.getoption
-    found = cases(option("--benchmark-headline"), option("--benchmark-large"))
-    metafunc.parametrize("case", [pytest.param(case, id=case.name) for case in found])
+                chosen.append(Case(part, None, batch, backend))
+    return chosen
 
 
 @cache

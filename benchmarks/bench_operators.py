@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import pytest
 import torch
 
 from benchmarks import check, rivals, timing
@@ -30,10 +29,7 @@ GRAPH_BATCHES = 16
 # A gigabyte of masks an image would be timed, not an operator.
 LARGEST_DENSE_SIDE = 128
 
-if DEVICE.type == "cuda":
-    pytestmark = pytest.mark.benchmark(timer=timing.CLOCK)
-else:
-    pytestmark = pytest.mark.benchmark(max_time=0.25, min_rounds=3)
+pytestmark = timing.MARK
 
 
 @dataclass(frozen=True)
@@ -110,14 +106,7 @@ def cases(headline: bool, large: bool) -> Iterator[Case]:
                 yield Case(problem, None, direction)
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Make a benchmark of every case."""
-    option = metafunc.config.getoption
-    found = cases(option("--benchmark-headline"), option("--benchmark-large"))
-    metafunc.parametrize("case", [pytest.param(case, id=case.name) for case in found])
-
-
-class _Kept:
+class _Last:
     """The last problem's inputs and truths, and the last rival: the next case mostly shares them.
 
     What is replaced is dropped first, so that two never share the memory.
@@ -154,33 +143,41 @@ class _Kept:
         self.truths = {}
 
 
-_KEPT = _Kept()
+_LAST = _Last()
+
+
+def time_rival(
+    measure: Callable[..., None],
+    case: Case,
+    info: dict[str, object],
+    group: str,
+    graph: bool = False,
+) -> None:
+    """Check and time a rival; inputs and truth are the last problem's where it is the same."""
+    problem, rival, direction = case.problem, case.rival, case.direction
+    assert rival is not None
+
+    def prepare() -> dict[str, float]:
+        contest = _LAST.contest_of(problem, rival)  # says first whether it can run here at all
+        return contest.check(direction, _LAST.truth_of(problem, rival.masked))
+
+    def make() -> Callable[[], object]:
+        return _LAST.contest_of(problem, rival).call(direction)
+
+    try:
+        measure(info, group, prepare, make, graph, rival.context)
+    finally:
+        if _LAST.contest is not None:
+            _LAST.contest.release()
 
 
 def test_operator(measure: Callable[..., None], case: Case) -> None:
     """Time one case."""
-    problem, rival, direction = case.problem, case.rival, case.direction
-    group = f"{problem.name} {direction}"
-    graph = problem.batch <= GRAPH_BATCHES
-    if rival is None:
-        copy = CopyContest(problem, DEVICE)
-        measure(case.info(), group, dict, lambda: copy.call(direction), graph)
-        copy.release()
+    group = f"{case.problem.name} {case.direction}"
+    graph = case.problem.batch <= GRAPH_BATCHES
+    if case.rival is not None:
+        time_rival(measure, case, case.info(), group, graph)
         return
-
-    def prepare() -> dict[str, float]:
-        contest = _KEPT.contest_of(problem, rival)  # says first whether it can run here at all
-        return contest.check(direction, _KEPT.truth_of(problem, rival.masked))
-
-    try:
-        measure(
-            case.info(),
-            group,
-            prepare,
-            lambda: _KEPT.contest_of(problem, rival).call(direction),
-            graph,
-            rival.context,
-        )
-    finally:
-        if _KEPT.contest is not None:
-            _KEPT.contest.release()
+    copy = CopyContest(case.problem, DEVICE)
+    measure(case.info(), group, dict, lambda: copy.call(case.direction), graph)
+    copy.release()

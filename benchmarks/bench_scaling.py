@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import pytest
 import torch
 
 from benchmarks import timing
-from benchmarks.bench_operators import Case, _Kept
+from benchmarks.bench_operators import Case, time_rival
 from benchmarks.record import bench_device
 from benchmarks.rivals import RIVALS
 from benchmarks.shapes import MOST_SCORES, OPERATORS, Problem, Shape
@@ -27,10 +26,7 @@ CPU_SIDE = 128
 # Dense scores beyond this many bytes are not tried on a CPU.
 CPU_DENSE_SIDE = 64
 
-if GPU:
-    pytestmark = pytest.mark.benchmark(timer=timing.CLOCK)
-else:
-    pytestmark = pytest.mark.benchmark(max_time=0.25, min_rounds=3)
+pytestmark = timing.MARK
 
 
 @dataclass(frozen=True)
@@ -40,8 +36,13 @@ class Point:
     axis: str
     case: Case
 
+    @property
+    def name(self) -> str:
+        """The id of the benchmark."""
+        return f"{self.axis}-{self.case.name}"
 
-def points(headline: bool, large: bool) -> list[Point]:
+
+def cases(headline: bool, large: bool) -> list[Point]:
     """Return what this device times."""
     dtype = torch.bfloat16 if GPU else torch.float32
     names = ("triton", "tiled", "dense") if GPU else ("tiled", "dense")
@@ -69,34 +70,13 @@ def points(headline: bool, large: bool) -> list[Point]:
     ]
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Make a benchmark of every case."""
-    option = metafunc.config.getoption
-    found = points(option("--benchmark-headline"), option("--benchmark-large"))
-    metafunc.parametrize("point", [pytest.param(p, id=f"{p.axis}-{p.case.name}") for p in found])
-
-
-_KEPT = _Kept()
-
-
-def test_scaling(measure: Callable[..., None], point: Point) -> None:
+def test_scaling(measure: Callable[..., None], case: Point) -> None:
     """Time one point."""
-    case = point.case
-    problem, rival, direction = case.problem, case.rival, case.direction
-    assert rival is not None
-
-    def prepare() -> dict[str, float]:
-        contest = _KEPT.contest_of(problem, rival)
-        return contest.check(direction, _KEPT.truth_of(problem, masked=True))
-
-    try:
-        measure(
-            case.info() | {"suite": "scaling", "axis": point.axis},
-            f"scaling {point.axis} {problem.operator} {direction} {rival.name}",
-            prepare,
-            lambda: _KEPT.contest_of(problem, rival).call(direction),
-            context=rival.context,
-        )
-    finally:
-        if _KEPT.contest is not None:
-            _KEPT.contest.release()
+    axis, case = case.axis, case.case  # type: ignore[assignment]
+    assert case.rival is not None
+    time_rival(
+        measure,
+        case,
+        case.info() | {"suite": "scaling", "axis": axis},
+        f"scaling {axis} {case.problem.operator} {case.direction} {case.rival.name}",
+    )

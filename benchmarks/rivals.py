@@ -113,22 +113,25 @@ def _dense(problem: Problem, device: torch.device) -> Attend:
 
 
 def _sdpa(
-    problem: Problem, device: torch.device, masked: bool, math: bool = False, copied: bool = False
-) -> Attend:
-    if math:
-        require_room(6 * 4 * problem.scores, device)
-    mask = _seen(problem, device) if masked else None
+    masked: bool, math: bool = False, copied: bool = False
+) -> Callable[[Problem, torch.device], Attend]:
+    def build(problem: Problem, device: torch.device) -> Attend:
+        if math:
+            require_room(6 * 4 * problem.scores, device)
+        mask = _seen(problem, device) if masked else None
 
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        # Stride 0 over the batch: nothing is copied that the backend does not copy itself.
-        key, value = key.expand(query.shape), value.expand(query.shape)
-        if copied:
-            key, value = key.contiguous(), value.contiguous()
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, scale=problem.scale
-        )
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            # Stride 0 over the batch: nothing is copied that the backend does not copy itself.
+            key, value = key.expand(query.shape), value.expand(query.shape)
+            if copied:
+                key, value = key.contiguous(), value.contiguous()
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, scale=problem.scale
+            )
 
-    return attend
+        return attend
+
+    return build
 
 
 def _flex(block: int) -> Callable[[Problem, torch.device], Attend]:
@@ -177,26 +180,6 @@ def _flex(block: int) -> Callable[[Problem, torch.device], Attend]:
     return build
 
 
-def _masked_sdpa(problem: Problem, device: torch.device) -> Attend:
-    return _sdpa(problem, device, masked=True)
-
-
-def _masked_math(problem: Problem, device: torch.device) -> Attend:
-    return _sdpa(problem, device, masked=True, math=True)
-
-
-def _unmasked_sdpa(problem: Problem, device: torch.device) -> Attend:
-    return _sdpa(problem, device, masked=False)
-
-
-def _masked_copied(problem: Problem, device: torch.device) -> Attend:
-    return _sdpa(problem, device, masked=True, copied=True)
-
-
-def _unmasked_copied(problem: Problem, device: torch.device) -> Attend:
-    return _sdpa(problem, device, masked=False, copied=True)
-
-
 _DENSE_SPEED = "dense speed of light: attention to every key, not the same result"
 RIVALS = (
     Rival("triton", "rlr_fast, Triton kernels", _of_backend("triton")),
@@ -210,38 +193,38 @@ RIVALS = (
     ),
     Rival("authors-hoisted", "the same, mask built once", _authors(hoisted=True)),
     Rival(
-        "sdpa-efficient", "SDPA with a boolean mask, memory-efficient backend", _masked_sdpa,
+        "sdpa-efficient", "SDPA with a boolean mask, memory-efficient backend", _sdpa(masked=True),
         _CUDA, backend=SDPBackend.EFFICIENT_ATTENTION,
     ),
     Rival(
-        "sdpa-cudnn", "SDPA with a boolean mask, cuDNN backend", _masked_sdpa,
+        "sdpa-cudnn", "SDPA with a boolean mask, cuDNN backend", _sdpa(masked=True),
         _CUDA, backend=SDPBackend.CUDNN_ATTENTION,
     ),
     Rival(
-        "sdpa-cudnn-copied", "the same, the reference copied for every image", _masked_copied,
-        _CUDA, backend=SDPBackend.CUDNN_ATTENTION,
+        "sdpa-cudnn-copied", "the same, the reference copied for every image",
+        _sdpa(masked=True, copied=True), _CUDA, backend=SDPBackend.CUDNN_ATTENTION,
     ),
     Rival(
-        "sdpa-flash", "SDPA with a boolean mask, CPU flash backend", _masked_sdpa,
+        "sdpa-flash", "SDPA with a boolean mask, CPU flash backend", _sdpa(masked=True),
         _CPU, backend=SDPBackend.FLASH_ATTENTION,
     ),
     Rival(
-        "sdpa-math", "SDPA with a boolean mask, math backend", _masked_math,
+        "sdpa-math", "SDPA with a boolean mask, math backend", _sdpa(masked=True, math=True),
         backend=SDPBackend.MATH,
     ),
     Rival("flex-128", "compiled flex_attention, BlockMask of 128", _flex(128), _CUDA),
     Rival("flex-64", "compiled flex_attention, BlockMask of 64", _flex(64), _CUDA),
     Rival(
-        "unmasked-flash", f"SDPA flash, {_DENSE_SPEED}", _unmasked_sdpa,
+        "unmasked-flash", f"SDPA flash, {_DENSE_SPEED}", _sdpa(masked=False),
         masked=False, backend=SDPBackend.FLASH_ATTENTION,
     ),
     Rival(
-        "unmasked-cudnn", f"SDPA cuDNN, {_DENSE_SPEED}", _unmasked_sdpa,
+        "unmasked-cudnn", f"SDPA cuDNN, {_DENSE_SPEED}", _sdpa(masked=False),
         _CUDA, masked=False, backend=SDPBackend.CUDNN_ATTENTION,
     ),
     Rival(
         "unmasked-cudnn-copied", "the same, the reference copied for every image",
-        _unmasked_copied, _CUDA, masked=False, backend=SDPBackend.CUDNN_ATTENTION,
+        _sdpa(masked=False, copied=True), _CUDA, masked=False, backend=SDPBackend.CUDNN_ATTENTION,
     ),
 )  # fmt: skip
 COPY = "copy"
