@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks import timing
-from benchmarks.bench_operators import Case, time_rival
+from benchmarks.baselines import BASELINES
+from benchmarks.bench_operators import Case, time_baseline
 from benchmarks.record import bench_device
-from benchmarks.rivals import RIVALS
 from benchmarks.shapes import MOST_SCORES, OPERATORS, Problem, Shape
 
 DEVICE = bench_device()
@@ -48,35 +48,35 @@ def cases(headline: bool, large: bool) -> list[Point]:
     names = ("triton", "tiled", "dense") if GPU else ("tiled", "dense")
     if headline:
         return []
-    ours = [rival for rival in RIVALS if rival.name in names]
+    ours = [baseline for baseline in BASELINES if baseline.name in names]
     problems = []
     for operator in OPERATORS:
-        for rival in ours:
+        for baseline in ours:
             for batch in SCALED_BATCHES:
-                problems.append(("batch", rival, Problem(operator, BATCH_SHAPE, batch, dtype)))
+                problems.append(("batch", baseline, Problem(operator, BATCH_SHAPE, batch, dtype)))
             for side in SIDES:
                 problem = Problem(operator, Shape(side, WIDTH, WINDOW), 4 if GPU else 1, dtype)
                 if problem.scores > MOST_SCORES and operator == "mlka":
                     continue
                 if not GPU and not large and operator == "mlka" and side > CPU_SIDE:
                     continue
-                if not GPU and rival.name == "dense" and side > CPU_DENSE_SIDE:
+                if not GPU and baseline.name == "dense" and side > CPU_DENSE_SIDE:
                     continue
-                problems.append(("tokens", rival, problem))
+                problems.append(("tokens", baseline, problem))
     return [
-        Point(axis, Case(problem, rival, way))
-        for axis, rival, problem in problems
+        Point(axis, Case(problem, baseline, way))
+        for axis, baseline, problem in problems
         for way in ("forward", "both")
     ]
 
 
 def test_scaling(measure: Callable[..., None], case: Point) -> None:
     """Time one point."""
-    axis, case = case.axis, case.case  # type: ignore[assignment]
-    assert case.rival is not None
-    time_rival(
+    timed = case.case
+    assert timed.baseline is not None
+    time_baseline(
         measure,
-        case,
-        case.info() | {"suite": "scaling", "axis": axis},
-        f"scaling {axis} {case.problem.operator} {case.direction} {case.rival.name}",
+        timed,
+        timed.info() | {"suite": "scaling", "axis": case.axis},
+        f"scaling {case.axis} {timed.problem.operator} {timed.direction} {timed.baseline.name}",
     )

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from benchmarks import timing
+from benchmarks.baselines import UnavailableError
 from benchmarks.check import WrongResultError
 from benchmarks.record import Recorder, bench_device, record_path
-from benchmarks.rivals import UnavailableError
 
 _RECORDER = pytest.StashKey[Recorder]()
 # A CPU call longer than this is timed a fixed number of times, without calibration.

@@ -20,7 +20,7 @@ from benchmarks.timing import in_words
 
 README = Path(__file__).resolve().parent / "README.md"
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
-Result = dict[str, Any]
+Result = dict[str, Any]  # its key "rival" is the name of a baseline, or of ours
 
 
 class Record(NamedTuple):
@@ -125,15 +125,15 @@ def _operators(results: list[Result], record: Record) -> str:
         names = [n for n in names if any(by_way.get((n, d), {}).get("outcome") != "unavailable"
                                          for d in directions)]  # fmt: skip
 
-        def cell(rival: str, column: str, by_way: Any = by_way, ways: Any = directions) -> str:
+        def cell(baseline: str, column: str, by_way: Any = by_way, ways: Any = directions) -> str:
             if column != "memory":
-                return _cell(by_way.get((rival, column)))
-            peaks = [by_way[rival, d].get("peak_bytes") for d in ways if (rival, d) in by_way]
+                return _cell(by_way.get((baseline, column)))
+            peaks = [by_way[baseline, d].get("peak_bytes") for d in ways if (baseline, d) in by_way]
             return _bytes(max(p for p in peaks if p is not None)) if any(peaks) else ""
 
-        parts.append(f"`{problem}`\n\n" + _table(names, [*directions, "memory"], cell, "rival"))
+        parts.append(f"`{problem}`\n\n" + _table(names, [*directions, "memory"], cell, "baseline"))
     labels = {r["rival"]: r["label"] for r in results}
-    parts.append("Rivals: " + "; ".join(f"`{n}`: {text}" for n, text in labels.items()) + ".")
+    parts.append("Baselines: " + "; ".join(f"`{n}`: {text}" for n, text in labels.items()) + ".")
     missing = {r["rival"]: r["reason"] for r in results if r["outcome"] == "unavailable"}
     if missing:
         parts.append(
@@ -148,7 +148,7 @@ def _problem(r: Result) -> str:
 
 
 def _speedups(results: list[Result], record: Record) -> str:
-    """Draw the forward and backward times of every rival over ours, at the largest batch."""
+    """Draw the forward and backward times of every baseline over ours, at the largest batch."""
     timed = [r for r in results if r["outcome"] == "ok" and "median_s" in r]
     ours = "triton" if any(r["rival"] == "triton" for r in timed) else "tiled"
     best = {(_problem(r), r["direction"]): r["median_s"] for r in timed if r["rival"] == ours}
@@ -163,24 +163,24 @@ def _speedups(results: list[Result], record: Record) -> str:
         return ""
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=(9, 0.34 * len(groups) + 1.6), layout="constrained")
-    for i, rival in enumerate(names):
+    for i, baseline in enumerate(names):
         points = [
             (r["median_s"] / best[_problem(r), r["direction"]],
              groups.index(f"{_problem(r)} {r['direction']}"))
             for r in chosen
-            if r["rival"] == rival and r["direction"] != "both"
+            if r["rival"] == baseline and r["direction"] != "both"
             and (_problem(r), r["direction"]) in best
         ]  # fmt: skip
         if points:
             xs, ys = zip(*points, strict=True)
-            axes.scatter(xs, ys, label=rival, marker="osD^v<>PX*hd"[i % 12], s=30)
+            axes.scatter(xs, ys, label=baseline, marker="osD^v<>PX*hd"[i % 12], s=30)
     axes.axvline(1, color="black", linewidth=1)
     axes.set(xscale="log", xlabel=f"time over that of {ours} (right of 1: slower than {ours})")
     axes.set_yticks(range(len(groups)), groups, fontsize=7)
     axes.invert_yaxis()
     axes.grid(axis="x", which="both", alpha=0.3)
     axes.legend(fontsize=7, ncols=2)
-    file = _save(figure, record, "rivals")
+    file = _save(figure, record, "baselines")
     return f"![Times over ours, from {record.name}]({file})"
 
 
@@ -232,10 +232,11 @@ def _scaling_along(axis: str, timed: list[Result], record: Record) -> str:
     what, symbol = {"tokens": ("tokens", "N"), "batch": ("the batch", "B")}[axis]
     for column, operator in enumerate(operators):
         for direction, style in (("forward", "-"), ("both", "--")):
-            for i, rival in enumerate(_unique(r["rival"] for r in timed)):
+            for i, baseline in enumerate(_unique(r["rival"] for r in timed)):
                 mine = [
                     r for r in timed
-                    if (r["operator"], r["direction"], r["rival"]) == (operator, direction, rival)
+                    if (r["operator"], r["direction"]) == (operator, direction)
+                    and r["rival"] == baseline
                 ]  # fmt: skip
                 if not mine:
                     continue
@@ -245,9 +246,9 @@ def _scaling_along(axis: str, timed: list[Result], record: Record) -> str:
                     p = slope(sizes, values)
                     grid[row][column].plot(
                         sizes, values, style, marker="o", markersize=3, color=f"C{i}",
-                        label=f"{rival} {direction}, {symbol}^{p:.2f}",
+                        label=f"{baseline} {direction}, {symbol}^{p:.2f}",
                     )  # fmt: skip
-                    slopes[f"{operator} {direction} {rival}", field] = f"{p:.2f}"
+                    slopes[f"{operator} {direction} {baseline}", field] = f"{p:.2f}"
         limit = _limit(timed, axis, operator, record)
         if limit is not None:
             label, sizes, values = limit
@@ -408,7 +409,7 @@ def _distance(results: list[Result], record: Record) -> str:
     table = _table(
         _unique(what(r) for r in results),
         _unique(r["rival"] for r in results),
-        lambda row, rival: _cell(by_row.get((row, rival))),
+        lambda row, baseline: _cell(by_row.get((row, baseline))),
         "token distance",
     )
     return f"**Distance**, for loss and score ({record.source}): median time.\n\n{table}"
