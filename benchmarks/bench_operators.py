@@ -55,7 +55,7 @@ class Case:
         if problem.shape.side > LARGEST_DENSE_SIDE or problem.scores > MOST_SCORES:
             return name == "triton" or (name == "tiled" and problem.scores <= 4 * MOST_SCORES)
         if DEVICE.type == "cpu" and not large and name in baselines.QUADRATIC:
-            # N×N baselines take seconds a call: both directions apart, an image, a window a grid.
+            # N×N baselines take seconds per call: each direction of one image, one window per grid.
             first = problem.shape in HEADLINE and problem.batch == 1
             return first and self.direction != "both"
         return True

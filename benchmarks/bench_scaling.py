@@ -21,7 +21,7 @@ WIDTH, WINDOW = 16, 11
 # Against the batch: the second level.
 BATCH_SHAPE = Shape(32, 32, 7)
 SCALED_BATCHES = (1, 4, 16, 64, 256) if GPU else (1, 2, 4, 8, 16)
-# MLKA takes a CPU over a minute a call beyond this.
+# MLKA takes a CPU over a minute per call beyond this.
 CPU_SIDE = 128
 # Dense scores beyond this many bytes are not tried on a CPU.
 CPU_DENSE_SIDE = 64

@@ -37,7 +37,7 @@ class Record(NamedTuple):
         return f"from `{self.name}`"
 
 
-# What an H100 allows, for the limits in the plots: bytes/s of its memory, powers of two a second.
+# What an H100 allows, for the limits in the plots: bytes/s of its memory, powers of two per second.
 # A record of `benchmarks.microbenchmarks` from the same device replaces them by what was measured.
 _LIMITS = {"H100": (3.0e12, 3.7e12), "H200": (4.3e12, 3.7e12)}
 
