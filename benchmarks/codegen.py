@@ -615,7 +615,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--record",
         action="store_true",
-        help=f"compile the headline kernels and write their counts to {RECORD.name}",
+        help=f"compile the headline kernels; if all fit, write their counts to {RECORD.name}",
     )
     options = parser.parse_args(arguments)
     if _launch.INTERPRETING:
@@ -624,7 +624,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.record:
         chosen = headlines()
     rows = _run(options.jobs, chosen)
-    if options.record:
+    if options.record and not any(row.error for row in rows):
         known = json.loads(RECORD.read_text()) if RECORD.exists() else {}
         known[version()] = record_of(rows)
         RECORD.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")

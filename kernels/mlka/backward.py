@@ -67,15 +67,12 @@ def delta_kernel(
 
 @triton.jit
 def _key_step(
-    dk, dv, dq, k, v, q, do, row_lse, row_delta, start_n, start_m,
+    dk, dv, k, v, q, do, row_lse, row_delta, start_n, start_m,
     N: tl.constexpr, W: tl.constexpr, RY: tl.constexpr, RX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KEYS: tl.constexpr,
-    INSIDE: tl.constexpr, WINDOWED: tl.constexpr, DQ: tl.constexpr, PRECISION: tl.constexpr,
+    INSIDE: tl.constexpr, WINDOWED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add to dK, dV and dQ, which may be None, what a block of keys and one of queries give.
-
-    Scores lie as (keys, queries).
-    """
+    """Add to dK and dV what a block of keys and one of queries give; dS (keys, queries) as well."""
     p = tl.exp2(dot(k, tl.trans(q), None, PRECISION) - row_lse[None, :])
     if WINDOWED or N % KEYS != 0:
         queries = start_m + tl.arange(0, BLOCK_M)[None, :]
@@ -85,10 +82,7 @@ def _key_step(
     dv = dot(p.to(do.dtype), do, dv, PRECISION)
     ds = p * (dot(v, tl.trans(do), None, PRECISION) - row_delta[None, :])
     ds = ds.to(q.dtype)
-    dk = dot(ds, q, dk, PRECISION)
-    if DQ != "separate":
-        dq = dot(tl.trans(ds), k, dq, PRECISION)
-    return dk, dv, dq
+    return dot(ds, q, dk, PRECISION), dv, ds
 
 
 @triton.jit
@@ -112,16 +106,20 @@ def _key_gradients(
             row_delta = _delta(o_tile, do_tile, lse.dtype.element_ty)
         else:
             row_delta = load_row_values(delta, start_m, BLOCK_M, N)
-        dk_a, dv_a, dq_tile = _key_step(
-            dk_a, dv_a, None, k_a, v_a, q_tile, do_tile, row_lse, row_delta, start_n, start_m,
-            N, W, RY, RX, BLOCK_M, BLOCK_N, KEYS, INSIDE, WINDOWED, DQ, PRECISION,
+        dk_a, dv_a, ds = _key_step(
+            dk_a, dv_a, k_a, v_a, q_tile, do_tile, row_lse, row_delta, start_n, start_m,
+            N, W, RY, RX, BLOCK_M, BLOCK_N, KEYS, INSIDE, WINDOWED, PRECISION,
         )  # fmt: skip
+        if DQ != "separate":
+            dq_tile = dot(tl.trans(ds), k_a, None, PRECISION)
         if BLOCKS == 2:
-            dk_b, dv_b, dq_tile = _key_step(
-                dk_b, dv_b, dq_tile, k_b, v_b, q_tile, do_tile, row_lse, row_delta,
+            dk_b, dv_b, ds = _key_step(
+                dk_b, dv_b, k_b, v_b, q_tile, do_tile, row_lse, row_delta,
                 start_n + BLOCK_N, start_m,
-                N, W, RY, RX, BLOCK_M, BLOCK_N, KEYS, INSIDE, WINDOWED, DQ, PRECISION,
+                N, W, RY, RX, BLOCK_M, BLOCK_N, KEYS, INSIDE, WINDOWED, PRECISION,
             )  # fmt: skip
+            if DQ != "separate":
+                dq_tile = dot(tl.trans(ds), k_b, dq_tile, PRECISION)
         if DQ == "store":
             store_rows(dq, dq_tile * _LN2, start_m, BLOCK_M, dq_stride, N, D)
         if DQ == "add":
