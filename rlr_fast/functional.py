@@ -43,6 +43,10 @@ if kernels is not None:
     _MLKA["triton"] = kernels.masked_learnable_key_attention
 
 
+# Asked once: PyTorch 2.11 cannot trace the question.
+_HAS_AUTOCAST = tuple(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "mps", "xpu")))
+
+
 class BackendError(RuntimeError):
     """The requested backend cannot run here, or not on these tensors."""
 
@@ -257,10 +261,10 @@ def block_attention(
             )
         # The prepared keys are in log2 units: 2**s is exp(ln 2 · s).
         path, scale = _without_kernels(reference.backend, reason), math.log(2)
-    device = projected.device.type
+    device = projected.device
+    lowered = autocast_dtype(device) is not None
     # As the kernels: in the dtype that both have.
-    lowered = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    with torch.autocast(device, enabled=False) if lowered else contextlib.nullcontext():
+    with torch.autocast(device.type, enabled=False) if lowered else contextlib.nullcontext():
         outputs = (
             masked_learnable_key_attention(query, keys, value, grid, window, scale, path),
             local_cross_attention(local, local_keys, reference.value, grid, window, scale, path),
@@ -338,12 +342,11 @@ def _apply(
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
             raise ValueError(f"{name} must be a dense tensor, got {_kind(tensor)}")
-    device = query.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    dtype = autocast_dtype(query.device)
+    if dtype is not None:
         query, key, value = (_lowered(x, dtype) for x in (query, key, value))
         # Off inside, or autocast would cast every mask of every call again.
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(query.device.type, enabled=False):
             return _apply(paths, query, key, value, grid, window, scale, backend)
     _check_tensors(query, key, value)
     height, width = _check_grid(grid, query.shape[2])
@@ -372,6 +375,13 @@ def _kind(value: object) -> str:
 def _clipped(window: tuple[int, int], grid: tuple[int, int]) -> tuple[int, int]:
     """Return the smallest window that sees as much of the grid."""
     return min(window[0], 2 * grid[0] - 1), min(window[1], 2 * grid[1] - 1)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Return the dtype that autocast computes in on ``device`` at present; None where it is off."""
+    if device.type in _HAS_AUTOCAST and torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return None
 
 
 def refuse_forward_mode(*tensors: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 
 import pytest
@@ -154,6 +155,7 @@ def test_execution_names_the_field_and_the_value(cls, field, value):
 
 @pytest.mark.parametrize("cls", [RLRConfig, TrainConfig, TrainExecution, InferenceExecution])
 def test_every_field_is_described(cls):
-    described = "".join(base.__doc__ for base in cls.__mro__ if base is not object)
+    # Python 3.13 removes the indentation of docstrings itself.
+    described = "".join(inspect.cleandoc(base.__doc__) for base in cls.__mro__[:-1])
     for field in dataclasses.fields(cls):
-        assert f"        {field.name}: " in described, field.name
+        assert f"\n    {field.name}: " in described, field.name

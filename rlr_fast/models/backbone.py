@@ -168,10 +168,15 @@ def _build(name: str, size: tuple[int, int], options: dict[str, Any]) -> nn.Modu
     """Build the network so that it takes any image size, whatever its family calls that option."""
     for size_options in ({"dynamic_img_size": True, "dynamic_img_pad": True}, {"img_size": size}):
         try:
-            return timm.create_model(name, **size_options, **options)
+            network = timm.create_model(name, **size_options, **options)
         except TypeError as error:
             if "unexpected keyword argument" not in str(error):
                 raise
+        else:
+            # In older versions of timm some networks swallow an option that they do not have.
+            embed = getattr(getattr(network, "model", None), "patch_embed", None)
+            if "img_size" in size_options or not getattr(embed, "strict_img_size", False):
+                return network
     return timm.create_model(name, **options)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -19,13 +18,6 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backw
 def hooks(module: nn.Module) -> list[dict[int, Any]]:
     """Return the module's own tables of forward and backward hooks, empty or not."""
     return [getattr(module, name) for name in _HOOKS]
-
-
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """Return the dtype that autocast computes in on ``device`` at present; None where it is off."""
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
-        return torch.get_autocast_dtype(device.type)
-    return None
 
 
 class Snapshot:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rlr_fast.config import Window, check_branches
-from rlr_fast.functional import Backend
+from rlr_fast.functional import Backend, autocast_dtype
 from rlr_fast.models.block import PreparedBlock, RLRBlock
-from rlr_fast.models.preparation import Snapshot, autocast_dtype
+from rlr_fast.models.preparation import Snapshot
 
 
 def sincos_positions(grid: tuple[int, int], dim: int) -> Tensor:
