@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import pytest
 import torch
 from torch import Tensor
 
 from benchmarks import timing
+from benchmarks.baselines import UnavailableError
 from benchmarks.check import WrongResultError
 from benchmarks.record import bench_device
-from benchmarks.rivals import UnavailableError
 from rlr_fast.functional import unsupported_reason
 from rlr_fast.models.scoring import distance
 
@@ -26,39 +25,38 @@ LABELS = {
     "compiled": "the same through torch.compile",
 }
 
-if GPU:
-    pytestmark = pytest.mark.benchmark(timer=timing.CLOCK)
-else:
-    pytestmark = pytest.mark.benchmark(max_time=0.25, min_rounds=3)
+pytestmark = timing.MARK
 
 
 @dataclass(frozen=True)
 class Case:
-    """A level, a batch, a direction and a rival."""
+    """A level, a batch, a direction and a baseline."""
 
     level: int
     batch: int
     direction: str
-    rival: str
+    baseline: str
 
     @property
     def what(self) -> str:
-        """The group of its rivals, as ``distance-level1-B64-both``."""
+        """The group of its baselines, as ``distance-level1-B64-both``."""
         return f"distance-level{self.level + 1}-B{self.batch}-{self.direction}"
 
+    @property
+    def name(self) -> str:
+        """With the baseline: the id of the benchmark."""
+        return f"{self.what}-{self.baseline}"
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Make a benchmark of every case; compiling takes a CPU a C++ compiler's time."""
-    option = metafunc.config.getoption
-    headline, large = option("--benchmark-headline"), option("--benchmark-large")
-    rivals = [r for r in LABELS if GPU or (r != "triton" and (large or r == "eager"))]
-    found = [
-        Case(level, 64 if GPU else 4, direction, rival)
+
+def cases(headline: bool, large: bool) -> list[Case]:
+    """Return what this device times; compiling takes a CPU a C++ compiler's time."""
+    baselines = [r for r in LABELS if GPU or (r != "triton" and (large or r == "eager"))]
+    return [
+        Case(level, 64 if GPU else 4, direction, baseline)
         for level in range(1 if headline else len(LEVELS))
         for direction in ("forward", "both")
-        for rival in rivals
+        for baseline in baselines
     ]
-    metafunc.parametrize("case", [pytest.param(c, id=f"{c.what}-{c.rival}") for c in found])
 
 
 def _inputs(case: Case) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,9 +71,9 @@ def _inputs(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     return (r.bfloat16() if GPU else r), o, grad
 
 
-def _function(rival: str) -> Callable[..., Tensor]:
-    if rival != "triton":
-        return torch.compile(distance, dynamic=False) if rival == "compiled" else distance
+def _function(baseline: str) -> Callable[..., Tensor]:
+    if baseline != "triton":
+        return torch.compile(distance, dynamic=False) if baseline == "compiled" else distance
     reason = unsupported_reason("triton", DEVICE)
     if reason is not None:
         raise UnavailableError(reason)
@@ -88,8 +86,8 @@ def _run(function: Callable[..., Tensor], case: Case, inputs: tuple[Tensor, ...]
         with torch.no_grad():
             return [function(r, o)]
     r = r.detach().requires_grad_()
-    found = function(r, o)
-    return [found.detach(), *torch.autograd.grad(found, r, grad)]
+    distances = function(r, o)
+    return [distances.detach(), *torch.autograd.grad(distances, r, grad)]
 
 
 def _check(case: Case, function: Callable[..., Tensor]) -> dict[str, float]:
@@ -110,13 +108,13 @@ def test_distance(measure: Callable[..., None], case: Case) -> None:
     torch.compiler.reset()
     info = {
         "suite": "distance", "level": case.level + 1, "batch": case.batch,
-        "direction": case.direction, "rival": case.rival, "label": LABELS[case.rival],
+        "direction": case.direction, "rival": case.baseline, "label": LABELS[case.baseline],
         "dtype": "bf16" if GPU else "fp32",
     }  # fmt: skip
     made: list[Callable[..., Tensor]] = []
 
     def prepare() -> dict[str, float]:
-        made.append(_function(case.rival))
+        made.append(_function(case.baseline))
         return _check(case, made[0])
 
     def make() -> Callable[[], object]:

@@ -9,16 +9,15 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, NamedTuple
 
-import pytest
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks import timing
+from benchmarks.baseline_models import AUTHORS, LABELS, SDPA, require_room, with_baseline_blocks
+from benchmarks.baselines import UnavailableError
 from benchmarks.check import WrongResultError
 from benchmarks.record import bench_device
-from benchmarks.rival_models import AUTHORS, LABELS, SDPA, require_room, with_rival_blocks
-from benchmarks.rivals import UnavailableError
 from rlr_fast import RLRConfig, RLRModel
 from rlr_fast.functional import unsupported_reason
 
@@ -34,10 +33,7 @@ CHECKED = 1
 _TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}
 _GRADIENT_TOLERANCE = {"fp32": 5e-3, "bf16": 2e-1}
 
-if GPU:
-    pytestmark = pytest.mark.benchmark(timer=timing.CLOCK)
-else:
-    pytestmark = pytest.mark.benchmark(max_time=0.25, min_rounds=3)
+pytestmark = timing.MARK
 
 
 @dataclass(frozen=True)
@@ -51,7 +47,7 @@ class Case:
 
     @property
     def what(self) -> str:
-        """E.g. ``block-step-level1-B4-bf16``: the group of its rivals."""
+        """E.g. ``block-step-level1-B4-bf16``: the group of its baselines."""
         level = "" if self.level is None else f"-level{self.level + 1}"
         return f"{self.part}{level}-B{self.batch}-{PRECISION}"
 
@@ -88,7 +84,7 @@ def cases(headline: bool, large: bool) -> list[Case]:
     batches: tuple[int, ...] = (4, 64) if GPU else (1,)
     if headline and GPU:
         backends, batches = ("triton", "tiled"), (64,)
-    found = []
+    chosen = []
     for part in () if headline else PARTS:
         for level in range(3):
             whole = part.startswith("reconstructor")
@@ -97,34 +93,27 @@ def cases(headline: bool, large: bool) -> list[Case]:
                 # is nearly all of a training step, which is timed.)
                 costs = (whole, level == 0, backend == "dense")
                 if GPU or large or sum(costs) < 2:
-                    found.append(Case(part, level, batch, backend))
+                    chosen.append(Case(part, level, batch, backend))
     whole_batches = (1, 8) if large and not GPU else batches
-    rivals: tuple[str, ...] = (AUTHORS, SDPA)
+    baselines: tuple[str, ...] = (AUTHORS, SDPA)
     if headline:
-        rivals = () if GPU else (SDPA,)
+        baselines = () if GPU else (SDPA,)
     for part in ("training-step", "inference-from-features", "inference-from-images"):
-        for batch, backend in itertools.product(whole_batches, (*backends, *rivals)):
-            if backend in rivals and part == "inference-from-images":
+        for batch, backend in itertools.product(whole_batches, (*backends, *baselines)):
+            if backend in baselines and part == "inference-from-images":
                 continue  # the backbone's time is the same for all
-            if headline and backend in rivals and part == "training-step":
+            if headline and backend in baselines and part == "training-step":
                 continue  # a CPU takes a third of a minute for it
             if GPU or large or backend != "dense":
-                found.append(Case(part, None, batch, backend))
-    return found
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Make a benchmark of every case."""
-    option = metafunc.config.getoption
-    found = cases(option("--benchmark-headline"), option("--benchmark-large"))
-    metafunc.parametrize("case", [pytest.param(case, id=case.name) for case in found])
+                chosen.append(Case(part, None, batch, backend))
+    return chosen
 
 
 @cache
 def _model(backend: Any) -> RLRModel:
     if backend in LABELS:
         torch.manual_seed(0)
-        return with_rival_blocks(RLRModel(CONFIG, backend="dense").to(DEVICE), backend)
+        return with_baseline_blocks(RLRModel(CONFIG, backend="dense").to(DEVICE), backend)
     reason = "no GPU" if backend == "triton" and not GPU else unsupported_reason(backend, DEVICE)
     if reason is not None:
         raise UnavailableError(reason)

@@ -1,16 +1,15 @@
-"""Both operators at the paper's shapes: batch, direction and rival."""
+"""Both operators at the paper's shapes: batch, direction and baseline."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import pytest
 import torch
 
-from benchmarks import check, rivals, timing
+from benchmarks import baselines, check, timing
+from benchmarks.baselines import BASELINES, Baseline, Contest, CopyContest
 from benchmarks.record import bench_device
-from benchmarks.rivals import RIVALS, Contest, CopyContest, Rival
 from benchmarks.shapes import (
     BATCHES,
     CPU_BATCHES,
@@ -30,49 +29,47 @@ GRAPH_BATCHES = 16
 # A gigabyte of masks an image would be timed, not an operator.
 LARGEST_DENSE_SIDE = 128
 
-if DEVICE.type == "cuda":
-    pytestmark = pytest.mark.benchmark(timer=timing.CLOCK)
-else:
-    pytestmark = pytest.mark.benchmark(max_time=0.25, min_rounds=3)
+pytestmark = timing.MARK
 
 
 @dataclass(frozen=True)
 class Case:
-    """One benchmark; no rival is the copy."""
+    """One benchmark; no baseline is the copy."""
 
     problem: Problem
-    rival: Rival | None
+    baseline: Baseline | None
     direction: str
 
     @property
     def name(self) -> str:
-        """Of the problem, the direction and the rival: the id of the benchmark."""
-        return f"{self.problem.name}-{self.direction}-{self.rival.name if self.rival else 'copy'}"
+        """Of the problem, the direction and the baseline: the id of the benchmark."""
+        baseline = baselines.COPY if self.baseline is None else self.baseline.name
+        return f"{self.problem.name}-{self.direction}-{baseline}"
 
     def worth_while(self, headline: bool, large: bool) -> bool:
         """Whether the case tells more than the minutes that it takes."""
-        assert self.rival is not None
-        name, problem = self.rival.name, self.problem
+        assert self.baseline is not None
+        name, problem = self.baseline.name, self.problem
         if headline:
             return self.direction != "both"
         if problem.shape.side > LARGEST_DENSE_SIDE or problem.scores > MOST_SCORES:
             return name == "triton" or (name == "tiled" and problem.scores <= 4 * MOST_SCORES)
-        if DEVICE.type == "cpu" and not large and name in rivals.QUADRATIC:
-            # N×N rivals take seconds a call: both directions apart, an image, a window a grid.
+        if DEVICE.type == "cpu" and not large and name in baselines.QUADRATIC:
+            # N×N baselines take seconds per call: each direction of one image, one window per grid.
             first = problem.shape in HEADLINE and problem.batch == 1
             return first and self.direction != "both"
         return True
 
     def info(self) -> dict[str, object]:
         """As plain values for a record."""
-        rival, label = rivals.COPY, rivals.COPY_LABEL
-        if self.rival is not None:
-            rival, label = self.rival.name, self.rival.label
+        baseline, label = baselines.COPY, baselines.COPY_LABEL
+        if self.baseline is not None:
+            baseline, label = self.baseline.name, self.baseline.label
         return {
             "suite": "operators",
             **self.problem.info(),
             "direction": self.direction,
-            "rival": rival,
+            "rival": baseline,
             "label": label,
             "least_bytes": self.problem.traffic(self.direction),
         }
@@ -95,14 +92,14 @@ def problems(headline: bool, large: bool) -> Iterator[Problem]:
 
 
 def cases(headline: bool, large: bool) -> Iterator[Case]:
-    """Yield benchmarks in an order that lets neighbors share inputs, truth and rival."""
-    telling = rivals.HEADLINE if DEVICE.type == "cuda" else rivals.CPU_HEADLINE
+    """Yield benchmarks in an order that lets neighbors share inputs, truth and baseline."""
+    telling = baselines.HEADLINE if DEVICE.type == "cuda" else baselines.CPU_HEADLINE
     for problem in problems(headline, large):
-        for rival in RIVALS:
-            if DEVICE.type not in rival.devices or (headline and rival.name not in telling):
+        for baseline in BASELINES:
+            if DEVICE.type not in baseline.devices or (headline and baseline.name not in telling):
                 continue
             for direction in DIRECTIONS:
-                case = Case(problem, rival, direction)
+                case = Case(problem, baseline, direction)
                 if case.worth_while(headline, large):
                     yield case
         if problem.operator == "lca" and not (headline and DEVICE.type == "cpu"):
@@ -110,15 +107,8 @@ def cases(headline: bool, large: bool) -> Iterator[Case]:
                 yield Case(problem, None, direction)
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Make a benchmark of every case."""
-    option = metafunc.config.getoption
-    found = cases(option("--benchmark-headline"), option("--benchmark-large"))
-    metafunc.parametrize("case", [pytest.param(case, id=case.name) for case in found])
-
-
-class _Kept:
-    """The last problem's inputs and truths, and the last rival: the next case mostly shares them.
+class _Last:
+    """The last problem's inputs and truths, and the last baseline: the next case often shares them.
 
     What is replaced is dropped first, so that two never share the memory.
     """
@@ -129,12 +119,12 @@ class _Kept:
         self.truths: dict[bool, check.Truth] = {}
         self.contest: Contest | None = None
 
-    def contest_of(self, problem: Problem, rival: Rival) -> Contest:
+    def contest_of(self, problem: Problem, baseline: Baseline) -> Contest:
         held = self.contest
-        if held is not None and held.problem == problem and held.rival is rival:
+        if held is not None and held.problem == problem and held.baseline is baseline:
             return held
         self.contest = None
-        self.contest = Contest(rival, problem, self._inputs_of(problem))
+        self.contest = Contest(baseline, problem, self._inputs_of(problem))
         return self.contest
 
     def truth_of(self, problem: Problem, masked: bool) -> check.Truth:
@@ -154,33 +144,41 @@ class _Kept:
         self.truths = {}
 
 
-_KEPT = _Kept()
+_LAST = _Last()
+
+
+def time_baseline(
+    measure: Callable[..., None],
+    case: Case,
+    info: dict[str, object],
+    group: str,
+    graph: bool = False,
+) -> None:
+    """Check and time a baseline; inputs and truth are the last problem's where it is the same."""
+    problem, baseline, direction = case.problem, case.baseline, case.direction
+    assert baseline is not None
+
+    def prepare() -> dict[str, float]:
+        contest = _LAST.contest_of(problem, baseline)  # says first whether it can run here at all
+        return contest.check(direction, _LAST.truth_of(problem, baseline.masked))
+
+    def make() -> Callable[[], object]:
+        return _LAST.contest_of(problem, baseline).call(direction)
+
+    try:
+        measure(info, group, prepare, make, graph, baseline.context)
+    finally:
+        if _LAST.contest is not None:
+            _LAST.contest.release()
 
 
 def test_operator(measure: Callable[..., None], case: Case) -> None:
     """Time one case."""
-    problem, rival, direction = case.problem, case.rival, case.direction
-    group = f"{problem.name} {direction}"
-    graph = problem.batch <= GRAPH_BATCHES
-    if rival is None:
-        copy = CopyContest(problem, DEVICE)
-        measure(case.info(), group, dict, lambda: copy.call(direction), graph)
-        copy.release()
+    group = f"{case.problem.name} {case.direction}"
+    graph = case.problem.batch <= GRAPH_BATCHES
+    if case.baseline is not None:
+        time_baseline(measure, case, case.info(), group, graph)
         return
-
-    def prepare() -> dict[str, float]:
-        contest = _KEPT.contest_of(problem, rival)  # says first whether it can run here at all
-        return contest.check(direction, _KEPT.truth_of(problem, rival.masked))
-
-    try:
-        measure(
-            case.info(),
-            group,
-            prepare,
-            lambda: _KEPT.contest_of(problem, rival).call(direction),
-            graph,
-            rival.context,
-        )
-    finally:
-        if _KEPT.contest is not None:
-            _KEPT.contest.release()
+    copy = CopyContest(case.problem, DEVICE)
+    measure(case.info(), group, dict, lambda: copy.call(case.direction), graph)
+    copy.release()

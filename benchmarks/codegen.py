@@ -164,8 +164,8 @@ def specialization(
             aligned = value.storage_offset() * value.element_size() % 16 == 0
         elif isinstance(value, float):
             named, aligned = "fp32", False
-        elif value == 1 and special:
-            constants[place] = 1
+        elif value is None or (value == 1 and special):
+            constants[place] = value
             return "constexpr"
         else:
             named = "i32" if -(2**31) <= value < 2**31 else "i64"
@@ -249,7 +249,8 @@ def loops(code: Sequence[sass.Instruction], launch: Launch, arch: str) -> list[L
     # LCA's forward kernel has a second loop, with the maximum of a row, behind its first.
     names = ["halo", "online halo"] if launch.constants.get("TRY_WITHOUT_MAXIMUM") else ["halo"]
     if "INSIDE" in launch.constants:
-        names = ["windowed"] if launch.constants["INSIDE"] else ["plain", "windowed"]
+        one = launch.constants["INSIDE"] or launch.constants.get("DQ") == "store"
+        names = ["windowed"] if one else ["plain", "windowed"]
         if "CERTIFIED" in launch.constants:
             online = [f"online {name}" for name in names]
             names = names + online if launch.constants["CERTIFIED"] else online
@@ -492,7 +493,6 @@ def passes(made: Iterable[str]) -> dict[str, list[str]]:
         found[f"{operator} forward"] = [f"{operator}-forward"]
         for mode in MODES:
             names = [f"{operator}-{stem}{mode}" for stem in stems[1:]]
-            names += [f"{operator}-delta"] if mode else []
             found[f"{operator} backward{mode.replace('-', ' ')}"] = [n for n in names if n in made]
     return found
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from benchmarks import timing
+from benchmarks.baselines import UnavailableError
 from benchmarks.check import WrongResultError
 from benchmarks.record import Recorder, bench_device, record_path
-from benchmarks.rivals import UnavailableError
 
 _RECORDER = pytest.StashKey[Recorder]()
 # A CPU call longer than this is timed a fixed number of times, without calibration.
@@ -50,6 +50,14 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.verbose = 1
     if config.args_source == pytest.Config.ArgsSource.TESTPATHS:
         config.args = [str(Path(__file__).parent)]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Make a benchmark of every case that a file names for this device."""
+    if "case" in metafunc.fixturenames:
+        option = metafunc.config.getoption
+        cases = metafunc.module.cases(option("--benchmark-headline"), option("--benchmark-large"))
+        metafunc.parametrize("case", [pytest.param(case, id=case.name) for case in cases])
 
 
 def pytest_report_teststatus(
@@ -125,7 +133,7 @@ def measure(
             with _memory_errors():
                 errors = prepare()
                 with context():
-                    found = _time(benchmark, make, graph)
+                    figures = _time(benchmark, make, graph)
         except UnavailableError as error:
             recorder.add({**info, "outcome": "unavailable", "reason": str(error)})
             pytest.skip(str(error))
@@ -138,10 +146,10 @@ def measure(
         except WrongResultError as error:
             recorder.add({**info, "outcome": "wrong", "reason": str(error)})
             raise
-        benchmark.extra_info.update(found, errors=errors)
-        if "median_s" in found:
-            record_property("median", timing.in_words(float(found["median_s"])))
-        recorder.add({**info, "outcome": "ok", "errors": errors, **found})
+        benchmark.extra_info.update(figures, errors=errors)
+        if "median_s" in figures:
+            record_property("median", timing.in_words(float(str(figures["median_s"]))))
+        recorder.add({**info, "outcome": "ok", "errors": errors, **figures})
 
     return run
 

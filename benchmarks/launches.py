@@ -31,8 +31,7 @@ def _kernel_names() -> tuple[str, ...]:
     names = ["prepare-key"]
     for operator, stems in OPERATORS.items():
         for stem in stems:
-            modes = MODES if stem.startswith("backward") else ("",)
-            modes = MODES[1:] if stem == "gather" else modes
+            modes = {"forward": MODES[:1], "delta": MODES[:1], "gather": MODES[1:]}.get(stem, MODES)
             names += [f"{operator}-{stem}{mode}" for mode in modes]
     return tuple(names)
 
@@ -137,7 +136,7 @@ def _launches(shape: Shape, dtype: torch.dtype) -> dict[str, Launch]:
                     raster = record.kernel.__module__.startswith(f"{mlka.__name__}.")
                     prefix = "lca-raster" if raster and operator == "lca" else operator
                     stem = record.kernel.__name__.removesuffix("_kernel").replace("_", "-")
-                    if stem.startswith(("backward", "gather")):
+                    if stem != "forward":
                         stem += mode
                     made.setdefault(f"{prefix}-{stem}", record)
     finally:

@@ -11,18 +11,33 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks import record
+from benchmarks.record import RESULTS, read_records
 from benchmarks.timing import in_words
 
 README = Path(__file__).resolve().parent / "README.md"
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
-Result = dict[str, Any]
+Result = dict[str, Any]  # its key "rival" is the name of a baseline, or of ours
 
-# What an H100 allows, for the limits in the plots: bytes/s of its memory, powers of two a second.
+
+class Record(NamedTuple):
+    """A record, the folder of its plots, and all records by file name, itself among them."""
+
+    name: str
+    content: dict[str, Any]
+    folder: Path
+    every: dict[str, dict[str, Any]]
+
+    @property
+    def source(self) -> str:
+        """What a table of it names."""
+        return f"from `{self.name}`"
+
+
+# What an H100 allows, for the limits in the plots: bytes/s of its memory, powers of two per second.
 # A record of `benchmarks.microbenchmarks` from the same device replaces them by what was measured.
 _LIMITS = {"H100": (3.0e12, 3.7e12), "H200": (4.3e12, 3.7e12)}
 
@@ -34,11 +49,11 @@ def figures(records: dict[str, dict[str, Any]], folder: Path) -> str:
     parts = []
     for name, content in records.items():
         parts.append(_heading(name, content))
-        results = content["results"]
+        results, this = content["results"], Record(name, content, folder, records)
         for suite, write in _WRITERS.items():
             mine = [r for r in results if r.get("suite") == suite]
             if mine:
-                parts.append(write(mine, content, name, folder, records))
+                parts.append(write(mine, this))
     return "\n\n".join(parts)
 
 
@@ -96,37 +111,35 @@ def _unique(values: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(values))
 
 
-def _operators(
-    results: list[Result], content: dict[str, Any], name: str, folder: Path, records: Any
-) -> str:
+def _operators(results: list[Result], record: Record) -> str:
     parts = [
-        f"**Operators** (from `{name}`): median time; in brackets the replay of a CUDA graph. "
+        f"**Operators** ({record.source}): median time; in brackets the replay of a CUDA graph. "
         "The last column is the peak memory of the longest direction."
     ]
     problems = _unique(_problem(r) for r in results)
     for problem in problems:
         mine = [r for r in results if _problem(r) == problem]
-        found = {(r["rival"], r["direction"]): r for r in mine}
+        by_way = {(r["rival"], r["direction"]): r for r in mine}
         directions = _unique(r["direction"] for r in mine)
         names = _unique(r["rival"] for r in mine)
-        names = [n for n in names if any(found.get((n, d), {}).get("outcome") != "unavailable"
+        names = [n for n in names if any(by_way.get((n, d), {}).get("outcome") != "unavailable"
                                          for d in directions)]  # fmt: skip
 
-        def cell(rival: str, column: str, found: Any = found, ways: Any = directions) -> str:
+        def cell(baseline: str, column: str, by_way: Any = by_way, ways: Any = directions) -> str:
             if column != "memory":
-                return _cell(found.get((rival, column)))
-            peaks = [found[rival, d].get("peak_bytes") for d in ways if (rival, d) in found]
+                return _cell(by_way.get((baseline, column)))
+            peaks = [by_way[baseline, d].get("peak_bytes") for d in ways if (baseline, d) in by_way]
             return _bytes(max(p for p in peaks if p is not None)) if any(peaks) else ""
 
-        parts.append(f"`{problem}`\n\n" + _table(names, [*directions, "memory"], cell, "rival"))
+        parts.append(f"`{problem}`\n\n" + _table(names, [*directions, "memory"], cell, "baseline"))
     labels = {r["rival"]: r["label"] for r in results}
-    parts.append("Rivals: " + "; ".join(f"`{n}`: {text}" for n, text in labels.items()) + ".")
+    parts.append("Baselines: " + "; ".join(f"`{n}`: {text}" for n, text in labels.items()) + ".")
     missing = {r["rival"]: r["reason"] for r in results if r["outcome"] == "unavailable"}
     if missing:
         parts.append(
             "Could not run here: " + "; ".join(f"`{n}`: {why}" for n, why in missing.items()) + "."
         )
-    speedups = _speedups(results, name, folder)
+    speedups = _speedups(results, record)
     return "\n\n".join([*parts, *([speedups] if speedups else [])])
 
 
@@ -134,8 +147,8 @@ def _problem(r: Result) -> str:
     return f"{r['operator']}-{r['shape']}-B{r['batch']}-{r['dtype']}"
 
 
-def _speedups(results: list[Result], name: str, folder: Path) -> str:
-    """Draw the forward and backward times of every rival over ours, at the largest batch."""
+def _speedups(results: list[Result], record: Record) -> str:
+    """Draw the forward and backward times of every baseline over ours, at the largest batch."""
     timed = [r for r in results if r["outcome"] == "ok" and "median_s" in r]
     ours = "triton" if any(r["rival"] == "triton" for r in timed) else "tiled"
     best = {(_problem(r), r["direction"]): r["median_s"] for r in timed if r["rival"] == ours}
@@ -150,47 +163,45 @@ def _speedups(results: list[Result], name: str, folder: Path) -> str:
         return ""
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=(9, 0.34 * len(groups) + 1.6), layout="constrained")
-    for i, rival in enumerate(names):
+    for i, baseline in enumerate(names):
         points = [
             (r["median_s"] / best[_problem(r), r["direction"]],
              groups.index(f"{_problem(r)} {r['direction']}"))
             for r in chosen
-            if r["rival"] == rival and r["direction"] != "both"
+            if r["rival"] == baseline and r["direction"] != "both"
             and (_problem(r), r["direction"]) in best
         ]  # fmt: skip
         if points:
             xs, ys = zip(*points, strict=True)
-            axes.scatter(xs, ys, label=rival, marker="osD^v<>PX*hd"[i % 12], s=30)
+            axes.scatter(xs, ys, label=baseline, marker="osD^v<>PX*hd"[i % 12], s=30)
     axes.axvline(1, color="black", linewidth=1)
     axes.set(xscale="log", xlabel=f"time over that of {ours} (right of 1: slower than {ours})")
     axes.set_yticks(range(len(groups)), groups, fontsize=7)
     axes.invert_yaxis()
     axes.grid(axis="x", which="both", alpha=0.3)
     axes.legend(fontsize=7, ncols=2)
-    file = _save(figure, folder, name, "rivals")
-    return f"![Times over ours, from {name}]({file})"
+    file = _save(figure, record, "baselines")
+    return f"![Times over ours, from {record.name}]({file})"
 
 
-def _model(
-    results: list[Result], content: dict[str, Any], name: str, folder: Path, records: Any
-) -> str:
+def _model(results: list[Result], record: Record) -> str:
     def what(r: Result) -> str:
         level = f" level {r['level']} ({r['grid']})" if "level" in r else ""
         return f"{r['part']}{level}, batch {r['batch']}, {r['dtype']}"
 
-    found = {(what(r), r["rival"]): r for r in results}
+    by_row = {(what(r), r["rival"]): r for r in results}
     backends = _unique(r["rival"] for r in results)
 
     def cell(row: str, column: str) -> str:
         backend, _, kind = column.partition(" ")
-        result = found.get((row, backend))
+        result = by_row.get((row, backend))
         if kind == "memory":
             return _bytes(result["peak_bytes"]) if result and "peak_bytes" in result else ""
         return _cell(result)
 
     columns = [c for b in backends for c in (b, f"{b} memory")]
     table = _table(_unique(what(r) for r in results), columns, cell, "part")
-    return f"**Model**, paper preset (from `{name}`): median time and peak memory.\n\n{table}"
+    return f"**Model**, paper preset ({record.source}): median time and peak memory.\n\n{table}"
 
 
 def slope(sizes: Sequence[float], values: Sequence[float]) -> float:
@@ -202,25 +213,16 @@ def slope(sizes: Sequence[float], values: Sequence[float]) -> float:
     return float(np.polyfit(x, y, 1)[0])
 
 
-def _scaling(
-    results: list[Result], content: dict[str, Any], name: str, folder: Path, records: Any
-) -> str:
+def _scaling(results: list[Result], record: Record) -> str:
     return "\n\n".join(
-        _scaling_along(axis, mine, content, name, folder, records)
+        _scaling_along(axis, mine, record)
         for axis in ("tokens", "batch")
         if (mine := [r for r in results
                      if r["axis"] == axis and r["outcome"] == "ok" and "median_s" in r])
     )  # fmt: skip
 
 
-def _scaling_along(
-    axis: str,
-    timed: list[Result],
-    content: dict[str, Any],
-    name: str,
-    folder: Path,
-    records: Any,
-) -> str:
+def _scaling_along(axis: str, timed: list[Result], record: Record) -> str:
     plt = _pyplot()
     operators = _unique(r["operator"] for r in timed)
     figure, grid = plt.subplots(
@@ -230,10 +232,11 @@ def _scaling_along(
     what, symbol = {"tokens": ("tokens", "N"), "batch": ("the batch", "B")}[axis]
     for column, operator in enumerate(operators):
         for direction, style in (("forward", "-"), ("both", "--")):
-            for i, rival in enumerate(_unique(r["rival"] for r in timed)):
+            for i, baseline in enumerate(_unique(r["rival"] for r in timed)):
                 mine = [
                     r for r in timed
-                    if (r["operator"], r["direction"], r["rival"]) == (operator, direction, rival)
+                    if (r["operator"], r["direction"]) == (operator, direction)
+                    and r["rival"] == baseline
                 ]  # fmt: skip
                 if not mine:
                     continue
@@ -243,10 +246,10 @@ def _scaling_along(
                     p = slope(sizes, values)
                     grid[row][column].plot(
                         sizes, values, style, marker="o", markersize=3, color=f"C{i}",
-                        label=f"{rival} {direction}, {symbol}^{p:.2f}",
+                        label=f"{baseline} {direction}, {symbol}^{p:.2f}",
                     )  # fmt: skip
-                    slopes[f"{operator} {direction} {rival}", field] = f"{p:.2f}"
-        limit = _limit(timed, axis, operator, content, records)
+                    slopes[f"{operator} {direction} {baseline}", field] = f"{p:.2f}"
+        limit = _limit(timed, axis, operator, record)
         if limit is not None:
             label, sizes, values = limit
             grid[0][column].plot(sizes, values, ":", color="black", label=label)
@@ -257,33 +260,30 @@ def _scaling_along(
             )
             axes.grid(which="both", alpha=0.2)
             axes.legend(fontsize=6)
-    file = _save(figure, folder, name, f"scaling-{axis}")
+    file = _save(figure, record, f"scaling-{axis}")
     rows = _unique(key for key, _ in slopes)
     fields = {"time": "median_s", "memory": "peak_bytes"}
     table = _table(rows, list(fields), lambda r, c: slopes[r, fields[c]], f"exponent of {symbol}")
     first = timed[0]
     fixed = f"batch {first['batch']}" if axis == "tokens" else f"N = {first['tokens']}"
     return (
-        f"**Scaling with {what}** (from `{name}`): d = {first['width']}, window "
+        f"**Scaling with {what}** ({record.source}): d = {first['width']}, window "
         f"{first['window']}, {fixed}, {first['dtype']}. Exponent p of {symbol}^p over the three "
-        f"largest sizes.\n\n{table}\n\n![Time and memory against {what}, from {name}]({file})"
+        f"largest sizes.\n\n{table}\n\n"
+        f"![Time and memory against {what}, from {record.name}]({file})"
     )
 
 
 def _limit(
-    timed: list[Result],
-    axis: str,
-    operator: str,
-    content: dict[str, Any],
-    records: dict[str, Any],
+    timed: list[Result], axis: str, operator: str, record: Record
 ) -> tuple[str, list[int], list[float]] | None:
     """Return the least time of a forward pass on a known GPU, with the name of its source."""
-    device = content["environment"]["device_name"]
+    device = record.content["environment"]["device_name"]
     known = [limits for key, limits in _LIMITS.items() if key in device]
     if not known:
         return None
     (bandwidth, rate), source = known[0], "by arithmetic"
-    for file, other in records.items():
+    for file, other in record.every.items():
         if other["environment"]["device_name"] != device:
             continue
         values = {
@@ -308,13 +308,11 @@ def _limit(
     return f"forward limit, {source}", [r[axis] for r in mine], [least(r) for r in mine]
 
 
-def _check(
-    results: list[Result], content: dict[str, Any], name: str, folder: Path, records: Any
-) -> str:
+def _check(results: list[Result], record: Record) -> str:
     failed = [r for r in results if r["outcome"] != "ok"]
     worst = max((max(r["errors"].values()) for r in results if r["outcome"] == "ok"), default=0.0)
     text = (
-        f"**Checks** (from `{name}`): {len(results) - len(failed)} of {len(results)} problems "
+        f"**Checks** ({record.source}): {len(results) - len(failed)} of {len(results)} problems "
         "equal the definition in output and all gradients; largest relative error "
         f"{worst:.1e}."
     )
@@ -322,13 +320,11 @@ def _check(
     return "\n".join([text, *([""] if lines else []), *lines])
 
 
-def _microbenchmarks(
-    results: list[Result], content: dict[str, Any], name: str, folder: Path, records: Any
-) -> str:
-    found = {r["name"]: r for r in results}
+def _microbenchmarks(results: list[Result], record: Record) -> str:
+    by_row = {r["name"]: r for r in results}
 
     def cell(row: str, column: str) -> str:
-        r = found[row]
+        r = by_row[row]
         if r["outcome"] != "ok":
             return r["reason"] if column == "value" else ""
         if column == "value":
@@ -340,15 +336,15 @@ def _microbenchmarks(
             if k not in skip and not isinstance(v, dict)
         )
 
-    return f"**What the GPU does** (from `{name}`)\n\n" + _table(
-        list(found), ["value", "more"], cell, "measured"
+    return f"**What the GPU does** ({record.source})\n\n" + _table(
+        list(by_row), ["value", "more"], cell, "measured"
     )
 
 
-def _tiles(
-    results: list[Result], content: dict[str, Any], name: str, folder: Path, records: Any
-) -> str:
-    parts = [f"**Tile search** (from `{name}`): the five fastest candidates, and the table's own."]
+def _tiles(results: list[Result], record: Record) -> str:
+    parts = [
+        f"**Tile search** ({record.source}): the five fastest candidates, and the table's own."
+    ]
     for group in _unique(f"{r['kernel']} {_problem(r)}" for r in results):
         mine = [r for r in results if f"{r['kernel']} {_problem(r)}" == group]
         timed = sorted((r for r in mine if r["outcome"] == "ok"), key=lambda r: r["median_s"])
@@ -365,9 +361,7 @@ def _tiles(
     return "\n\n".join(parts)
 
 
-def _throughput(
-    results: list[Result], content: dict[str, Any], name: str, folder: Path, records: Any
-) -> str:
+def _throughput(results: list[Result], record: Record) -> str:
     def what(r: Result) -> str:
         return f"{r['what']}, {r['rival']}, {r['dtype']}, batch {r['batch']}"
 
@@ -382,12 +376,10 @@ def _throughput(
     rows = _unique(what(r) for r in results)
     columns = ["images/s", "peak memory", "the time of an epoch"]
     table = _table(rows, columns, cell, "training")
-    return f"**Training**, from the second epoch on (from `{name}`)\n\n{table}"
+    return f"**Training**, from the second epoch on ({record.source})\n\n{table}"
 
 
-def _jobs(
-    results: list[Result], content: dict[str, Any], name: str, folder: Path, records: Any
-) -> str:
+def _jobs(results: list[Result], record: Record) -> str:
     rows = {r["job"]: r for r in results}
 
     def cell(row: str, column: str) -> str:
@@ -403,26 +395,24 @@ def _jobs(
     first = results[0]
     table = _table(list(rows), ["images", "time", "images/s", "peak memory"], cell, "job")
     return (
-        f"**Whole jobs** (from `{name}`): preset `{first['preset']}` at {first['image_size']} "
+        f"**Whole jobs** ({record.source}): preset `{first['preset']}` at {first['image_size']} "
         f"pixels, files of {first['file_size']}, batch {first['batch']}, {first['dtype']}.\n\n"
         f"{table}"
     )
 
 
-def _distance(
-    results: list[Result], content: dict[str, Any], name: str, folder: Path, records: Any
-) -> str:
+def _distance(results: list[Result], record: Record) -> str:
     def what(r: Result) -> str:
         return f"level {r['level']}, batch {r['batch']}, {r['direction']}, {r['dtype']}"
 
-    found = {(what(r), r["rival"]): r for r in results}
+    by_row = {(what(r), r["rival"]): r for r in results}
     table = _table(
         _unique(what(r) for r in results),
         _unique(r["rival"] for r in results),
-        lambda row, rival: _cell(found.get((row, rival))),
+        lambda row, baseline: _cell(by_row.get((row, baseline))),
         "token distance",
     )
-    return f"**Distance**, for loss and score (from `{name}`): median time.\n\n{table}"
+    return f"**Distance**, for loss and score ({record.source}): median time.\n\n{table}"
 
 
 _WRITERS: dict[str, Callable[..., str]] = {
@@ -447,26 +437,26 @@ def _pyplot() -> Any:
     return plt
 
 
-def _save(figure: Any, folder: Path, name: str, kind: str) -> str:
+def _save(figure: Any, record: Record, kind: str) -> str:
     """Save a plot beside its record; return its path as the README links it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{Path(name).stem}-{kind}.png"
+    record.folder.mkdir(parents=True, exist_ok=True)
+    path = record.folder / f"{Path(record.name).stem}-{kind}.png"
     figure.savefig(path, dpi=130, metadata={"Software": None})  # equal records, equal files
     _pyplot().close(figure)
-    return f"{folder.name}/{path.name}"
+    return f"{record.folder.name}/{path.name}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the figures into the README."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
-    parser.add_argument("--results", type=Path, default=record.RESULTS)
+    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--readme", type=Path, default=README)
     options = parser.parse_args(arguments)
     text = options.readme.read_text(encoding="utf-8")
     if BEGIN not in text or END not in text:
         print(f"{options.readme} has no markers {BEGIN} and {END}", file=sys.stderr)
         return 1
-    body = figures(record.read_records(options.results), options.results)
+    body = figures(read_records(options.results), options.results)
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     options.readme.write_text(f"{before}{BEGIN}\n\n{body}\n\n{END}{after}", encoding="utf-8")
     return 0

@@ -17,7 +17,7 @@ OPERATORS = {
 DIRECTIONS = ("forward", "backward", "both")
 BATCHES = (1, 4, 16, 64, 256)
 HEADS = 8
-# Scores of one call, B·h·N², above which a problem is left out: seconds a call, minutes a case.
+# Scores of one call, B·h·N², above which a problem is left out: seconds per call, minutes per case.
 MOST_SCORES = 2**38
 
 

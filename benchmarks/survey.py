@@ -319,7 +319,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"{name}: {refusal(row)}", flush=True)
     groups = summary(list(rows.values()))
     content = json.loads(options.record.read_text()) if options.record.exists() else {}
-    content[version()] = {"triton": triton.__version__, "of": len(everything), "groups": groups}
+    content[version()] = {
+        "triton": triton.__version__, "kernels": len(rows), "of": len(everything), "groups": groups
+    }  # fmt: skip
     options.record.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
     print(table(groups))
     return int(any(group["refused"] for group in groups))

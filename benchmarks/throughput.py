@@ -1,4 +1,4 @@
-"""Training throughput: images a second from the second epoch on, and where the time goes.
+"""Training throughput: images per second from the second epoch on, and where the time goes.
 
 ``python -m benchmarks.throughput`` trains the paper's preset on random features that already lie on
 the device. ``python -m benchmarks.throughput --data DATA --preset tiny`` trains on a data set, with

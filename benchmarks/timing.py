@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import psutil
+import pytest
 import torch
 
 REPEATS = 50
@@ -87,6 +88,11 @@ class ReplayClock:
 
 
 CLOCK = ReplayClock()
+# Of benchmarks whose calls are short: device time on a GPU, a few rounds on a CPU.
+if torch.cuda.is_available():
+    MARK = pytest.mark.benchmark(timer=CLOCK)
+else:
+    MARK = pytest.mark.benchmark(max_time=0.25, min_rounds=3)
 
 
 def time_on_gpu(

@@ -243,6 +243,7 @@ _SMALLER_RASTER = (
 _BEFORE_3_9 = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
 
 # By head width d, for two bytes an element.
+_QUERIES = {width: RasterTiles(64, 64) for width in (16, 32, 64, 128)}
 _RASTER: dict[int, dict[str, dict[int, RasterTiles]]] = {
     90: {
         "raster_forward": {
@@ -257,7 +258,7 @@ _RASTER: dict[int, dict[str, dict[int, RasterTiles]]] = {
             64: RasterTiles(64, 64, separate_dq=True, stages=1),
             128: RasterTiles(64, 32, separate_dq=True, stages=1),
         },
-        "raster_query": {width: RasterTiles(64, 64) for width in (16, 32, 64, 128)},
+        "raster_query": _QUERIES | {64: RasterTiles(64, 64, registers=168)},
     }
 }
 # What other architectures do otherwise.
@@ -269,6 +270,7 @@ _RASTER[100] = _RASTER[90] | {
     },
     "raster_key": _RASTER[90]["raster_key"]
     | {128: RasterTiles(32, 64, separate_dq=True, stages=1)},
+    "raster_query": _QUERIES,
 }
 _RASTER[80] = _RASTER[90] | {
     "raster_forward": _RASTER[90]["raster_forward"]
@@ -279,6 +281,15 @@ _RASTER[80] = _RASTER[90] | {
         64: RasterTiles(32, 128, separate_dq=True, warps=8, stages=1),
         128: RasterTiles(64, 64, separate_dq=True, warps=8, stages=1),
     },
+    "raster_query": _QUERIES,
+}
+# A program that holds all keys of a small grid: dQ needs no sum. Of two bytes an element, by
+# architecture and by the heads that leave registers for it.
+_TALL, _LOW = RasterTiles(64, 256, warps=8, stages=1), RasterTiles(32, 256, warps=8, stages=1)
+_ALL_KEYS = {
+    80: {16: _LOW, 32: _LOW},
+    90: {16: _TALL, 32: _LOW, 64: _LOW},
+    100: {16: _TALL, 32: _LOW, 64: _LOW},
 }
 # Four or eight bytes an element: small.
 _SMALL_KEY, _TINY_KEY = (
@@ -318,6 +329,10 @@ def table_tiles(problem: Problem) -> Tiles:
         return _halo_tiles(problem)
     if problem.dtype.itemsize > 2:
         return _WIDE[problem.table][problem.kernel][problem.width]
+    if problem.kernel == "raster_key" and 128 < problem.geometry.tokens <= 256:
+        all_keys = _ALL_KEYS[problem.table].get(problem.width)
+        if all_keys:
+            return all_keys
     tiles = _RASTER[problem.table][problem.kernel][problem.width]
     if problem.kernel == "raster_forward" and _windows_meet_all(problem.geometry, tiles):
         # Pipelined, the loop that nobody enters ends ptxas 12.9 for sm_90 with a segmentation

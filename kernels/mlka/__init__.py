@@ -15,8 +15,9 @@ keys meets its queries in the same way.
 
 - forward: a program owns a block of queries of one image and head.
 - backward: a program owns a block of keys of one head and a chunk of the batch. dV is finished per
-  image; dK stays in registers over the chunk, and the few chunks are summed in order. dQ is a sum
-  over programs: float32 atomics, or, deterministically, a second kernel that owns queries.
+  image; dK stays in registers over the chunk, and the few chunks are summed in order. dQ is stored
+  where one program holds all keys. Else it is a sum over programs: float32 atomics, or,
+  deterministically, a second kernel that owns queries.
 
 With INSIDE the same kernels attend to the keys inside the window: LCA, for windows too large for
 `rlr_fast.kernels.lca` to keep resident.

@@ -4,9 +4,10 @@
     dK = ln2 · Σ_batch dSᵀ Q,   dQ = ln2 · dS K
 
 dV is finished per image; dK stays in registers over the chunk, and the few chunks are summed in
-order. dQ is a sum over the blocks of keys, that is over programs: where one block holds all keys it
-is stored, else added by float32 atomics, or left to a second kernel that owns queries and computes
-the weights again. Deterministic but for the atomics.
+order. dQ is a sum over the blocks of keys, that is over programs: where one program holds all keys
+it is stored, else added by float32 atomics, or left to a second kernel that owns queries and
+computes the weights again. Deterministic but for the atomics. delta comes with dQ: from the program
+that holds all keys, from the second kernel, or before the atomics from a kernel of its own.
 """
 
 from __future__ import annotations
@@ -40,6 +41,12 @@ from rlr_fast.kernels.tiles import RasterTiles
 _LN2 = tl.constexpr(0.6931471805599453)
 
 
+@triton.jit
+def _delta(o, do, ACC: tl.constexpr):
+    """Row sums of dO ∘ O."""
+    return tl.sum(o.to(ACC) * do.to(ACC), 1)
+
+
 @triton.jit(do_not_specialize=["batch", "heads"])
 def delta_kernel(
     o, do, delta, o_strides, do_strides, batch, heads,
@@ -53,20 +60,19 @@ def delta_kernel(
     i_b = (pid // heads // blocks).to(tl.int64)
     o_tile = load_rows(head_of(o, o_strides, i_b, i_h), start_m, BLOCK_M, o_strides[2], N, D)
     do_tile = load_rows(head_of(do, do_strides, i_b, i_h), start_m, BLOCK_M, do_strides[2], N, D)
-    ACC: tl.constexpr = delta.dtype.element_ty
-    row_delta = tl.sum(o_tile.to(ACC) * do_tile.to(ACC), 1)
+    row_delta = _delta(o_tile, do_tile, delta.dtype.element_ty)
     offs_m = start_m + tl.arange(0, BLOCK_M)
     tl.store(delta + (i_b * heads + i_h) * N + offs_m, row_delta, mask=offs_m < N)
 
 
 @triton.jit
 def _key_step(
-    dk, dv, dq, k, v, q, do, row_lse, row_delta, start_n, start_m,
+    dk, dv, k, v, q, do, row_lse, row_delta, start_n, start_m,
     N: tl.constexpr, W: tl.constexpr, RY: tl.constexpr, RX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KEYS: tl.constexpr,
-    INSIDE: tl.constexpr, WINDOWED: tl.constexpr, DQ: tl.constexpr, PRECISION: tl.constexpr,
+    INSIDE: tl.constexpr, WINDOWED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add to dK, dV and dQ, which may be None, what a block of keys and one of queries give.
+    """Add to dK and dV what a block of keys and one of queries give; return them, and dS.
 
     Scores lie as (keys, queries).
     """
@@ -80,15 +86,13 @@ def _key_step(
     ds = p * (dot(v, tl.trans(do), None, PRECISION) - row_delta[None, :])
     ds = ds.to(q.dtype)
     dk = dot(ds, q, dk, PRECISION)
-    if DQ != "separate":
-        dq = dot(tl.trans(ds), k, dq, PRECISION)
-    return dk, dv, dq
+    return dk, dv, ds
 
 
 @triton.jit
 def _key_gradients(
     dk_a, dv_a, dk_b, dv_b, k_a, v_a, k_b, v_b, start_n,
-    q, do, lse, delta, dq, q_stride, do_stride, dq_stride, lo, hi,
+    q, o, do, lse, delta, dq, q_stride, o_stride, do_stride, dq_stride, lo, hi,
     N: tl.constexpr, W: tl.constexpr, RY: tl.constexpr, RX: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr,
     INSIDE: tl.constexpr, WINDOWED: tl.constexpr, DQ: tl.constexpr, PRECISION: tl.constexpr,
@@ -101,17 +105,25 @@ def _key_gradients(
         q_tile = load_rows(q, start_m, BLOCK_M, q_stride, N, D)
         do_tile = load_rows(do, start_m, BLOCK_M, do_stride, N, D)
         row_lse = load_row_values(lse, start_m, BLOCK_M, N)
-        row_delta = load_row_values(delta, start_m, BLOCK_M, N)
-        dk_a, dv_a, dq_tile = _key_step(
-            dk_a, dv_a, None, k_a, v_a, q_tile, do_tile, row_lse, row_delta, start_n, start_m,
-            N, W, RY, RX, BLOCK_M, BLOCK_N, KEYS, INSIDE, WINDOWED, DQ, PRECISION,
+        if DQ == "store":
+            o_tile = load_rows(o, start_m, BLOCK_M, o_stride, N, D)
+            row_delta = _delta(o_tile, do_tile, lse.dtype.element_ty)
+        else:
+            row_delta = load_row_values(delta, start_m, BLOCK_M, N)
+        dk_a, dv_a, ds = _key_step(
+            dk_a, dv_a, k_a, v_a, q_tile, do_tile, row_lse, row_delta, start_n, start_m,
+            N, W, RY, RX, BLOCK_M, BLOCK_N, KEYS, INSIDE, WINDOWED, PRECISION,
         )  # fmt: skip
+        if DQ != "separate":
+            dq_tile = dot(tl.trans(ds), k_a, None, PRECISION)
         if BLOCKS == 2:
-            dk_b, dv_b, dq_tile = _key_step(
-                dk_b, dv_b, dq_tile, k_b, v_b, q_tile, do_tile, row_lse, row_delta,
+            dk_b, dv_b, ds = _key_step(
+                dk_b, dv_b, k_b, v_b, q_tile, do_tile, row_lse, row_delta,
                 start_n + BLOCK_N, start_m,
-                N, W, RY, RX, BLOCK_M, BLOCK_N, KEYS, INSIDE, WINDOWED, DQ, PRECISION,
+                N, W, RY, RX, BLOCK_M, BLOCK_N, KEYS, INSIDE, WINDOWED, PRECISION,
             )  # fmt: skip
+            if DQ != "separate":
+                dq_tile = dot(tl.trans(ds), k_b, dq_tile, PRECISION)
         if DQ == "store":
             store_rows(dq, dq_tile * _LN2, start_m, BLOCK_M, dq_stride, N, D)
         if DQ == "add":
@@ -145,8 +157,9 @@ def _store_keys(
 
 @triton.jit(do_not_specialize=["batch", "heads", "chunk"])
 def backward_key_kernel(
-    q, k, v, do, lse, delta, dq, dk, dv,
-    q_strides, k_strides, v_strides, do_strides, dq_strides, dv_strides, batch, heads, chunk,
+    q, k, v, o, do, lse, delta, dq, dk, dv,
+    q_strides, k_strides, v_strides, o_strides, do_strides, dq_strides, dv_strides,
+    batch, heads, chunk,
     H: tl.constexpr, W: tl.constexpr, RY: tl.constexpr, RX: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr, INSIDE: tl.constexpr,
     SHARED_VALUE: tl.constexpr, DQ: tl.constexpr, PRECISION: tl.constexpr,
@@ -154,8 +167,9 @@ def backward_key_kernel(
     """dV, and dK (chunks, h, N, D) of BLOCKS·BLOCK_N keys and ``chunk`` images; key block fastest.
 
     DQ says what becomes of dQ: "add" it atomically to a float32 buffer of zeros; "store" it, where
-    one program holds all keys; or keep it "separate", for `backward_query_kernel`. With
-    SHARED_VALUE, dV is a sum over the chunk like dK.
+    one program holds all keys; or leave it "separate", to `backward_query_kernel`. To store it
+    takes ``o``, all else takes ``delta``; the other is None. With SHARED_VALUE, dV is a sum over
+    the chunk like dK.
     """
     N: tl.constexpr = H * W
     KEYS: tl.constexpr = BLOCKS * BLOCK_N
@@ -177,7 +191,11 @@ def backward_key_kernel(
         do_image = head_of(do, do_strides, i_b, i_h)
         dq_image = head_of(dq, dq_strides, i_b, i_h)
         lse_image = lse + (i_b * heads + i_h) * N
-        delta_image = delta + (i_b * heads + i_h) * N
+        o_image, delta_image = o, delta
+        if DQ == "store":
+            o_image = head_of(o, o_strides, i_b, i_h)
+        else:
+            delta_image = delta + (i_b * heads + i_h) * N
         v_image = head_of(v, v_strides, i_b, i_h)
         v_a, v_b = _load_keys(v_image, start_n, BLOCK_N, BLOCKS, v_strides[2], N, D)
         if not SHARED_VALUE:
@@ -185,15 +203,15 @@ def backward_key_kernel(
             dv_b = dv_a
         dk_a, dv_a, dk_b, dv_b = _key_gradients(
             dk_a, dv_a, dk_b, dv_b, k_a, v_a, k_b, v_b, start_n,
-            q_image, do_image, lse_image, delta_image, dq_image,
-            q_strides[2], do_strides[2], dq_strides[2], lo, hi,
+            q_image, o_image, do_image, lse_image, delta_image, dq_image,
+            q_strides[2], o_strides[2], do_strides[2], dq_strides[2], lo, hi,
             N, W, RY, RX, D, BLOCK_M, BLOCK_N, BLOCKS, INSIDE, True, DQ, PRECISION,
         )  # fmt: skip
-        if not INSIDE:
+        if not INSIDE and DQ != "store":  # the windows of all keys meet all queries
             dk_a, dv_a, dk_b, dv_b = _key_gradients(
                 dk_a, dv_a, dk_b, dv_b, k_a, v_a, k_b, v_b, start_n,
-                q_image, do_image, lse_image, delta_image, dq_image,
-                q_strides[2], do_strides[2], dq_strides[2], lo, hi,
+                q_image, o_image, do_image, lse_image, delta_image, dq_image,
+                q_strides[2], o_strides[2], do_strides[2], dq_strides[2], lo, hi,
                 N, W, RY, RX, D, BLOCK_M, BLOCK_N, BLOCKS, INSIDE, False, DQ, PRECISION,
             )  # fmt: skip
         if not SHARED_VALUE:
@@ -232,22 +250,26 @@ def _query_gradient(
 
 @triton.jit(do_not_specialize=["batch", "heads"])
 def backward_query_kernel(
-    q, k, v, do, lse, delta, dq,
-    q_strides, k_strides, v_strides, do_strides, dq_strides, batch, heads,
+    q, k, v, o, do, lse, delta, dq,
+    q_strides, k_strides, v_strides, o_strides, do_strides, dq_strides, batch, heads,
     H: tl.constexpr, W: tl.constexpr, RY: tl.constexpr, RX: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, INSIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """DQ of one block of queries, in fixed order; query block fastest, head slowest."""
+    """DQ and delta of one block of queries, in fixed order; query block fastest, head slowest."""
     N: tl.constexpr = H * W
+    ACC: tl.constexpr = lse.dtype.element_ty
     start_m, i_b, i_h = query_block(batch, BLOCK_M, N)
     q_tile = load_rows(head_of(q, q_strides, i_b, i_h), start_m, BLOCK_M, q_strides[2], N, D)
     do_tile = load_rows(head_of(do, do_strides, i_b, i_h), start_m, BLOCK_M, do_strides[2], N, D)
+    o_tile = load_rows(head_of(o, o_strides, i_b, i_h), start_m, BLOCK_M, o_strides[2], N, D)
     row_lse = load_row_values(lse + (i_b * heads + i_h) * N, start_m, BLOCK_M, N)
-    row_delta = load_row_values(delta + (i_b * heads + i_h) * N, start_m, BLOCK_M, N)
+    row_delta = _delta(o_tile, do_tile, ACC)
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    tl.store(delta + (i_b * heads + i_h) * N + offs_m, row_delta, mask=offs_m < N)
     k += i_h * k_strides[0]
     v = head_of(v, v_strides, i_b, i_h)
     lo, hi = window_range(start_m, BLOCK_M, BLOCK_N, H, W, RY)
-    grad = tl.zeros((BLOCK_M, D), lse.dtype.element_ty)
+    grad = tl.zeros((BLOCK_M, D), ACC)
     grad = _query_gradient(
         grad, q_tile, do_tile, row_lse, row_delta, start_m, k, v, k_strides[1], v_strides[2],
         lo, hi, N, W, RY, RX, D, BLOCK_M, BLOCK_N, INSIDE, True, PRECISION,
@@ -283,42 +305,46 @@ def launch_backward(
     keys = tile.keys * tile.blocks
     programs = cdiv(tokens, keys) * heads
     most = _launch.chunk_programs(q.device, tile.warps)
+    if tokens <= keys:
+        # One round of programs that are alone on their multiprocessor: half the partial sums.
+        most //= 2
     chunk = cdiv(batch, min(batch, max(1, most // programs)))
     chunks = cdiv(batch, chunk)
     if tokens <= keys:
-        mode, dq_buffer = "store", dq
-    elif tile.separate_dq or torch.are_deterministic_algorithms_enabled():
-        mode, dq_buffer = "separate", dq
+        mode, dq_buffer, delta = "store", dq, None
     else:
-        mode, dq_buffer = "add", torch.zeros(dq.shape, dtype=exact, device=dq.device)
+        delta = torch.empty_like(lse)
+        if tile.separate_dq or torch.are_deterministic_algorithms_enabled():
+            mode, dq_buffer = "separate", dq
+        else:
+            mode, dq_buffer = "add", torch.zeros(dq.shape, dtype=exact, device=dq.device)
     parts = torch.empty((1 + shared, chunks, heads, tokens, width), dtype=exact, device=q.device)
     dv_buffer = parts[1] if shared else dv
     assert dv_buffer is not None
-    delta = torch.empty_like(lse)
-    _launch.launch(
-        delta_kernel, cdiv(tokens, 128) * batch * heads,
-        o, do, delta, o.stride()[:3], do.stride()[:3], batch, heads,
-        N=tokens, D=width, BLOCK_M=128,
-    )  # fmt: skip
-    inputs = (q, k, v, do, lse, delta)
-    strides = (q.stride()[:3], k.stride()[:2], value_strides(v), do.stride()[:3])
+    strides = (q.stride()[:3], k.stride()[:2], value_strides(v), o.stride()[:3], do.stride()[:3])
     constants: dict[str, Any] = {**geometry.constants(), "D": width, "INSIDE": inside}
     constants["PRECISION"] = _launch.precision(q.dtype)
+    if mode == "add":
+        _launch.launch(
+            delta_kernel, cdiv(tokens, 128) * batch * heads,
+            o, do, delta, *strides[3:], batch, heads, N=tokens, D=width, BLOCK_M=128,
+        )  # fmt: skip
+    if mode == "separate":
+        of_queries = problem_of("raster_query", q, geometry)
+        their: RasterTiles = require(of_queries)
+        _launch.launch(
+            backward_query_kernel, cdiv(tokens, their.queries) * batch * heads,
+            q, k, v, o, do, lse, delta, dq, *strides, dq.stride()[:3], batch, heads,
+            BLOCK_M=their.queries, BLOCK_N=their.keys, problem=of_queries,
+            **constants, **their.options(),
+        )  # fmt: skip
     _launch.launch(
         backward_key_kernel, programs * chunks,
-        *inputs, dq_buffer, parts[0], dv_buffer,
+        q, k, v, o if delta is None else None, do, lse, delta, dq_buffer, parts[0], dv_buffer,
         *strides, dq_buffer.stride()[:3], dv_buffer.stride()[:3], batch, heads, chunk,
         BLOCK_M=tile.queries, BLOCK_N=tile.keys, BLOCKS=tile.blocks, SHARED_VALUE=shared,
         DQ=mode, problem=problem, **constants, **tile.options(),
     )  # fmt: skip
-    if mode == "separate":
-        problem = problem_of("raster_query", q, geometry)
-        tile = require(problem)
-        _launch.launch(
-            backward_query_kernel, cdiv(tokens, tile.queries) * batch * heads,
-            *inputs, dq, *strides, dq.stride()[:3], batch, heads, problem=problem,
-            BLOCK_M=tile.queries, BLOCK_N=tile.keys, **constants, **tile.options(),
-        )  # fmt: skip
     if mode == "add":
         dq.copy_(dq_buffer)
     sums = parts[:, 0] if chunks == 1 else parts.sum(1)

@@ -201,7 +201,7 @@ def iterate_images(
     A file that cannot be read does not end the iteration: it is told in `ImageBatch.failures`, and
     the next one takes its place. So every batch has `batch_size` images but the last, which may
     have fewer, or none where only failures were left. The threads are at most `batch_size` images
-    ahead of the caller, or two a thread if that is more; two pictures where they keep their own
+    ahead of the caller, or two per thread if that is more; two pictures where they keep their own
     size, since one can fill a gigabyte.
 
     Args:

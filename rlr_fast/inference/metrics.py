@@ -26,7 +26,7 @@ tell apart.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -153,37 +153,22 @@ def mean_metrics(per_class: Mapping[str, Mapping[str, float]]) -> dict[str, floa
     return mean
 
 
-def format_table(
-    per_class: Mapping[str, Mapping[str, float]],
-    mean: Mapping[str, float],
-    columns: Sequence[str] | None = None,
-) -> str:
+def format_table(per_class: Mapping[str, Mapping[str, float]], mean: Mapping[str, float]) -> str:
     """Return metrics as a plain-text table in percent: a row per class, a rule, the mean.
 
     Args:
-        per_class: The metrics of each class, as fractions.
+        per_class: The metrics of each class, as fractions, by the keys of `HEADINGS`.
         mean: The mean of each metric, as a fraction.
-        columns: Keys of `HEADINGS` in the order of the columns; all seven by default.
 
     Returns:
         The lines of the table, joined by newlines, with none at the end. NaN prints as "-".
-
-    Raises:
-        ValueError: If a column is not a key of `HEADINGS`, or if a row lacks it.
     """
-    keys = list(HEADINGS) if columns is None else list(columns)
-    unknown = [key for key in keys if key not in HEADINGS]
-    if unknown:
-        raise ValueError(f"columns must be among {list(HEADINGS)}, got {unknown}")
 
     def row(name: str, metrics: Mapping[str, float]) -> list[str]:
-        missing = [key for key in keys if key not in metrics]
-        if missing:
-            raise ValueError(f"per_class and mean must hold every column, {name!r} lacks {missing}")
-        percents = [100 * metrics[key] for key in keys]
+        percents = [100 * metrics[key] for key in HEADINGS]
         return [name, *("-" if math.isnan(value) else f"{value:.1f}" for value in percents)]
 
-    header = ["class", *(HEADINGS[key] for key in keys)]
+    header = ["class", *HEADINGS.values()]
     body = [row(name, metrics) for name, metrics in per_class.items()]
     last = row("mean", mean)
     widths = [max(map(len, column)) for column in zip(header, *body, last, strict=True)]

@@ -83,8 +83,8 @@ class RLRBlock(nn.Module):
     was replaced or has hooks).
 
     The supplement's variants: learned fusion (eq. 17) has ``θ₁·MLKA + θ₂·LCA`` instead, with a pair
-    of parameters ``theta`` a block; θ₁ weighs the branches that α does not. The paper gives them no
-    initial values; here they start from 1 and α, as the fixed model. With K references LCA becomes
+    of parameters ``theta`` per block; θ₁ weighs the branches that α does not. The paper gives no
+    initial values; here they are 1 and α, as in the fixed model. With K references LCA becomes
     the sum of ``LCA(Y, R_h^i)`` over them. The supplement changes LCA alone, so every other branch
     keeps a single reference, the first.
 

@@ -69,20 +69,16 @@ def start_device(execution: ExecutionConfig) -> torch.device:
     return device
 
 
-def device_name(device: torch.device) -> str:
-    """Return a device's name as its maker gives it, e.g. for a record of timings."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return platform.processor() or platform.machine()
-
-
 def environment(device: torch.device) -> dict[str, Any]:
     """Return versions, platform and device as plain values."""
+    cuda = device.type == "cuda"
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": str(device),
-        "device_name": device_name(device),
+        "device_name": torch.cuda.get_device_name(device)
+        if cuda
+        else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "packages": {name: package_version(name) for name in _PACKAGES},
     }

@@ -157,7 +157,7 @@ def _plain(value: Any) -> str:
 
 
 def to_csv(content: Mapping[str, Any]) -> str:
-    """Return `summary`'s content as CSV: a line a row and class, of ours and of what is published.
+    """Return `summary`'s content as CSV: a line per row and class, ours and what is published.
 
     Metrics are in percent; ``class`` is ``mean`` for the mean over the classes.
     """

@@ -10,10 +10,10 @@ Figures = Mapping[str, float]
 """Metrics in percent, by the keys of `rlr_fast.inference.metrics.HEADINGS`; some of them or all."""
 
 LEVELS = (1, 2, 3)
-"""The stages that the paper reconstructs; a row's values a level stand for these."""
+"""The stages that the paper reconstructs; a row's values per level stand for these."""
 
 PER_LEVEL = ("hidden", "heads", "windows")
-"""The fields of `RLRConfig` that hold a value a level."""
+"""The fields of `RLRConfig` that hold a value per level."""
 
 MVTEC_AD, VISA = "MVTec-AD", "VisA"
 

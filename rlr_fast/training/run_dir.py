@@ -209,7 +209,7 @@ def write_checkpoint(out: Path, checkpoint: Checkpoint) -> None:
     write_tensors(out / WEIGHTS_FILE, checkpoint.model, checkpoint.metadata)
 
 
-class CheckpointWriter:
+class CheckpointWriter(BackgroundWriter):
     """Writes checkpoints in a thread of its own while training goes on.
 
     Leaving it as a context waits for the last of them.
@@ -220,13 +220,8 @@ class CheckpointWriter:
     """
 
     def __init__(self, out: Path, epoch: int) -> None:
+        super().__init__(threads=1, jobs=1)
         self._out, self._epoch = out, epoch
-        self._writer = BackgroundWriter(1, 1)
-
-    @property
-    def busy(self) -> bool:
-        """Return whether the disk is still at the last one."""
-        return self._writer.busy
 
     def write(self, checkpoint: Checkpoint) -> None:
         """Begin to write a checkpoint, once the one before is written.
@@ -234,20 +229,12 @@ class CheckpointWriter:
         Raises:
             TrainingError: The one before could not be written.
         """
-        self._writer.submit(lambda: self._write(checkpoint))
-
-    def wait(self) -> None:
-        """Wait until everything is written.
-
-        Raises:
-            TrainingError: It could not be written.
-        """
-        self._writer.finish()
+        self.submit(lambda: self._write(checkpoint))
 
     def kept(self) -> str:
         """Say which epoch's checkpoint is whole."""
         with contextlib.suppress(TrainingError):  # then the one before is
-            self.wait()
+            self.finish()
         return self._kept()
 
     def _kept(self) -> str:
@@ -265,18 +252,14 @@ class CheckpointWriter:
             ) from error
         self._epoch = checkpoint.epoch
 
-    def __enter__(self) -> CheckpointWriter:
-        return self
-
     def __exit__(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._writer.__exit__(kind, error, traceback)
-        if error is not None:
-            try:
-                self.wait()
-            except TrainingError as unwritten:
-                _log.warning("%s", unwritten)
+        super().__exit__(kind, error, traceback)
+        try:
+            self.finish()
+        except TrainingError as unwritten:  # the block's own error comes first
+            _log.warning("%s", unwritten)

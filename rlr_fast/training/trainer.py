@@ -301,7 +301,7 @@ class Trainer:
         if last or not checkpoints.busy:
             checkpoints.write(self._checkpoint())
         if last:
-            checkpoints.wait()
+            checkpoints.finish()
 
     def _checkpoint(self) -> Checkpoint:
         """Copy what the next step will change."""

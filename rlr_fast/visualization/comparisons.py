@@ -46,7 +46,7 @@ class ComparisonRow:
         mask: True for an anomalous pixel, (H, W), bool; None where there is no ground truth.
         defect: The kind of defect, or "good".
         features: Colors of the original features, (h, w, 3), uint8.
-        runs: One view a run.
+        runs: One view per run.
         decoded: Picture of the original features, (H, W, 3), uint8; None without a decoder.
     """
 
@@ -95,7 +95,7 @@ def comparison_sheet(
     for row in rows:
         views = [row.decoded, *(view.decoded for view in row.runs)]
         if len(row.runs) != len(runs) or any((view is not None) != decoded for view in views):
-            raise ValueError("rows must have a view a run, all decoded or none of them")
+            raise ValueError("rows must have a view per run, all decoded or none of them")
 
     ending = ["decoded"] if decoded else []
     names = [one_line(name) for name, _ in runs]

@@ -104,21 +104,59 @@ def test_issue_slots_stay_within_the_record(report, record, kernel, shape):
         assert loop["issue"] <= most, f"{loop['name']}, tiles {row['tiles']}"
 
 
-def test_limits_are_those_of_the_design():
-    """The table of limits for 64 images in bfloat16, in microseconds."""
-    script = (
-        "import json\n"
-        "from benchmarks.codegen import SHAPES, limits\n"
-        "names = ('64x64-d16-w11', '32x32-d32-w7', '16x16-d64-w5', '256x256-d16-w11-b4')\n"
-        "print(json.dumps([[limits(SHAPES[name], operator, backward, 2) for name in names]\n"
-        "    for operator in ('lca', 'mlka') for backward in (False, True)]))\n"
-    )
+def run_script(script: str) -> Any:
+    """Run Python with Triton's compiler and not its interpreter; return what it prints as JSON."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    lca, lca_backward, mlka, mlka_backward = json.loads(done.stdout)
+    return json.loads(done.stdout)
+
+
+# Of the levels of EfficientNet-B6.
+CHANNELS = (40, 72, 200)
+PREDICTIONS = f"""
+import json, torch
+from benchmarks import codegen, sass
+from rlr_fast.kernels import _launch, distance
+
+names = ("64x64-d16-w11", "32x32-d32-w7", "16x16-d64-w5", "256x256-d16-w11-b4")
+limits = [[codegen.limits(codegen.SHAPES[name], operator, backward, 2) for name in names]
+          for operator in ("lca", "mlka") for backward in (False, True)]
+
+def meta(*shape, dtype=torch.float32):
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+def of_distance(channels):
+    # 64 x 4096 tokens as autocast leaves them.
+    r, o = meta(64, 4096, channels, dtype=torch.bfloat16), meta(64, 4096, channels)
+    d = meta(64, 4096)
+    with _launch.recorded() as records:
+        distance.launch(distance.forward_kernel, r, o, (r, o, d))
+        distance.launch(distance.backward_kernel, r, o, (d, r, o, r), d.stride())
+    rows = []
+    for launch in records:
+        compiled = codegen.compile_launch(launch, "90")
+        used, counts = sass.resources(compiled), sass.count(sass.instructions(compiled))
+        slots = counts.issue * launch.options["num_warps"] * launch.programs
+        rows.append([used.stack + used.stores_local, slots / codegen._CLOCKS,
+                     codegen.moved(launch) / codegen._BYTES])
+    return rows
+
+print(json.dumps([limits, [of_distance(channels) for channels in {CHANNELS}]]))
+"""
+
+
+@pytest.fixture(scope="module")
+def predictions():
+    """The limits of the paper's levels, and what the distance of each of `CHANNELS` takes."""
+    return run_script(PREDICTIONS)
+
+
+def test_limits_are_those_of_the_design(predictions):
+    """The table of limits for 64 images in bfloat16, in microseconds."""
+    lca, lca_backward, mlka, mlka_backward = predictions[0]
     assert lca[0] == pytest.approx({"memory": 45.4, "tensor": 19, "exp": 63}, rel=0.03)
     assert lca_backward[0] == pytest.approx({"memory": 69.2, "tensor": 47, "exp": 63}, rel=0.03)
     assert mlka[0] == pytest.approx({"memory": 70, "tensor": 669, "exp": 2255}, rel=0.01)
@@ -127,37 +165,9 @@ def test_limits_are_those_of_the_design():
     assert mlka[3] == pytest.approx({"memory": 76, "tensor": 10975, "exp": 37013}, rel=0.01)
 
 
-@pytest.mark.parametrize("channels", [40, 72, 200])
-def test_token_distance_is_bound_by_memory(channels):
-    """Of the levels of EfficientNet-B6, for 64 x 4096 tokens as autocast leaves them."""
-    script = f"""
-import json, torch
-from benchmarks import codegen, sass
-from rlr_fast.kernels import _launch, distance
-
-def meta(*shape, dtype=torch.float32):
-    return torch.empty(*shape, dtype=dtype, device="meta")
-
-r, o = meta(64, 4096, {channels}, dtype=torch.bfloat16), meta(64, 4096, {channels})
-d = meta(64, 4096)
-with _launch.recorded() as records:
-    distance.launch(distance.forward_kernel, r, o, (r, o, d))
-    distance.launch(distance.backward_kernel, r, o, (d, r, o, r), d.stride())
-rows = []
-for launch in records:
-    compiled = codegen.compile_launch(launch, "90")
-    used, counts = sass.resources(compiled), sass.count(sass.instructions(compiled))
-    slots = counts.issue * launch.options["num_warps"] * launch.programs
-    rows.append([used.stack + used.stores_local, slots / codegen._CLOCKS,
-                 codegen.moved(launch) / codegen._BYTES])
-print(json.dumps(rows))
-"""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    for spilled, issue, memory in json.loads(done.stdout):
+@pytest.mark.parametrize("channels", CHANNELS)
+def test_token_distance_is_bound_by_memory(predictions, channels):
+    for spilled, issue, memory in predictions[1][CHANNELS.index(channels)]:
         assert spilled == 0
         assert issue < MARGIN * memory  # 72 channels are 128 lanes
 
@@ -167,16 +177,6 @@ def test_interpreter_is_refused_in_one_line():
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert "unset TRITON_INTERPRET" in line
-
-
-def run_script(script: str) -> Any:
-    """Run Python with Triton's compiler and not its interpreter; return what it prints as JSON."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
 
 
 SPECIALIZATIONS = """

@@ -64,7 +64,7 @@ def test_operators_show_time_memory_and_what_did_not_run(tmp_path):
     assert "| authors | OOM |" in text
     assert "| sdpa | WRONG |" in text
     assert "`flex-64`: no GPU" in text
-    assert (tmp_path / "a-rivals.png").stat().st_size > 0
+    assert (tmp_path / "a-baselines.png").stat().st_size > 0
 
 
 @pytest.mark.parametrize("axis", ["tokens", "batch"])

@@ -36,7 +36,9 @@ def sample(tmp_path_factory) -> dict[str, Any]:
 
 
 def test_a_sample_of_the_survey_compiles_and_fits(sample):
-    (group,) = json.loads((sample["folder"] / "record.json").read_text()).popitem()[1]["groups"]
+    (record,) = json.loads((sample["folder"] / "record.json").read_text()).values()
+    (group,) = record["groups"]
+    assert record["kernels"] == 12 < record["of"]
     assert (group["arch"], group["dtype"], group["kernels"]) == (86, "fp32", 12)
     assert group["refused"] == []
     assert 0 < group["shared"] <= group["shared_most"] == 101376
@@ -88,6 +90,7 @@ cases = (
     ("lca-backward", Shape((64, 64), 16, (13, 13)), "bf16", 100),
     ("mlka-forward", Shape((9, 9), 64, (5, 5)), "bf16", 90),
     ("mlka-forward", Shape((16, 16), 32, (11, 11)), "bf16", 90),
+    ("mlka-backward-key", Shape((32, 32), 32, (7, 7)), "bf16", 80),
 )
 rows = [survey.compile_task(survey.Task(k, s, 0, t, a)) for k, s, t, a in cases]
 print(json.dumps([f"{row['kernel']} sm_{row['arch']}: {survey.refusal(row)}" for row in rows

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -17,6 +19,8 @@ from PIL import Image
 from torch._inductor.exc import InductorError
 
 from rlr_fast.cli import main
+from rlr_fast.config import PRESETS, Preset
+from rlr_fast.data import synthetic
 from rlr_fast.data.files import write_atomically
 from rlr_fast.inference import batches
 from rlr_fast.visualization import comparison_sheet, reconstructions
@@ -59,6 +63,19 @@ def test_train_eval_predict(trained, tmp_path, capsys):
     paths = [f"{data}/bolt/test", f"{data}/cloth/test/hole/000.png"]
     assert main(["predict", *paths, "--checkpoint", run, "--out", out, "--quiet"]) == 0
     assert "5 of 5 images scored" in capsys.readouterr().out
+
+
+def test_demo_makes_trains_evaluates_and_predicts(tmp_path, monkeypatch, capsys, small, brief):
+    monkeypatch.setitem(PRESETS, "tiny", Preset(small, brief, "small"))
+    few = {"train_per_class": 2, "good_per_class": 1, "defects_per_kind": 1}
+    make = functools.partial(synthetic.make_dataset, **few, classes=["washer", "wood"])
+    monkeypatch.setattr(synthetic, "make_dataset", make)
+    assert main(["demo", "--out", str(tmp_path), "--quiet", "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert "I-AUROC" in printed
+    written = printed.split("written in")[1].splitlines()[1:]
+    assert len(written) == 6 and all(Path(line.split()[-1]).exists() for line in written)
+    assert {p.name for p in (tmp_path / "figures").iterdir()} == {"washer.png", "wood.png"}
 
 
 def test_predict_with_a_corrupt_image_exits_with_1(trained, tmp_path, capsys):

@@ -391,12 +391,3 @@ def test_table_is_aligned_and_in_percent():
         "------------------------------------------------------------------",
         "mean          75.0   75.0     75.0     75.0   75.0     75.0   75.0",
     ]
-
-
-def test_table_columns_can_be_chosen():
-    table = format_table({"a": {"aupro": 0.5}}, {"aupro": 0.5}, columns=["aupro"])
-    assert table.splitlines()[0] == "class  AUPRO"
-    with pytest.raises(ValueError, match=r"^columns must be among.*'pixel_iou'"):
-        format_table({}, {}, columns=["pixel_iou"])
-    with pytest.raises(ValueError, match="'a' lacks"):
-        format_table({"a": {}}, {"aupro": 0.5}, columns=["aupro"])

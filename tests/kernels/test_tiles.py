@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
 import triton
-from attention_cases import LCA, MLKA, OPERATORS, make_inputs
+from attention_cases import DEVICE, LCA, MLKA, OPERATORS, make_inputs
 from kernel_cases import check, small_raster_tiles
 
-from rlr_fast.kernels import _launch
+from rlr_fast.kernels import _launch, mlka
 from rlr_fast.kernels._choice import forced
 from rlr_fast.kernels._launch import Geometry, Target
 from rlr_fast.kernels.tiles import KERNELS, HaloTiles, Problem, RasterTiles, candidates
@@ -35,8 +36,32 @@ def test_two_blocks_a_program_where_the_last_lies_beyond_the_grid(operator, grid
         check(operator, make_inputs(operator, grid, 2, 2), grid, 31 if operator is LCA else 3)
 
 
-def test_shipped_tiles_of_a_grid_of_one_block(mode):
-    check(MLKA, make_inputs(MLKA, (8, 8), 2, 2, dtype=torch.float16), (8, 8), 3)
+@pytest.mark.parametrize("grid", [(8, 8), (11, 12)], ids=str)
+def test_shipped_tiles_of_a_grid_of_one_block(grid, mode):
+    check(MLKA, make_inputs(MLKA, grid, 2, 1, dtype=torch.float16), grid, 3)
+
+
+@pytest.mark.parametrize(
+    ("grid", "kernels"),
+    [
+        pytest.param((16, 16), {"atomic": "key", "deterministic": "key"}, id="one-block"),
+        pytest.param(
+            (16, 17), {"atomic": "delta key", "deterministic": "query key"}, id="more-blocks"
+        ),
+    ],
+)
+def test_backward_launches_no_more_than_it_needs(grid, kernels, mode):
+    """A program that holds all keys needs no sum of dQ; delta comes with dQ where it can."""
+    torch.use_deterministic_algorithms(mode == "deterministic")
+    key = torch.empty((1, math.prod(grid), 16), dtype=torch.float16, device=DEVICE)
+    rows = key[None]
+    with _launch.recorded() as launches:
+        lse, geometry = rows[..., 0].float(), Geometry.of(grid, (3, 3))
+        mlka.launch_backward(rows, rows, key, rows, rows, lse, rows, rows, geometry, inside=False)
+    names = [launch.kernel.__name__ for launch in launches]
+    expected = {"delta": "delta_kernel", "key": "backward_key_kernel"}
+    expected["query"] = "backward_query_kernel"
+    assert names == [expected[name] for name in kernels[mode].split()]
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ def run_planted(options: argparse.Namespace) -> Iterator[Row]:
     """Plant bugs, and yield what was noticed of each."""
     for arch in options.arch:
         for title, bug in planted.bugs(arch).items():
-            if options.choice and not bug.chosen:
+            if options.choice and arch not in bug.chosen:
                 continue
             if bug.dtype in options.dtype and _wanted(title, options.case):
                 about = {"name": title, "arch": arch, "dtype": bug.dtype}

@@ -69,7 +69,7 @@ class Bug:
         damage: How.
         arches: Where it can be planted.
         dtype: In which it is.
-        chosen: Whether the tests plant it.
+        chosen: Where the tests plant it.
     """
 
     name: str
@@ -78,7 +78,7 @@ class Bug:
     damage: Damage
     arches: tuple[str, ...] = ARCHES
     dtype: str = "bf16"
-    chosen: bool = False
+    chosen: tuple[str, ...] = ()
 
     @property
     def title(self) -> str:
@@ -92,7 +92,8 @@ def notice(bug: Bug, arch: str) -> str:
         return bug.damage(ptx) if kernel == bug.kernel else ptx
 
     try:
-        result = run(CASES[bug.case], arch, bug.dtype, change)
+        backward = bug.kernel != "forward_kernel"
+        result = run(CASES[bug.case], arch, bug.dtype, change, backward)
     except Unsupported as refusal:
         return f"refused: {refusal}"
     kinds = sorted({f.kind for _, f in result.log.findings(mild=False)})
@@ -119,14 +120,14 @@ _BUGS = (
     ),
     Bug(
         "a store without its mask", _MLKA, "forward_kernel", every(r"@%p\d+ (st\.global)", r"\1"),
-        chosen=True,
+        chosen=("80",),
     ),
     Bug(
         "a load without its mask", _MLKA, "forward_kernel", every(r"@%p\d+ (ld\.global)", r"\1"),
     ),
     Bug(
-        "cp.async ignores its mask", _MLKA, "forward_kernel",
-        every(r"(cp\.async\.cg[^;]*), 0x10, %r\d+;", r"\1, 0x10, 16;"), chosen=True,
+        "cp.async ignores its mask", _LCA, "forward_kernel",
+        every(r"(cp\.async\.cg[^;]*), 0x10, %r\d+;", r"\1, 0x10, 16;"), chosen=("90",),
     ),
     Bug(
         "a store beside its place", _LOOP, "forward_kernel",
@@ -135,12 +136,12 @@ _BUGS = (
     Bug("a store left out", _LOOP, "forward_kernel", nth(r"st\.global\.v4[^;]*;", -1, "")),
     Bug(
         "a coefficient of exp2's cubic doubled", _MLKA, "forward_kernel",
-        every(r"0f3F31798D", "0f3FB1798D"), chosen=True,
+        every(r"0f3F31798D", "0f3FB1798D"), chosen=("80",),
     ),
-    Bug("a barrier left out", _MLKA, "backward_key_kernel", nth(BARRIER, 1, ""), chosen=True),
+    Bug("a barrier left out", _MLKA, "backward_key_kernel", nth(BARRIER, 1, ""), chosen=("90",)),
     Bug(
         "a barrier between lanes of a warp left out", _MLKA, "backward_key_kernel",
-        nth(_BARRIER_OF_LANES, -1, ""), chosen=True,
+        nth(_BARRIER_OF_LANES, -1, ""), chosen=("80",),
     ),
     Bug(
         "ln 2 of dK a little off", "mlka-9x13-w5-d16", "backward_key_kernel",
@@ -148,29 +149,31 @@ _BUGS = (
     ),
     Bug(
         "atomics beside their place", _LCA, "backward_kernel",
-        nth(r"((?:atom|red)\.global[^\[]*\[ %rd\d+ \+) 0", 0, lambda m: f"{m[1]} 16"), chosen=True,
+        nth(r"((?:atom|red)\.global[^\[]*\[ %rd\d+ \+) 0", 0, lambda m: f"{m[1]} 16"),
+        chosen=("90",),
     ),
     Bug(
         "atomics without their mask", _LCA, "backward_kernel",
         every(r"@%p\d+ ((?:atom|red)\.global)", r"\1"),
-        chosen=True,
+        chosen=("80",),
     ),
-    Bug("a barrier left out", _LCA, "backward_kernel", nth(BARRIER, 2, ""), chosen=True),
+    Bug("a barrier left out", _LCA, "backward_kernel", nth(BARRIER, 2, ""), chosen=("90",)),
     Bug("a barrier left out", _LCA, "forward_kernel", nth(BARRIER, 0, "")),
     Bug(
         "the first key of a halo hidden", _LCA, "forward_kernel",
         nth(
             r"selp\.b16(\s+%rs\d+), ([-\d]+), ([-\d]+),", 0,
             lambda m: f"selp.b16{m[1]}, {m[3]}, {m[2]},",
-        ), chosen=True,
+        ), chosen=("80",),
     ),
     Bug(
         "shuffle from the wrong lane", _LCA, "forward_kernel",
-        nth(r"(shfl\.sync\.bfly\.b32\s+%r\d+, %r\d+), 2,", 0, lambda m: f"{m[1]}, 4,"), chosen=True,
+        nth(r"(shfl\.sync\.bfly\.b32\s+%r\d+, %r\d+), 2,", 0, lambda m: f"{m[1]}, 4,"),
+        chosen=("90",),
     ),
     Bug(
         "ldmatrix at another row", _LCA, "backward_kernel",
-        nth(r"(ldmatrix[^\[]*\[%r\d+)\];", 0, lambda m: f"{m[1]}+16];"), chosen=True,
+        nth(r"(ldmatrix[^\[]*\[%r\d+)\];", 0, lambda m: f"{m[1]}+16];"), chosen=("80",),
     ),
     Bug(
         "ldmatrix forgets to transpose", _LCA, "backward_kernel",
@@ -178,28 +181,28 @@ _BUGS = (
     ),
     Bug(
         "mma with its B swapped", _MLKA, "forward_kernel",
-        nth(
-            r"(mma\.sync\S* \{[^}]*\}, \{[^}]*\}, \{ ?)(%r\d+), (%r\d+)", 0,
+        every(
+            r"(mma\.sync\S* \{[^}]*\}, \{[^}]*\}, \{ ?)(%r\d+), (%r\d+)",
             lambda m: f"{m[1]}{m[3]}, {m[2]}",
         ),
-        arches=("80",), chosen=True,
+        arches=("80",), chosen=("80",),
     ),
     Bug(
         "no fence.proxy.async", _LCA, "forward_kernel", every(r"fence\.proxy\.async\S*;", ""),
-        arches=("90",), chosen=True,
+        arches=("90",), chosen=("90",),
     ),
     Bug(
         "no fence.proxy.async", _LCA, "backward_kernel", every(r"fence\.proxy\.async\S*;", ""),
         arches=("90",),
     ),
     Bug(
-        "no wait for wgmma", _MLKA, "forward_kernel", nth(_WAIT, 0, ""), arches=("90",),
-        chosen=True,
+        "no wait for wgmma", _MLKA, "forward_kernel", every(_WAIT, ""), arches=("90",),
+        chosen=("90",),
     ),
     Bug("no wait for wgmma", _MLKA, "backward_key_kernel", nth(_WAIT, 0, ""), arches=("90",)),
     Bug(
         "no wgmma.fence", _MLKA, "forward_kernel", every(r"wgmma\.fence\S*;", ""), arches=("90",),
-        chosen=True,
+        chosen=("90",),
     ),
     Bug(
         "descriptor a step of K too far", _LOOP, "forward_kernel",

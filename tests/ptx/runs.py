@@ -59,10 +59,20 @@ class Result:
         return not self.wrong and not self.log.findings(mild=False)
 
 
-def run(case: Case, arch: str, dtype: str, change: Change | None = None) -> Result:
-    """Run a case; ``change`` may damage the PTX of its kernels."""
+def run(
+    case: Case, arch: str, dtype: str, change: Change | None = None, backward: bool = True
+) -> Result:
+    """Run a case.
+
+    Args:
+        case: What to run.
+        arch: ``"80"`` or ``"90"``.
+        dtype: Of `DTYPES`.
+        change: May damage the PTX of its kernels.
+        backward: Whether an attention case runs its backward pass as well.
+    """
     if isinstance(case, Attention):
-        return _attention(case, arch, _DTYPES[dtype], change)
+        return _attention(case, arch, _DTYPES[dtype], change, backward)
     if isinstance(case, Block):
         return _block(case, arch, _DTYPES[dtype], change)
     return _distance(case, arch, _DTYPES[dtype], change)
@@ -95,7 +105,9 @@ def _verdict(error: float, eager: Tensor, exact: Tensor, allowed: float, typed: 
 def _gradients(
     names: Sequence[str], function: Function, inputs: Sequence[Tensor], grad: Tensor
 ) -> dict[str, Tensor]:
-    """Return the output of a function and the gradients of its inputs, by name."""
+    """Return the output of a function and, unless it alone is named, the inputs' gradients."""
+    if len(names) == 1:
+        return {names[0]: function(*inputs)}
     leaves = [x.detach().requires_grad_() for x in inputs]
     output = function(*leaves)
     found = (output.detach(), *torch.autograd.grad(output, leaves, grad))
@@ -134,10 +146,12 @@ def _inputs(case: Attention, dtype: torch.dtype) -> list[Tensor]:
     return [query, key, value, grad]
 
 
-def _attention(case: Attention, arch: str, dtype: torch.dtype, change: Change | None) -> Result:
+def _attention(
+    case: Attention, arch: str, dtype: torch.dtype, change: Change | None, backward: bool
+) -> Result:
     *inputs, grad = _inputs(case, dtype)
     name = _OPERATORS[case.operator]
-    names = ("output", "dquery", "dkey", "dvalue")
+    names = ("output", "dquery", "dkey", "dvalue") if backward else ("output",)
 
     def function(module: object) -> Function:
         window, scale = (case.window, case.window), case.width**-0.5

@@ -1,6 +1,6 @@
-"""The kernels' compiled code, run for sm_80 and sm_90 by the machine.
+"""The kernels' compiled code, run for sm_80 and sm_90 by the machine, and bugs planted in it.
 
-What is run is the choice of `cases`; `python -m tests.ptx` runs everything, and plants bugs.
+What is run is the choice of `cases` and `planted`; `python -m tests.ptx` runs everything.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def start(folder: Path, name: str, *arguments: str) -> tuple[subprocess.Popen, P
 def rows(tmp_path_factory):
     """Return all rows, by architecture, dtype and name; the architectures run side by side."""
     folder = tmp_path_factory.mktemp("ptx")
-    started = [start(folder, a, "cases", "--choice", "--arch", a) for a in ARCHES]
+    started = [start(folder, a, "cases", "planted", "--choice", "--arch", a) for a in ARCHES]
     started.append(start(folder, "examples", "examples", "--case", *EXAMPLES))
     found = {}
     for process, out, said in started:
@@ -79,6 +79,12 @@ def test_every_kernel_is_run(rows, arch):
     operators |= {f"lca.{name}_kernel" for name in ("forward", "backward", "gather")}
     others = {"reference.prepare_kernel", "distance.forward_kernel", "distance.backward_kernel"}
     assert run == operators | others
+
+
+def test_planted_bugs_are_noticed(rows):
+    planted = {key: row for key, row in rows.items() if "noticed" in row}
+    assert [key for key, row in planted.items() if not row["noticed"]] == []
+    assert len(planted) >= 10
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

@@ -461,7 +461,7 @@ def test_names_with_breaks_are_drawn(tmp_path):
     ("rows", "message"),
     [
         pytest.param([], "^rows must hold", id="no-row"),
-        pytest.param([comparison(1)], "a view a run", id="a-run-too-few"),
+        pytest.param([comparison(1)], "a view per run", id="a-run-too-few"),
         pytest.param([comparison(), comparison(decoded=False)], "all decoded", id="some-decoded"),
     ],
 )

@@ -12,7 +12,7 @@ from scipy import ndimage
 from rlr_fast.data.synthetic import noise
 from rlr_fast.data.synthetic.noise import Array, Stream
 
-# Two render pixels a side for each picture pixel: enough against stairs, as edges are soft already.
+# Render pixels per side of a picture pixel: enough against stairs, as edges are soft already.
 SUPERSAMPLE = 2
 # Steeper slopes are vertical walls; without a limit their brightness would grow with the size.
 _STEEPEST = 2.5
@@ -64,7 +64,7 @@ class Canvas:
         self.shininess = 20.0
 
     def noise(self, stream: Stream, rows: float, columns: float | None = None) -> Array:
-        """Return smooth noise with so many bumps a unit length; (h, w), deviation about 1.
+        """Return smooth noise with so many bumps per unit of length; (h, w), deviation about 1.
 
         Bumps finer than a render pixel average out, as they would on a sensor.
         """

@@ -93,7 +93,7 @@ def smooth(key: int, rows: Array, columns: Array) -> Array:
         columns: (w,) lattice coordinates of the columns.
 
     Returns:
-        (h, w) float32, mean 0, standard deviation about 1, one bump a lattice cell.
+        (h, w) float32, mean 0, standard deviation about 1, one bump per lattice cell.
     """
     row0, column0 = np.floor(rows).astype(int), np.floor(columns).astype(int)
     top, left = int(row0.min()) - 1, int(column0.min()) - 1

@@ -1,4 +1,4 @@
-"""The rivals: ways to compute an operator, or to bound it, that are timed on the same inputs."""
+"""The baselines: ways to compute an operator, or to bound it, that are timed on the same inputs."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _CUDA, _CPU, _ANY = ("cuda",), ("cpu",), ("cuda", "cpu")
 
 
 class UnavailableError(RuntimeError):
-    """A rival cannot run here; the message is the reason."""
+    """A baseline cannot run here; the message is the reason."""
 
 
 @dataclass(frozen=True)
-class Rival:
+class Baseline:
     """One way to compute an operator.
 
     Attributes:
@@ -113,22 +113,25 @@ def _dense(problem: Problem, device: torch.device) -> Attend:
 
 
 def _sdpa(
-    problem: Problem, device: torch.device, masked: bool, math: bool = False, copied: bool = False
-) -> Attend:
-    if math:
-        require_room(6 * 4 * problem.scores, device)
-    mask = _seen(problem, device) if masked else None
+    masked: bool, math: bool = False, copied: bool = False
+) -> Callable[[Problem, torch.device], Attend]:
+    def build(problem: Problem, device: torch.device) -> Attend:
+        if math:
+            require_room(6 * 4 * problem.scores, device)
+        mask = _seen(problem, device) if masked else None
 
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        # Stride 0 over the batch: nothing is copied that the backend does not copy itself.
-        key, value = key.expand(query.shape), value.expand(query.shape)
-        if copied:
-            key, value = key.contiguous(), value.contiguous()
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, scale=problem.scale
-        )
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            # Stride 0 over the batch: nothing is copied that the backend does not copy itself.
+            key, value = key.expand(query.shape), value.expand(query.shape)
+            if copied:
+                key, value = key.contiguous(), value.contiguous()
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, scale=problem.scale
+            )
 
-    return attend
+        return attend
+
+    return build
 
 
 def _flex(block: int) -> Callable[[Problem, torch.device], Attend]:
@@ -177,71 +180,51 @@ def _flex(block: int) -> Callable[[Problem, torch.device], Attend]:
     return build
 
 
-def _masked_sdpa(problem: Problem, device: torch.device) -> Attend:
-    return _sdpa(problem, device, masked=True)
-
-
-def _masked_math(problem: Problem, device: torch.device) -> Attend:
-    return _sdpa(problem, device, masked=True, math=True)
-
-
-def _unmasked_sdpa(problem: Problem, device: torch.device) -> Attend:
-    return _sdpa(problem, device, masked=False)
-
-
-def _masked_copied(problem: Problem, device: torch.device) -> Attend:
-    return _sdpa(problem, device, masked=True, copied=True)
-
-
-def _unmasked_copied(problem: Problem, device: torch.device) -> Attend:
-    return _sdpa(problem, device, masked=False, copied=True)
-
-
 _DENSE_SPEED = "dense speed of light: attention to every key, not the same result"
-RIVALS = (
-    Rival("triton", "rlr_fast, Triton kernels", _of_backend("triton")),
-    Rival("tiled", "rlr_fast, PyTorch's fused attention over tiles", _of_backend("tiled")),
-    Rival("dense", "the definition, N×N scores, eager", _dense),
-    Rival(
+BASELINES = (
+    Baseline("triton", "rlr_fast, Triton kernels", _of_backend("triton")),
+    Baseline("tiled", "rlr_fast, PyTorch's fused attention over tiles", _of_backend("tiled")),
+    Baseline("dense", "the definition, N×N scores, eager", _dense),
+    Baseline(
         "authors",
         "as nn.MultiheadAttention computes it with need_weights=True and the reference repeated "
         "over the batch; mask built in every call",
         _authors(hoisted=False),
     ),
-    Rival("authors-hoisted", "the same, mask built once", _authors(hoisted=True)),
-    Rival(
-        "sdpa-efficient", "SDPA with a boolean mask, memory-efficient backend", _masked_sdpa,
+    Baseline("authors-hoisted", "the same, mask built once", _authors(hoisted=True)),
+    Baseline(
+        "sdpa-efficient", "SDPA with a boolean mask, memory-efficient backend", _sdpa(masked=True),
         _CUDA, backend=SDPBackend.EFFICIENT_ATTENTION,
     ),
-    Rival(
-        "sdpa-cudnn", "SDPA with a boolean mask, cuDNN backend", _masked_sdpa,
+    Baseline(
+        "sdpa-cudnn", "SDPA with a boolean mask, cuDNN backend", _sdpa(masked=True),
         _CUDA, backend=SDPBackend.CUDNN_ATTENTION,
     ),
-    Rival(
-        "sdpa-cudnn-copied", "the same, the reference copied for every image", _masked_copied,
-        _CUDA, backend=SDPBackend.CUDNN_ATTENTION,
+    Baseline(
+        "sdpa-cudnn-copied", "the same, the reference copied for every image",
+        _sdpa(masked=True, copied=True), _CUDA, backend=SDPBackend.CUDNN_ATTENTION,
     ),
-    Rival(
-        "sdpa-flash", "SDPA with a boolean mask, CPU flash backend", _masked_sdpa,
+    Baseline(
+        "sdpa-flash", "SDPA with a boolean mask, CPU flash backend", _sdpa(masked=True),
         _CPU, backend=SDPBackend.FLASH_ATTENTION,
     ),
-    Rival(
-        "sdpa-math", "SDPA with a boolean mask, math backend", _masked_math,
+    Baseline(
+        "sdpa-math", "SDPA with a boolean mask, math backend", _sdpa(masked=True, math=True),
         backend=SDPBackend.MATH,
     ),
-    Rival("flex-128", "compiled flex_attention, BlockMask of 128", _flex(128), _CUDA),
-    Rival("flex-64", "compiled flex_attention, BlockMask of 64", _flex(64), _CUDA),
-    Rival(
-        "unmasked-flash", f"SDPA flash, {_DENSE_SPEED}", _unmasked_sdpa,
+    Baseline("flex-128", "compiled flex_attention, BlockMask of 128", _flex(128), _CUDA),
+    Baseline("flex-64", "compiled flex_attention, BlockMask of 64", _flex(64), _CUDA),
+    Baseline(
+        "unmasked-flash", f"SDPA flash, {_DENSE_SPEED}", _sdpa(masked=False),
         masked=False, backend=SDPBackend.FLASH_ATTENTION,
     ),
-    Rival(
-        "unmasked-cudnn", f"SDPA cuDNN, {_DENSE_SPEED}", _unmasked_sdpa,
+    Baseline(
+        "unmasked-cudnn", f"SDPA cuDNN, {_DENSE_SPEED}", _sdpa(masked=False),
         _CUDA, masked=False, backend=SDPBackend.CUDNN_ATTENTION,
     ),
-    Rival(
+    Baseline(
         "unmasked-cudnn-copied", "the same, the reference copied for every image",
-        _unmasked_copied, _CUDA, masked=False, backend=SDPBackend.CUDNN_ATTENTION,
+        _sdpa(masked=False, copied=True), _CUDA, masked=False, backend=SDPBackend.CUDNN_ATTENTION,
     ),
 )  # fmt: skip
 COPY = "copy"
@@ -258,16 +241,16 @@ HEADLINE = (
     "unmasked-flash",
     COPY,
 )
-# On a CPU, where a call of the N×N rivals takes a second.
+# On a CPU, where a call of the N×N baselines takes a second.
 CPU_HEADLINE = ("tiled", "authors", "sdpa-flash")
 
 
 class Contest:
-    """A rival ready on the inputs of a problem: checks, and calls to time."""
+    """A baseline ready on the inputs of a problem: checks, and calls to time."""
 
-    def __init__(self, rival: Rival, problem: Problem, inputs: Inputs) -> None:
-        self.rival, self.problem, self.inputs = rival, problem, inputs
-        self.attend = rival.build(problem, inputs.query.device)
+    def __init__(self, baseline: Baseline, problem: Problem, inputs: Inputs) -> None:
+        self.baseline, self.problem, self.inputs = baseline, problem, inputs
+        self.attend = baseline.build(problem, inputs.query.device)
         self.errors: dict[str, float] = {}
         self._output: Tensor | None = None
 
@@ -280,9 +263,9 @@ class Contest:
         """
         needed = check.NAMES[:1] if direction == "forward" else check.NAMES
         if not set(needed) <= set(self.errors):
-            with self.rival.context():
+            with self.baseline.context():
                 results = self._results(direction)
-            self.errors |= check.compare(self.problem, truth, results, self.rival.name)
+            self.errors |= check.compare(self.problem, truth, results, self.baseline.name)
         return {name: self.errors[name] for name in needed}
 
     def _results(self, direction: str) -> dict[str, Tensor]:
@@ -296,7 +279,7 @@ class Contest:
             raise
         except RuntimeError as error:
             # A forced backend refuses by a RuntimeError of several kinds; anything else is a bug.
-            if self.rival.backend is None and not self.rival.name.startswith("flex"):
+            if self.baseline.backend is None and not self.baseline.name.startswith("flex"):
                 raise
             raise UnavailableError(str(error).strip().splitlines()[0][:200]) from error
         return dict(zip(check.NAMES, (output, *grads), strict=True))

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import rivals
+from benchmarks import baselines
 from rlr_fast import RLRModel
 from rlr_fast.functional import window_pair
 from rlr_fast.ops.dense import inside_window
@@ -26,8 +26,8 @@ LABELS = {
 }
 
 
-def with_rival_blocks(model: RLRModel, name: str) -> RLRModel:
-    """Replace the blocks' forward by a rival's, in place; return the model."""
+def with_baseline_blocks(model: RLRModel, name: str) -> RLRModel:
+    """Replace the blocks' forward by a baseline's, in place; return the model."""
     levels: Any = model.levels
     for level in levels:
         masks = None if name == AUTHORS else _masks(level.blocks[0], level.reference.device)
@@ -49,7 +49,7 @@ def require_room(model: RLRModel, batch: int, step: bool, device: torch.device) 
     needed = 3 * max(sizes)
     if step:
         needed += sum(2 * len(level.blocks) * n for level, n in zip(levels, sizes, strict=True))
-    rivals.require_room(needed, device)
+    baselines.require_room(needed, device)
 
 
 def _unprepared(reference: Tensor) -> Tensor:
