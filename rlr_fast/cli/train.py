@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 
 from rlr_fast.cli import flags
@@ -35,6 +36,7 @@ def train(
     from rlr_fast.cli.common import report_failures
     from rlr_fast.data import read_dataset
     from rlr_fast.data.check import counted
+    from rlr_fast.models.environment import choose_device
     from rlr_fast.training.distributed import processes
     from rlr_fast.training.run_dir import read_run
     from rlr_fast.training.train import train
@@ -49,11 +51,23 @@ def train(
                 base_model = from_dict(RLRConfig, previous["model"])
                 base_recipe = from_dict(TrainConfig, previous["recipe"])
             if resume and previous is None and group.is_main:
-                _log.warning("there is no run in %s to resume; a new one begins", out)
+                _log.warning(
+                    "there is no run in %s to resume; a new one begins, of the preset %s",
+                    out,
+                    preset or "paper",
+                )
             settings = from_dict(RLRConfig, model, base_model)
             training = from_dict(TrainConfig, recipe, base_recipe)
             how = TrainExecution(**execution)
             images = read_dataset(data, layout, classes)
+            if group.is_main and not quiet:
+                count = counted(sum(map(len, images.train.values())), "image")
+                print(
+                    f"{count} of {counted(len(images.classes), 'class', 'classes')}, "
+                    f"{settings.backbone} at {settings.image_size[0]} x {settings.image_size[1]}, "
+                    f"{counted(training.epochs, 'epoch')} on {choose_device(how.device)}",
+                    file=sys.stderr,
+                )
         result = train(settings, training, images, out, how, resume=resume, quiet=quiet)
         if not group.is_main:
             return 0
