@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from pathlib import Path
 
 from rlr_fast.cli import flags
@@ -36,7 +35,6 @@ def train(
     from rlr_fast.cli.common import report_failures
     from rlr_fast.data import read_dataset
     from rlr_fast.data.check import counted
-    from rlr_fast.models.environment import choose_device
     from rlr_fast.training.distributed import processes
     from rlr_fast.training.run_dir import read_run
     from rlr_fast.training.train import train
@@ -60,14 +58,6 @@ def train(
             training = from_dict(TrainConfig, recipe, base_recipe)
             how = TrainExecution(**execution)
             images = read_dataset(data, layout, classes)
-            if group.is_main and not quiet:
-                count = counted(sum(map(len, images.train.values())), "image")
-                print(
-                    f"{count} of {counted(len(images.classes), 'class', 'classes')}, "
-                    f"{settings.backbone} at {settings.image_size[0]} x {settings.image_size[1]}, "
-                    f"{counted(training.epochs, 'epoch')} on {choose_device(how.device)}",
-                    file=sys.stderr,
-                )
         result = train(settings, training, images, out, how, resume=resume, quiet=quiet)
         if not group.is_main:
             return 0
