@@ -11,10 +11,11 @@ The time predicted for a kernel on sm_90 is the largest of
     tensor   products of the padded scores, over 800 TFLOP/s;
     a pipe   padded scores / 32 · clocks of the loop that computes them for 32 scores, over
              132 SMs · 4 schedulers · 1.755 GHz, for the pipe of `sass.bound` that limits each loop,
+             and the issue slots of the code outside these loops,
 
 and the limit it is set beside has no padding, one exp a score at 3.7e12 a second, and the fewest
-bytes. Latency, atomics, cache traffic, code outside the loops, the last round of programs and the
-small PyTorch operations around the kernels (zeroing, casts, sums of partials) are in neither.
+bytes. Latency, atomics, cache traffic, the last round of programs and the small PyTorch operations
+around the kernels (zeroing, casts, sums of partials) are in neither.
 """
 
 from __future__ import annotations
@@ -87,6 +88,7 @@ class Loop:
         hgmma: Matrix instructions by warp groups in one turn of the loop, not for 32 scores.
         mma: Those by single warps.
         tcgen05: Those of sm_100's tensor memory.
+        local: Loads and stores of spilled registers in one turn.
     """
 
     name: str
@@ -97,6 +99,7 @@ class Loop:
     hgmma: int
     mma: int
     tcgen05: int
+    local: int
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,7 @@ class Prediction:
         time: The largest of ``by``.
         bound: Its name.
         by: Microseconds of memory, tensor cores, and the pipe that limits most of the loops' time.
+        outside: Microseconds of ``by`` that the code outside the loops takes.
         moved: Bytes of all tensors.
         atomics: Bytes of all atomic additions, which meet in the L2 cache and are in no time.
         scores: Scores computed, padding included.
@@ -115,6 +119,7 @@ class Prediction:
     time: float
     bound: str
     by: Mapping[str, float]
+    outside: float
     moved: int
     atomics: int
     scores: int
@@ -269,9 +274,33 @@ def loops(code: Sequence[sass.Instruction], launch: Launch, arch: str) -> list[L
                 n["hgmma"],
                 n["mma"],
                 n["tcgen05"],
+                sum(count for kind, count in n.kinds.items() if kind.startswith(("ldl", "stl"))),
             )
         )
     return found
+
+
+def slots_outside(code: Sequence[sass.Instruction], launch: Launch, shape: Shape) -> int:
+    """Issue slots that a launch takes outside its loops over scores, counted by warps.
+
+    Both ways of a condition count. Code is met once in a program, but for that of the loop over
+    images around MLKA's loops, once in each image.
+    """
+    found = sass.loops(code)
+    scores = {
+        i.address
+        for loop in found
+        if loop.innermost and sass.count(loop.instructions)["ex2"]
+        for i in loop.instructions
+    }
+    walk = {i.address for loop in found if not loop.innermost for i in loop.instructions} - scores
+    once = sass.count([i for i in code if i.address not in scores | walk]).issue
+    often = sass.count([i for i in code if i.address in walk]).issue
+    turns = launch.programs
+    if "BLOCKS" in launch.constants:
+        keys = launch.constants["BLOCK_N"] * launch.constants["BLOCKS"]
+        turns = -(-shape.geometry.tokens // keys) * HEADS * shape.batch
+    return (once * launch.programs + often * turns) * launch.options["num_warps"]
 
 
 def moved(launch: Launch) -> int:
@@ -315,9 +344,13 @@ def _products(launch: Launch) -> float:
     return 2 * (count * c["D"] + c.get("P", 0) + 16 * c.get("SUM_BY_PRODUCT", False))
 
 
-def predict(launch: Launch, shape: Shape, found: Sequence[Loop]) -> Prediction:
-    """The time of a launch on sm_90 from its counts, see the module's equation."""
-    by = {"memory": moved(launch) / _BYTES}
+def predict(launch: Launch, shape: Shape, found: Sequence[Loop], slots: int) -> Prediction:
+    """The time of a launch on sm_90 from its counts, see the module's equation.
+
+    ``slots`` are those of `slots_outside`.
+    """
+    outside = slots / _CLOCKS
+    by = {"memory": moved(launch) / _BYTES, "issue": outside}
     scores = 0
     if found:
         by_name = {loop.name: loop for loop in found}
@@ -333,12 +366,14 @@ def predict(launch: Launch, shape: Shape, found: Sequence[Loop]) -> Prediction:
             pipes[pipe] = pipes.get(pipe, 0.0) + part / 32 * loop.clocks / _CLOCKS
         # The loops run one after the other: their times add up, the largest part gives the name.
         largest = max(pipes, key=pipes.__getitem__)
-        by[largest] = sum(pipes.values())
+        del by["issue"]
+        by[largest] = sum(pipes.values()) + outside
         by["tensor"] = scores * _products(launch) / _FLOPS
     bound = max(by, key=by.__getitem__)
     micro = {name: round(1e6 * seconds, 2) for name, seconds in by.items()}
     added = atomics(launch, shape)
-    return Prediction(micro[bound], bound, micro, moved(launch), added, scores)
+    around = round(1e6 * outside, 2)
+    return Prediction(micro[bound], bound, micro, around, moved(launch), added, scores)
 
 
 def limits(shape: Shape, operator: str, backward: bool, itemsize: int) -> dict[str, float]:
@@ -409,6 +444,7 @@ def examine_launch(task: Task, launch: Launch) -> Row:
     used_cuda = sass.resources(compiled, code)
     found = loops(code, launch, task.arch)
     total = sass.count(code)
+    outside = slots_outside(code, launch, shape)
     # Products of float32 run at other rates.
     predicted = task.arch == "90" and task.dtype != "fp32"
     return Row(
@@ -420,7 +456,7 @@ def examine_launch(task: Task, launch: Launch) -> Row:
         programs=used_cuda.programs,
         matrix={kind: total[kind] for kind in ("hgmma", "mma", "tcgen05") if total[kind]},
         loops=found,
-        prediction=predict(launch, shape, found) if predicted else None,
+        prediction=predict(launch, shape, found, outside) if predicted else None,
     )
 
 
@@ -579,7 +615,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--record",
         action="store_true",
-        help=f"compile the headline kernels and write their counts to {RECORD.name}",
+        help=f"compile the headline kernels; if all fit, write their counts to {RECORD.name}",
     )
     options = parser.parse_args(arguments)
     if _launch.INTERPRETING:
@@ -588,7 +624,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.record:
         chosen = headlines()
     rows = _run(options.jobs, chosen)
-    if options.record:
+    if options.record and not any(row.error for row in rows):
         known = json.loads(RECORD.read_text()) if RECORD.exists() else {}
         known[version()] = record_of(rows)
         RECORD.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")

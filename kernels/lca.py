@@ -437,7 +437,8 @@ def _programs(q: Tensor, geometry: Geometry, tile: HaloTiles) -> tuple[int, int,
 
 def saves_nothing(q: Tensor, geometry: Geometry) -> bool:
     """Whether backward needs no lse of query (B, h, N, d), for it keeps all keys of a row."""
-    return fits_in_shared_memory(geometry, q.shape[3], q.dtype, target_of(q.device))
+    # Traced with shapes of any size, a width is a symbol, which is no key of a cache.
+    return fits_in_shared_memory(geometry, int(q.shape[3]), q.dtype, target_of(q.device))
 
 
 @with_smaller_tiles

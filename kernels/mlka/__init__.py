@@ -20,7 +20,7 @@ keys meets its queries in the same way.
   deterministically, a second kernel that owns queries.
 
 With INSIDE the same kernels attend to the keys inside the window: LCA, for windows too large for
-`rlr_fast.kernels.lca` to keep resident.
+`rlr_fast.kernels.lca` to hold.
 """
 
 from __future__ import annotations

@@ -72,10 +72,7 @@ def _key_step(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KEYS: tl.constexpr,
     INSIDE: tl.constexpr, WINDOWED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add to dK and dV what a block of keys and one of queries give; return them, and dS.
-
-    Scores lie as (keys, queries).
-    """
+    """Add to dK and dV what a block of keys and one of queries give; dS (keys, queries) as well."""
     p = tl.exp2(dot(k, tl.trans(q), None, PRECISION) - row_lse[None, :])
     if WINDOWED or N % KEYS != 0:
         queries = start_m + tl.arange(0, BLOCK_M)[None, :]
@@ -85,8 +82,7 @@ def _key_step(
     dv = dot(p.to(do.dtype), do, dv, PRECISION)
     ds = p * (dot(v, tl.trans(do), None, PRECISION) - row_delta[None, :])
     ds = ds.to(q.dtype)
-    dk = dot(ds, q, dk, PRECISION)
-    return dk, dv, ds
+    return dot(ds, q, dk, PRECISION), dv, ds
 
 
 @triton.jit

@@ -50,7 +50,7 @@ def _read(path: str) -> dict[str, Any]:
         reason = " ".join(str(error).split())
         raise ValueError(f"--config: {path!r} is not YAML: {reason}") from error
     if not isinstance(values or {}, dict):
-        raise ValueError(f"--config: {path!r} must hold flags and values, e.g. 'epochs: 20'")
+        raise ValueError(f"--config: {path!r} must hold flags and values, e.g. 'workers: 2'")
     return {str(name): value for name, value in (values or {}).items()}
 
 

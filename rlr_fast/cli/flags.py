@@ -163,7 +163,7 @@ Scale = Annotated[
     Parameter(help="Scores of the first and last color; by default from the run's normal images."),
 ]
 Config = Annotated[
-    Path, Parameter(help="YAML file of flags, such as 'epochs: 20'; flags given here win.")
+    Path, Parameter(help="YAML file of flags, such as 'workers: 2'; flags given here win.")
 ]
 Switch = Annotated[bool, Parameter(show_default=False)]
 Quiet = Annotated[Switch, Parameter(help="Show no progress bars.")]

@@ -12,7 +12,7 @@ from rlr_fast.config import InferenceExecution
 
 
 def predict(
-    paths: Annotated[tuple[Path, ...], Parameter(name="PATH", required=True)],
+    paths: Annotated[tuple[Path, ...], Parameter(name="IMAGES", required=True)],
     /,
     *,
     checkpoint: flags.Checkpoint,

@@ -49,7 +49,11 @@ def train(
                 base_model = from_dict(RLRConfig, previous["model"])
                 base_recipe = from_dict(TrainConfig, previous["recipe"])
             if resume and previous is None and group.is_main:
-                _log.warning("there is no run in %s to resume; a new one begins", out)
+                _log.warning(
+                    "there is no run in %s to resume; a new one begins, of the preset %s",
+                    out,
+                    preset or "paper",
+                )
             settings = from_dict(RLRConfig, model, base_model)
             training = from_dict(TrainConfig, recipe, base_recipe)
             how = TrainExecution(**execution)

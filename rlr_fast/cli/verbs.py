@@ -60,7 +60,7 @@ _ALL = (
         "Train one model on the normal images of all classes.",
         distributed=True,
         less_memory=_TRAINING,
-        interrupted="; --resume goes on from the last written epoch",
+        interrupted="; --resume goes on from the last written epoch, if there is one",
     ),
     Verb(
         "eval",

@@ -24,6 +24,7 @@ kind             severity  meaning
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import os
 from collections import Counter
@@ -54,6 +55,8 @@ from rlr_fast.data.threads import map_ahead
 
 _ERRORS = frozenset({"missing", "unreadable", "mask-size", "no-mask", "no-train"})
 _SHOWN_OF_A_KIND = 5
+# What folders of a class are called, whatever the layout calls its normal images.
+_FOLDERS = ("train", "test", "validation", "ground_truth")
 _TWELVE_BITS = 4096
 
 
@@ -296,7 +299,9 @@ def _check_counts(
     if not test:
         yield Problem("no-test", name, None, "no image to test on")
     elif all(sample.is_anomaly for sample in test):
-        yield Problem("no-test", name, None, "no normal image to test on: AUROC is undefined")
+        hints = filter(None, (_meant(s.defect, [normal_folder(layout)]) for s in test))
+        message = f"no normal image to test on: AUROC is undefined{next(hints, '')}"
+        yield Problem("no-test", name, None, message)
     elif not any(sample.is_anomaly for sample in test):
         yield Problem("no-test", name, None, "no defective image to test on: AUROC is undefined")
 
@@ -316,9 +321,16 @@ def _check_unused(name: str, samples: list[Sample], data: DataSet) -> Iterable[P
                 yield Problem("orphan-mask", name, path, "no image to test on belongs to it")
         else:
             count = counted(len(unused), "image")
-            yield Problem(
-                "not-read", name, part, f"layout {data.layout} has no use for {count} in it"
-            )
+            known = [*_FOLDERS, normal_folder(data.layout)]
+            hint = next(filter(None, (_meant(folder, known) for folder in parts)), "")
+            message = f"layout {data.layout} has no use for {count} in it{hint}"
+            yield Problem("not-read", name, part, message)
+
+
+def _meant(folder: str, known: list[str]) -> str:
+    """Say which of the known names a folder's was probably meant to be, if it is another."""
+    close = difflib.get_close_matches(folder.lower(), known, n=1, cutoff=0.75)
+    return f"; is {folder!r} meant to be {close[0]!r}?" if close and folder != close[0] else ""
 
 
 def _image_tree(folder: Path) -> Iterable[tuple[Path, list[Path]]]:
@@ -417,9 +429,12 @@ def _verdict(report: Report) -> str:
         for part in parts
     )
     masks = sum(part.masks for part in parts)
+    untested = "; no test images: enough for train and predict, not for eval"
+    if report.layout != "folder":
+        untested = ""
     return (
         f"ok: {counted(len(report.classes), 'class', 'classes')}, {counted(images, 'image')} and "
-        f"{counted(masks, 'mask')} can be read{warnings}"
+        f"{counted(masks, 'mask')} can be read{warnings}{untested}"
     )
 
 

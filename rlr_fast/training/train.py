@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import statistics
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -85,7 +86,7 @@ def train(
         execution: Where and how to train; the result depends on it by rounding alone.
         resume: Go on from the last finished epoch of the run in ``out``, if there is one. Another
             number of processes may go on; the result is then not that of one uninterrupted run.
-        quiet: No progress bar.
+        quiet: No progress bar, and no line that says what is about to be trained.
         progress: Called with ``"features"`` or ``"train"`` and the number of images done since the
             last call; a resumed run first tells those of its finished epochs.
 
@@ -114,6 +115,13 @@ def train(
             model = RLRModel(config, backend=execution.backend).to(device)
             model.set_grad_checkpointing(execution.grad_checkpointing)
         group.agree(_decisive(record, model))
+        if group.is_main and not quiet:
+            print(
+                f"{sum(map(len, data.train.values()))} images, classes: {len(data.classes)}, "
+                f"{config.backbone} at {config.image_size[0]} x {config.image_size[1]}, "
+                f"epochs: {recipe.epochs}, on {device}",
+                file=sys.stderr,
+            )
         features, samples, failures = _features(model, data, execution, quiet, progress, group)
         if config.standardize:
             _fit_standardization(model, features, group)

@@ -25,8 +25,17 @@ KERNELS = (
     "lca-forward",
     "lca-backward",
 )
-CASES = [pytest.param(k, s, id=f"{k}-{s}") for k in KERNELS for s in SHAPES]
 DTYPES = ("bf16", "fp32")
+# In half precision a program holds all keys of 16x16 tokens, and no second kernel is launched.
+LACKING = ("mlka-backward-query-deterministic", "16x16-d64-w5")
+ALL = [(k, s) for k in KERNELS for s in SHAPES]
+CASES = [pytest.param(*case, id="-".join(case)) for case in ALL if case != LACKING]
+EVERY_DTYPE = [
+    pytest.param(*case, dtype, id="-".join((*case, dtype)))
+    for case in ALL
+    for dtype in DTYPES
+    if (case, dtype) != (LACKING, "bf16")
+]
 # Counts vary a little with the order of a schedule; a lost fusion or pipeline costs more.
 MARGIN = 1.10
 
@@ -67,11 +76,13 @@ def find(report, kernel, shape, dtype="bf16"):
     return row
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("kernel", "shape"), CASES)
+@pytest.mark.parametrize(("kernel", "shape", "dtype"), EVERY_DTYPE)
 def test_registers_do_not_spill(report, kernel, shape, dtype):
     row = find(report, kernel, shape, dtype)
-    assert (row["stack"], row["spill"]) == (0, 0), row["tiles"]
+    # Addresses that are kept outside the loops cost nothing. Who holds all keys has some.
+    most = 132 if row["tiles"].endswith("dQ store") else 8
+    assert max(row["stack"], row["spill"]) <= most, row["tiles"]
+    assert [loop["local"] for loop in row["loops"]] == [0] * len(row["loops"])
     assert row["programs"] >= 1
 
 
@@ -82,15 +93,19 @@ def test_products_are_those_of_warp_groups(report, kernel, shape):
     plain = {"plain", "windowed"}
     online = {f"online {name}" for name in plain}
     expected = plain | (online if "forward" in kernel else set())
+    all_keys = row["tiles"].endswith("dQ store")
+    if all_keys:
+        expected = {"windowed"}
     if "lca" in kernel:
         # Wide heads take the maximum of every row, and so does the backward pass.
         twice = kernel == "lca-forward" and "d64" not in shape
         expected = {"halo", "online halo"} if twice else {"halo"}
     assert names == expected
     # A warp group's product has 64 rows. In LCA's backward the keys of a part of the halo are the
-    # rows of dK and dV, so a part of fewer keys has to take the products of single warps.
+    # rows of dK and dV, so a part of fewer keys has to take the products of single warps; so has
+    # the dQ of 32 queries, all a program takes that holds all keys.
     parts = [int(part) for part in row["tiles"].partition("halo ")[2].split("+") if part]
-    exempt = kernel == "lca-backward" and min(parts) < 64
+    exempt = all_keys or (kernel == "lca-backward" and min(parts) < 64)
     for loop in row["loops"]:
         assert loop["hgmma"] > 0, loop["name"]
         assert loop["mma"] == 0 or exempt, loop["name"]
@@ -179,6 +194,24 @@ def test_interpreter_is_refused_in_one_line():
     assert "unset TRITON_INTERPRET" in line
 
 
+BANDS = """
+import json, torch
+from benchmarks.launches import SHAPES, launches
+from rlr_fast.kernels import lca
+
+made = launches(SHAPES["256x256-d16-w11-b4"], torch.bfloat16)
+rows = made["lca-backward-deterministic"]
+print(json.dumps([rows.programs == made["lca-backward"].programs, lca._LARGEST_PARTS]))
+"""
+
+
+def test_partial_halos_of_a_large_grid_are_counted_as_one_launch():
+    """It is made in bands; the first alone would be predicted to take a fraction of the time."""
+    whole, most = run_script(BANDS)
+    assert whole
+    assert most == 256 * 2**20
+
+
 SPECIALIZATIONS = """
 import dataclasses, json, torch
 from triton.backends.compiler import GPUTarget
@@ -244,4 +277,4 @@ def test_kernels_are_compiled_offline_as_a_launch_compiles_them(specializations)
                 return "" if value is None else value
 
             known = [[kind, filled(value)] for kind, value in by_triton]
-            assert ours == known, name
+            assert [[kind, filled(value)] for kind, value in ours] == known, name

@@ -185,6 +185,7 @@ def test_resume_of_nothing_says_that_a_new_run_begins(trained, tmp_path, caplog)
     places = ["--out", str(tmp_path / "run"), "--cache-dir", str(trained / "cache")]
     assert main(["train", str(trained / "data"), *places, "--resume", *FLAGS]) == 0
     assert f"there is no run in {tmp_path / 'run'} to resume; a new one begins" in caplog.text
+    assert "begins, of the preset tiny" in caplog.text
 
 
 def test_predict_takes_a_name_that_is_no_text(trained, tmp_path):

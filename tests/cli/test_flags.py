@@ -231,7 +231,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, capsys):
         ("train DATA --out RUN --hidden", "--hidden"),
         ("train DATA --out RUN --attention mlka lcaa", 'Did you mean "lca"?'),
         ("paper 6 DATA --out OUT", 'Choose from: "1", "2"'),
-        ("predict --checkpoint RUN --out OUT", "PATH is needed."),
+        ("predict --checkpoint RUN --out OUT", "IMAGES is needed."),
         ("eval DATA --checkpoint RUN --out OUT --per-defect 0", "at least 1, got '0'"),
         ("eval DATA --checkpoint RUN --out OUT --scale 1", "--scale requires 2"),
     ],

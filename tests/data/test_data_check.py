@@ -194,6 +194,24 @@ def test_orphan_masks_and_unread_images_are_warnings(root, pictures):
     assert "2 images" in next(p.message for p in report.problems if p.kind == "not-read")
 
 
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [("train/goood", "train/good"), ("trian/good", "train/good"), ("test/Good", "test/good")],
+)
+def test_a_misspelled_folder_is_told_what_it_may_be(root, wrong, right):
+    (root / "nut" / wrong).parent.mkdir(exist_ok=True)
+    (root / "nut" / right).rename(root / "nut" / wrong)
+    messages = [problem.message for problem in check_dataset(root).problems]
+    part = next(w for w, r in zip(wrong.split("/"), right.split("/"), strict=True) if w != r)
+    meant = next(r for w, r in zip(wrong.split("/"), right.split("/"), strict=True) if w != r)
+    assert any(f"is {part!r} meant to be {meant!r}?" in message for message in messages)
+
+
+def test_a_folder_of_normal_images_is_told_what_it_is_enough_for(tmp_path, pictures):
+    pictures.image(tmp_path / "0.png")
+    assert "enough for train and predict, not for eval" in format_report(check_dataset(tmp_path))
+
+
 def test_empty_masks_of_normal_images_are_no_orphans(root, pictures):
     pictures.mask(root / "nut/ground_truth/good/0_mask.png", marked=0)
     assert check_dataset(root).problems == []

@@ -15,7 +15,7 @@ from rlr_fast.functional import block_attention, prepare_reference
 from rlr_fast.kernels._choice import forced
 
 
-@pytest.mark.parametrize("window", [3, 31], ids=["resident", "raster"])
+@pytest.mark.parametrize("window", [3, 31], ids=["halo", "raster"])
 def test_block_attention_equals_definition(window, mode):
     heads, width, grid = 2, 16, (4, 5)
     projected = torch.randn(3, 20, 3 * heads * width, dtype=EXACT, device=DEVICE)

@@ -19,9 +19,9 @@ from rlr_fast.kernels.tiles import HaloTiles
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_deterministic_mode_is_bitwise_equal_over_runs(operator):
     torch.use_deterministic_algorithms(True)
-    inputs = make_inputs(operator, (5, 7), 5, 1, dtype=torch.float32)
+    inputs = make_inputs(operator, (4, 5), 5, 1, dtype=torch.float32)
     with forced(**small_raster_tiles()):
-        first, second = (results(operator, inputs, (5, 7), 3, backend="triton") for _ in range(2))
+        first, second = (results(operator, inputs, (4, 5), 3, backend="triton") for _ in range(2))
     for name in first:
         assert torch.equal(first[name], second[name])
 

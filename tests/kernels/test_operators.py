@@ -29,7 +29,7 @@ def test_operators_pass_opcheck(operator):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("window", [3, 31], ids=["resident", "raster"])
+@pytest.mark.parametrize("window", [3, 31], ids=["halo", "raster"])
 def test_block_operator_passes_opcheck(window):
     projected = torch.randn(2, 12, 96, device=DEVICE, requires_grad=True)
     keys = torch.randn(4, 12, 16, device=DEVICE, requires_grad=True)

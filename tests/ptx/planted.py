@@ -259,7 +259,7 @@ def barriers(case: str, kernel: str, arch: str, dtype: str = "bf16") -> list[tup
     return found
 
 
-# Where `barriers` leaves them out.
+# Where `barriers` leaves them out; the README says of three why nothing is to be noticed.
 BARRIERS = (
     ("mlka-24x24-w11-d16-mixed", "forward_kernel"),
     ("mlka-9x13-w5-d16-chunks", "backward_key_kernel"),
