@@ -87,8 +87,10 @@ class Bug:
 
 def notice(bug: Bug, arch: str) -> str:
     """Return what the machine notices of a bug; nothing if it misses it."""
+    launched: set[str] = set()
 
     def change(kernel: str, ptx: str) -> str:
+        launched.add(kernel)
         return bug.damage(ptx) if kernel == bug.kernel else ptx
 
     try:
@@ -96,6 +98,8 @@ def notice(bug: Bug, arch: str) -> str:
         result = run(CASES[bug.case], arch, bug.dtype, change, backward)
     except Unsupported as refusal:
         return f"refused: {refusal}"
+    if bug.kernel not in launched:
+        raise NotApplicable(f"{bug.case} launches no {bug.kernel}")
     kinds = sorted({f.kind for _, f in result.log.findings(mild=False)})
     wrong = [f"{name} off by {result.verdicts[name].error:.1e}" for name in result.wrong]
     return "; ".join(kinds + wrong)
@@ -115,7 +119,7 @@ _BUGS = (
         nth(_WINDOW_5, 0, lambda m: f"{m[1]}, 6;"),
     ),
     Bug(
-        "signed comparison for unsigned", _LOOP, "backward_query_kernel",
+        "signed comparison for unsigned", _LOOP, "backward_key_kernel",
         every(r"setp\.lt\.u32(\s+%p\d+, %r\d+, 5;)", r"setp.lt.s32\1"),
     ),
     Bug(
