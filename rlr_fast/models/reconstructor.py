@@ -269,7 +269,8 @@ class Reconstructor(nn.Module):
         """Return the prepared blocks where they hold for this call, else prepare for it alone."""
         checked = True
         if torch.compiler.is_compiling():
-            checked = self._checked or torch.compiler.is_exporting()
+            # What is_exporting() returns; PyTorch 2.11 traces the call itself as true everywhere.
+            checked = self._checked or torch.compiler._is_exporting_flag
         else:
             self._end_stale_preparation()
         prepared = self._prepared

@@ -43,7 +43,7 @@ def test_features_are_timms_bit_for_bit_in_one_layout_and_to_rounding_in_another
         features_only=True,
         out_indices=out_indices,
         pretrained=True,
-        pretrained_cfg_overlay={"file": str(tmp_path / "weights.pth")},
+        pretrained_cfg_overlay={"file": str(tmp_path / "weights.pth"), "custom_load": False},
         **options,
     ).eval()
     ours = Backbone(name, str(tmp_path / "weights.pth"), out_indices, size)
