@@ -92,15 +92,17 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def chunk_programs(device: torch.device, warps: int) -> int:
+def chunk_programs(device: torch.device, per_processor: int) -> int:
     """Return how many programs a launch over chunks of the batch aims at.
 
-    Two rounds of what a GPU holds at a time: programs whose threads take up to 255 of a
-    multiprocessor's 65,536 registers. More would only add partial sums.
+    Args:
+        device: The GPU.
+        per_processor: Programs for each of its multiprocessors. More leave fewer idle when the last
+            ones run, and add partial sums.
     """
     if PROGRAMS is not None:
         return PROGRAMS
-    return 2 * target(device).processors * max(1, 8 // warps)
+    return per_processor * target(device).processors
 
 
 def unsupported_device(device: torch.device | str) -> str | None:

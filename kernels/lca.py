@@ -429,7 +429,8 @@ def _programs(q: Tensor, geometry: Geometry, tile: HaloTiles) -> tuple[int, int,
     batch, heads = q.shape[:2]
     places = cdiv(geometry.height, tile.rows) * cdiv(geometry.width, tile.columns)
     steps = cdiv(batch, tile.images)
-    most = _launch.chunk_programs(q.device, tile.warps)
+    # Two rounds of what a multiprocessor holds, of programs with up to 255 registers a thread.
+    most = _launch.chunk_programs(q.device, 2 * max(1, 8 // tile.warps))
     chunks = min(steps, max(1, most // (places * heads)))
     chunk = cdiv(steps, chunks) * tile.images
     return places, chunk, cdiv(batch, chunk)

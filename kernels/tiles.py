@@ -1,8 +1,11 @@
 """Which tiles a kernel takes: the table's, and smaller ones where a GPU refuses them.
 
-The table was chosen by counting machine code (`python -m benchmarks.codegen`): no spilled
-register, then the fewest clocks a score. What it gives is compiled for every supported GPU by
-`python -m benchmarks.survey`.
+For compute capability 9.0 and two bytes an element, head widths 16 to 64, the table was measured
+on an H100 (`python -m benchmarks.tiles`, benchmarks/results/gpu-tiles.json): programs that leave
+room for others, and deep pipelines, some at the price of a few spilled registers. All else was
+chosen by counting machine code (`python -m benchmarks.codegen`): no spilled register, then the
+fewest clocks a score. What it gives is compiled for every supported GPU by `python -m
+benchmarks.survey`.
 """
 
 from __future__ import annotations
@@ -247,41 +250,54 @@ _QUERIES = {width: RasterTiles(64, 64) for width in (16, 32, 64, 128)}
 _RASTER: dict[int, dict[str, dict[int, RasterTiles]]] = {
     90: {
         "raster_forward": {
-            16: RasterTiles(64, 128, fma_exp2_eighths=3, sum_by_product=True),
+            16: RasterTiles(64, 64, fma_exp2_eighths=2, stages=4),
+            32: RasterTiles(64, 64, fma_exp2_eighths=2, stages=3),
+            64: RasterTiles(64, 64, fma_exp2_eighths=2, stages=3, registers=128),
+            128: RasterTiles(64, 64, fma_exp2_eighths=2),
+        },
+        "raster_key": {
+            16: RasterTiles(64, 64, blocks=2, stages=3),
+            32: RasterTiles(64, 128, separate_dq=True, warps=8, stages=1, registers=128),
+            64: RasterTiles(64, 64, separate_dq=True, stages=1),
+            128: RasterTiles(64, 32, separate_dq=True, stages=1),
+        },
+        "raster_query": {
+            16: RasterTiles(64, 64, stages=3),
+            32: RasterTiles(64, 64, stages=3),
+            64: RasterTiles(64, 64, registers=168),
+            128: RasterTiles(64, 64),
+        },
+    },
+    100: {
+        "raster_forward": {
+            16: RasterTiles(128, 64, fma_exp2_eighths=3, sum_by_product=True),
             32: RasterTiles(64, 128, fma_exp2_eighths=2, stages=3),
-            64: RasterTiles(64, 64, fma_exp2_eighths=2, stages=3),
+            64: RasterTiles(64, 64, stages=3),
             128: RasterTiles(64, 64, fma_exp2_eighths=2),
         },
         "raster_key": {
             16: RasterTiles(64, 64, blocks=2, stages=1),
             32: RasterTiles(64, 64, separate_dq=True, stages=1),
             64: RasterTiles(64, 64, separate_dq=True, stages=1),
-            128: RasterTiles(64, 32, separate_dq=True, stages=1),
+            128: RasterTiles(32, 64, separate_dq=True, stages=1),
         },
-        "raster_query": _QUERIES | {64: RasterTiles(64, 64, registers=168)},
-    }
-}
-# What other architectures do otherwise.
-_RASTER[100] = _RASTER[90] | {
-    "raster_forward": _RASTER[90]["raster_forward"]
-    | {
-        16: RasterTiles(128, 64, fma_exp2_eighths=3, sum_by_product=True),
-        64: RasterTiles(64, 64, stages=3),
+        "raster_query": _QUERIES,
     },
-    "raster_key": _RASTER[90]["raster_key"]
-    | {128: RasterTiles(32, 64, separate_dq=True, stages=1)},
-    "raster_query": _QUERIES,
-}
-_RASTER[80] = _RASTER[90] | {
-    "raster_forward": _RASTER[90]["raster_forward"]
-    | {16: RasterTiles(64, 128, fma_exp2_eighths=2)},
-    "raster_key": {
-        16: RasterTiles(64, 64, blocks=2, separate_dq=True, stages=1),
-        32: RasterTiles(64, 64, separate_dq=True, stages=1),
-        64: RasterTiles(32, 128, separate_dq=True, warps=8, stages=1),
-        128: RasterTiles(64, 64, separate_dq=True, warps=8, stages=1),
+    80: {
+        "raster_forward": {
+            16: RasterTiles(64, 128, fma_exp2_eighths=2),
+            32: RasterTiles(64, 128, fma_exp2_eighths=2, stages=3),
+            64: RasterTiles(64, 64, fma_exp2_eighths=2, stages=3),
+            128: RasterTiles(64, 64, fma_exp2_eighths=2),
+        },
+        "raster_key": {
+            16: RasterTiles(64, 64, blocks=2, separate_dq=True, stages=1),
+            32: RasterTiles(64, 64, separate_dq=True, stages=1),
+            64: RasterTiles(32, 128, separate_dq=True, warps=8, stages=1),
+            128: RasterTiles(64, 64, separate_dq=True, warps=8, stages=1),
+        },
+        "raster_query": _QUERIES,
     },
-    "raster_query": _QUERIES,
 }
 # A program that holds all keys of a small grid: dQ needs no sum. Of two bytes an element, by
 # architecture and by the heads that leave registers for it.
@@ -317,7 +333,7 @@ _WIDE[80] = _WIDE[100] | {
 
 
 # Depth of the pipeline of LCA's backward, by architecture and head width.
-_BACKWARD_STAGES = {(80, 64): 2, (80, 128): 2, (100, 16): 3}
+_BACKWARD_STAGES = {(80, 64): 2, (80, 128): 2, (90, 32): 3, (90, 64): 3, (100, 16): 3}
 # Before Triton 3.9 a single stage spills there, since then three would.
 if _BEFORE_3_9:
     _BACKWARD_STAGES[90, 16] = 3
@@ -370,7 +386,7 @@ def _halo_tiles(problem: Problem) -> HaloTiles:
         tiles = large
     tiles = _on_grid(tiles, problem.geometry)
     if forward:
-        return tiles
+        return dataclasses.replace(tiles, stages=3) if problem.table == 90 else tiles
     numbers = next_power_of_2(tiles.halo(problem.geometry)) * problem.width
     if (problem.table, problem.width, numbers) == (80, 64, 4096):
         return dataclasses.replace(tiles, rows=1, columns=1, images=64, stages=1)
