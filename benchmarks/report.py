@@ -114,7 +114,7 @@ def _unique(values: Iterable[str]) -> list[str]:
 def _operators(results: list[Result], record: Record) -> str:
     parts = [
         f"**Operators** ({record.source}): median time; in brackets the replay of a CUDA graph. "
-        "The last column is the peak memory of the longest direction."
+        "Host, where it stands, is what enqueuing the longest direction takes; memory its peak."
     ]
     problems = _unique(_problem(r) for r in results)
     for problem in problems:
@@ -126,12 +126,19 @@ def _operators(results: list[Result], record: Record) -> str:
                                          for d in directions)]  # fmt: skip
 
         def cell(baseline: str, column: str, by_way: Any = by_way, ways: Any = directions) -> str:
+            if column == "host":
+                hosts = [
+                    r["host_s"] for d in ways if "host_s" in (r := by_way.get((baseline, d), {}))
+                ]
+                return in_words(max(hosts)) if hosts else ""
             if column != "memory":
                 return _cell(by_way.get((baseline, column)))
             peaks = [by_way[baseline, d].get("peak_bytes") for d in ways if (baseline, d) in by_way]
             return _bytes(max(p for p in peaks if p is not None)) if any(peaks) else ""
 
-        parts.append(f"`{problem}`\n\n" + _table(names, [*directions, "memory"], cell, "baseline"))
+        host = ["host"] if any("host_s" in r for r in mine) else []
+        columns = [*directions, *host, "memory"]
+        parts.append(f"`{problem}`\n\n" + _table(names, columns, cell, "baseline"))
     labels = {r["rival"]: r["label"] for r in results}
     parts.append("Baselines: " + "; ".join(f"`{n}`: {text}" for n, text in labels.items()) + ".")
     missing = {r["rival"]: r["reason"] for r in results if r["outcome"] == "unavailable"}
@@ -343,21 +350,48 @@ def _microbenchmarks(results: list[Result], record: Record) -> str:
 
 def _tiles(results: list[Result], record: Record) -> str:
     parts = [
-        f"**Tile search** ({record.source}): the five fastest candidates, and the table's own."
+        f"**Tile search** ({record.source}): the five candidates with which the whole call is "
+        "fastest, and the table's own; device time of the kernel, and of the call with all its "
+        "kernels."
     ]
     for group in _unique(f"{r['kernel']} {_problem(r)}" for r in results):
         mine = [r for r in results if f"{r['kernel']} {_problem(r)}" == group]
-        timed = sorted((r for r in mine if r["outcome"] == "ok"), key=lambda r: r["median_s"])
+        timed = sorted((r for r in mine if r["outcome"] == "ok"), key=lambda r: r["call_s"])
         shown = timed[:5] + [r for r in timed[5:] if r["own"]]
-        rows = {" ".join(f"{k}={v}" for k, v in r["tiles"].items()): r for r in shown}
+        rows = {" ".join(f"{k}={v}" for k, v in r["tiles"].items() if v): r for r in shown}
 
         def cell(row: str, column: str, rows: Any = rows) -> str:
-            return _cell(rows[row]) if column == "time" else ("yes" if rows[row]["own"] else "")
+            if column == "table's":
+                return "yes" if rows[row]["own"] else ""
+            return in_words(rows[row]["median_s" if column == "kernel" else "call_s"])
 
-        parts.append(f"`{group}`\n\n" + _table(list(rows), ["time", "table's"], cell, "tiles"))
+        columns = ["kernel", "call", "table's"]
+        parts.append(f"`{group}`\n\n" + _table(list(rows), columns, cell, "tiles"))
         failed = len(mine) - len(timed)
         if failed:
             parts.append(f"{failed} candidates did not compile or failed the check.")
+    return "\n\n".join(parts)
+
+
+def _kernels(results: list[Result], record: Record) -> str:
+    def mode(r: Result) -> str:
+        return r["direction"] + (", deterministic" if r["deterministic"] else "")
+
+    parts = [f"**Kernels** ({record.source}): device time of each, as often as a call launches it."]
+    for problem in _unique(_problem(r) for r in results):
+        by_mode = {mode(r): r for r in results if _problem(r) == problem}
+        # Template arguments of PyTorch's kernels would fill the page.
+        short: dict[str, dict[str, float]] = {m: {} for m in by_mode}
+        for m, r in by_mode.items():
+            for name, seconds in r["kernels_s"].items():
+                plain = name.removeprefix("void ").partition("<")[0]
+                short[m][plain] = short[m].get(plain, 0.0) + seconds
+        names = _unique(name for times in short.values() for name in times)
+
+        def cell(name: str, column: str, short: Any = short) -> str:
+            return in_words(short[column][name]) if name in short[column] else ""
+
+        parts.append(f"`{problem}`\n\n" + _table(names, list(by_mode), cell, "kernel"))
     return "\n\n".join(parts)
 
 
@@ -425,6 +459,7 @@ _WRITERS: dict[str, Callable[..., str]] = {
     "throughput": _throughput,
     "microbenchmarks": _microbenchmarks,
     "tiles": _tiles,
+    "kernels": _kernels,
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import math
 import statistics
 import sys
 import threading
@@ -31,6 +32,7 @@ class Timing:
 
     Attributes:
         seconds: Of each repetition.
+        host_seconds: What the host needs to enqueue the call on a GPU.
         graph_seconds: Of each replay of a CUDA graph of the call; empty where none was made.
         graph_refused: Why there is no graph.
         peak_bytes: Largest memory during the call, above what was held before it.
@@ -38,6 +40,7 @@ class Timing:
 
     seconds: list[float]
     peak_bytes: int
+    host_seconds: float | None = None
     graph_seconds: list[float] = field(default_factory=list)
     graph_refused: str | None = None
 
@@ -45,6 +48,7 @@ class Timing:
         """As plain values for a record."""
         return {
             **_spread("", self.seconds),
+            **({} if self.host_seconds is None else {"host_s": self.host_seconds}),
             **_spread("graph_", self.graph_seconds),
             **({"graph_refused": self.graph_refused} if self.graph_refused else {}),
             "peak_bytes": self.peak_bytes,
@@ -100,8 +104,8 @@ def time_on_gpu(
 ) -> Timing:
     """Time a call by CUDA events, the L2 cache flushed before each repetition.
 
-    The flush keeps the device busy while the host enqueues the call, so that host time shows only
-    where it is longer than the flush; the replay of a CUDA graph shows the device alone.
+    The cache is flushed for as long as the host needs to enqueue the call and half as long again,
+    so that the device never waits for the host; what the host needs is a figure of its own.
 
     Args:
         make: Makes the call; again on another stream for a graph.
@@ -112,12 +116,12 @@ def time_on_gpu(
     call()
     torch.cuda.synchronize()
     peak = _gpu_peak(call)
-    flush = torch.empty(_FLUSHED_BYTES, dtype=torch.uint8, device="cuda")
+    flush = Flush(call)
     once = statistics.median(_events(call, flush, 3))
     # Clocks rise while the device works: at least a tenth of a second of the call itself.
     _events(call, flush, max(2, min(30, int(0.1 / once))))
     count = max(LEAST_REPEATS, min(repeats, int(SECONDS / once)))
-    timing = Timing(_events(call, flush, count), peak)
+    timing = Timing(_events(call, flush, count), peak, flush.host_seconds)
     if graph:
         try:
             timing.graph_seconds = _graph_times(make, flush)
@@ -127,10 +131,39 @@ def time_on_gpu(
     return timing
 
 
-def _events(call: Callable[[], object], flush: torch.Tensor, repeats: int) -> list[float]:
+class Flush:
+    """Flushes the L2 cache for longer than the host needs to enqueue a call, see `time_on_gpu`.
+
+    Attributes:
+        host_seconds: What the host needs.
+    """
+
+    def __init__(self, call: Callable[[], object]) -> None:
+        self._memory = torch.empty(_FLUSHED_BYTES, dtype=torch.uint8, device="cuda")
+        hosts = []
+        for _ in range(5):
+            torch.cuda.synchronize()
+            hosts.append(seconds_of(call))
+        torch.cuda.synchronize()
+        self.host_seconds = statistics.median(hosts)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._memory.zero_()
+        start.record()
+        self._memory.zero_()
+        end.record()
+        torch.cuda.synchronize()
+        self._times = 1 + math.ceil(1.5 * self.host_seconds / (start.elapsed_time(end) / 1e3))
+
+    def __call__(self) -> None:
+        """Enqueue the flush."""
+        for _ in range(self._times):
+            self._memory.zero_()
+
+
+def _events(call: Callable[[], object], flush: Callable[[], object], repeats: int) -> list[float]:
     pairs = []
     for _ in range(repeats):
-        flush.zero_()
+        flush()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         call()
@@ -140,7 +173,9 @@ def _events(call: Callable[[], object], flush: torch.Tensor, repeats: int) -> li
     return [start.elapsed_time(end) / 1e3 for start, end in pairs]
 
 
-def _graph_times(make: Callable[[], Callable[[], object]], flush: torch.Tensor) -> list[float]:
+def _graph_times(
+    make: Callable[[], Callable[[], object]], flush: Callable[[], object]
+) -> list[float]:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
