@@ -341,7 +341,7 @@ def _products(launch: Launch) -> float:
     if count is None:
         count = 4 if c["DQ"] == "separate" else 5
     # Sums of rows that are products have 16 columns.
-    return 2 * (count * c["D"] + c.get("P", 0) + 16 * c.get("SUM_BY_PRODUCT", False))
+    return 2 * (count * c["D"] + c.get("P", 0))
 
 
 def predict(launch: Launch, shape: Shape, found: Sequence[Loop], slots: int) -> Prediction:

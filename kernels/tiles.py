@@ -37,8 +37,6 @@ class RasterTiles:
             atomically: twice the powers of two, and no traffic of partial sums.
         fma_exp2_eighths: Share of the powers of two that the FMA units compute, of 8; of the
             forward kernel in bfloat16 alone.
-        sum_by_product: Sum the weights of a row by a product with ones, of the forward kernel in
-            two bytes an element alone: fewer instructions, half as many products again at d = 16.
         warps: Warps a program.
         stages: Depth of the software pipeline.
         registers: Most registers a thread, where fewer let one more program run; 0 is no limit.
@@ -49,7 +47,6 @@ class RasterTiles:
     blocks: int = 1
     separate_dq: bool = False
     fma_exp2_eighths: int = 0
-    sum_by_product: bool = False
     warps: int = 4
     stages: int = 2
     registers: int = 0
@@ -270,7 +267,7 @@ _RASTER: dict[int, dict[str, dict[int, RasterTiles]]] = {
     },
     100: {
         "raster_forward": {
-            16: RasterTiles(128, 64, fma_exp2_eighths=3, sum_by_product=True),
+            16: RasterTiles(128, 64, fma_exp2_eighths=3),
             32: RasterTiles(64, 128, fma_exp2_eighths=2, stages=3),
             64: RasterTiles(64, 64, stages=3),
             128: RasterTiles(64, 64, fma_exp2_eighths=2),

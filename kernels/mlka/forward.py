@@ -39,10 +39,6 @@ _SAFE_SCORE = tl.constexpr(80.0)
 # Score of a hidden key where powers of two are computed on the FMA units, which know no infinity:
 # their 2**24 weights of 2**-126 are together 2**-22 of the least weight of a key that is seen.
 _HIDDEN_SCORE = tl.constexpr(-126.0)
-# Columns of ones whose product with the weights is the sum of a row, in each. Eight would do, but
-# so narrow a tile is not swizzled, and Triton gives its descriptors a base offset that only
-# swizzled ones have.
-_SUMS = tl.constexpr(16)
 # A row's sum is below this only if it sees no key.
 _NO_KEYS = tl.constexpr(2.0**-100)
 
@@ -52,8 +48,7 @@ def _attend(
     acc, row_sum, row_max, q, start_m, k, v, k_stride, v_stride, lo, hi,
     N: tl.constexpr, W: tl.constexpr, RY: tl.constexpr, RX: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, INSIDE: tl.constexpr, WINDOWED: tl.constexpr,
-    ONLINE: tl.constexpr, FMA_EXP2_EIGHTHS: tl.constexpr, SUM_BY_PRODUCT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    ONLINE: tl.constexpr, FMA_EXP2_EIGHTHS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Accumulate the keys of a block of queries: those of [lo, hi), or all others."""
     first = lo if WINDOWED else 0
@@ -77,14 +72,9 @@ def _attend(
             acc *= rescale[:, None]
             row_sum *= rescale[:, None]
         p = exp2(s, FMA_EXP2_EIGHTHS)
-        p_tile = p.to(v_tile.dtype)
-        if SUM_BY_PRODUCT:
-            ones = tl.full((BLOCK_N, _SUMS), 1.0, p_tile.dtype)
-            row_sum = dot(p_tile, ones, row_sum, PRECISION)
-        else:
-            # Over the groups of eight columns: within a thread. The rest is summed after the loop.
-            row_sum += tl.sum(tl.reshape(p, (BLOCK_M, BLOCK_N // 8, 8)), 1)
-        acc = dot(p_tile, v_tile, acc, PRECISION)
+        # Over the groups of eight columns: within a thread. The rest is summed after the loop.
+        row_sum += tl.sum(tl.reshape(p, (BLOCK_M, BLOCK_N // 8, 8)), 1)
+        acc = dot(p.to(v_tile.dtype), v_tile, acc, PRECISION)
     return acc, row_sum, row_max
 
 
@@ -93,8 +83,7 @@ def _attend_all(
     acc, row_sum, row_max, q, start_m, k, v, k_stride, v_stride,
     H: tl.constexpr, W: tl.constexpr, RY: tl.constexpr, RX: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, INSIDE: tl.constexpr,
-    ONLINE: tl.constexpr, FMA_EXP2_EIGHTHS: tl.constexpr, SUM_BY_PRODUCT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    ONLINE: tl.constexpr, FMA_EXP2_EIGHTHS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Accumulate all keys of a block of queries."""
     N: tl.constexpr = H * W
@@ -102,13 +91,13 @@ def _attend_all(
     acc, row_sum, row_max = _attend(
         acc, row_sum, row_max, q, start_m, k, v, k_stride, v_stride, lo, hi,
         N, W, RY, RX, D, BLOCK_M, BLOCK_N, INSIDE, True,
-        ONLINE, FMA_EXP2_EIGHTHS, SUM_BY_PRODUCT, PRECISION,
+        ONLINE, FMA_EXP2_EIGHTHS, PRECISION,
     )  # fmt: skip
     if not INSIDE:
         acc, row_sum, row_max = _attend(
             acc, row_sum, row_max, q, start_m, k, v, k_stride, v_stride, lo, hi,
             N, W, RY, RX, D, BLOCK_M, BLOCK_N, INSIDE, False,
-            ONLINE, FMA_EXP2_EIGHTHS, SUM_BY_PRODUCT, PRECISION,
+            ONLINE, FMA_EXP2_EIGHTHS, PRECISION,
         )  # fmt: skip
     return acc, row_sum, row_max
 
@@ -118,7 +107,7 @@ def forward_kernel(
     q, k, v, o, lse, bound, q_strides, k_strides, v_strides, o_strides, batch, heads,
     H: tl.constexpr, W: tl.constexpr, RY: tl.constexpr, RX: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, INSIDE: tl.constexpr, CERTIFIED: tl.constexpr,
-    FMA_EXP2_EIGHTHS: tl.constexpr, SUM_BY_PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
+    FMA_EXP2_EIGHTHS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Output and lse (B, h, N) of one block of queries; query block fastest, head slowest."""
     N: tl.constexpr = H * W
@@ -131,7 +120,7 @@ def forward_kernel(
     q_tile = load_rows(q, start_m, BLOCK_M, q_strides[2], N, D)
 
     acc = tl.zeros((BLOCK_M, D), ACC)
-    row_sum = tl.zeros((BLOCK_M, _SUMS if SUM_BY_PRODUCT else 8), ACC)
+    row_sum = tl.zeros((BLOCK_M, 8), ACC)
     safe = False
     if CERTIFIED:
         # |q · k| <= |q| |k| bounds every score of the tile.
@@ -142,16 +131,16 @@ def forward_kernel(
         acc, row_sum, row_max = _attend_all(
             acc, row_sum, row_max, q_tile, start_m, k, v, k_strides[1], v_strides[2],
             H, W, RY, RX, D, BLOCK_M, BLOCK_N, INSIDE,
-            False, FMA_EXP2_EIGHTHS, SUM_BY_PRODUCT, PRECISION,
+            False, FMA_EXP2_EIGHTHS, PRECISION,
         )  # fmt: skip
     else:
         row_max = tl.full((BLOCK_M,), NO_MAXIMUM, ACC)
         acc, row_sum, row_max = _attend_all(
             acc, row_sum, row_max, q_tile, start_m, k, v, k_strides[1], v_strides[2],
-            H, W, RY, RX, D, BLOCK_M, BLOCK_N, INSIDE, True, 0, SUM_BY_PRODUCT, PRECISION,
+            H, W, RY, RX, D, BLOCK_M, BLOCK_N, INSIDE, True, 0, PRECISION,
         )  # fmt: skip
 
-    row_sum = tl.sum(row_sum, 1) * (1 / _SUMS if SUM_BY_PRODUCT else 1)
+    row_sum = tl.sum(row_sum, 1)
     # A row without keys: output 0, and lse = inf makes every weight of its backward 2**-inf = 0.
     some = row_sum > _NO_KEYS
     weight = tl.where(some, 1.0 / tl.where(some, row_sum, 1.0), 0.0)
@@ -179,7 +168,6 @@ def launch_forward(
         **geometry.constants(), D=width, BLOCK_M=tile.queries, BLOCK_N=tile.keys, INSIDE=inside,
         # Weights of 2**±80 fit bfloat16 and float32, not float16.
         CERTIFIED=q.dtype != torch.float16, FMA_EXP2_EIGHTHS=_fma_exp2_eighths(tile, q.dtype),
-        SUM_BY_PRODUCT=tile.sum_by_product and q.element_size() == 2,
         PRECISION=_launch.precision(q.dtype), problem=problem, **tile.options(),
     )  # fmt: skip
     return lse
