@@ -1,0 +1,1 @@
+"""Other methods on the features, pictures and metrics of RLR."""

@@ -1,0 +1,116 @@
+"""``python -m benchmarks.peers ROOT``: other methods on a data set, by the metrics of RLR.
+
+All see the same pictures at the same size through the same network, one model for all classes, and
+are measured as ``rlr-fast eval`` measures: metrics per class, then their mean. ``--run FOLDER``
+adds a trained RLR. PaDiM and PatchCore need `requirements.txt` beside this file, in an environment
+of their own if you like.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import record
+from benchmarks.peers.methods import PEERS, Method, chosen
+from rlr_fast.config import InferenceExecution
+from rlr_fast.data import read_dataset
+from rlr_fast.data.images import iterate_images, load_sample_mask
+from rlr_fast.data.layouts import DataSet
+from rlr_fast.inference.batches import load_model
+from rlr_fast.inference.evaluate import evaluate
+from rlr_fast.inference.metrics import HEADINGS, class_metrics, format_table, mean_metrics
+from rlr_fast.models.backbone import Backbone
+
+_BATCH = 8
+
+
+def fit(method: Method, data: DataSet, size: tuple[int, int]) -> float:
+    """Learn from the training images of all classes; return the seconds."""
+    start = time.perf_counter()
+    for samples in data.train.values():
+        for batch in iterate_images(samples, size, _BATCH):
+            method.learn(batch.images.float() / 255)
+    method.finish()
+    return time.perf_counter() - start
+
+
+def measure(method: Method, data: DataSet, size: tuple[int, int]) -> tuple[dict[str, Any], float]:
+    """Return the metrics by class, and the seconds that scoring took per image."""
+    classes, seconds, images = {}, 0.0, 0
+    for name, samples in data.test.items():
+        scores, maps = [], []
+        start = time.perf_counter()
+        for batch in iterate_images(samples, size, _BATCH):
+            if batch.failures:
+                raise SystemExit(str(batch.failures[0].error))
+            score, score_map = method.score(batch.images.float() / 255)
+            scores.append(score.float().numpy())
+            maps.append(score_map.float().numpy())
+        seconds += time.perf_counter() - start
+        images += len(samples)
+        masks = np.stack([load_sample_mask(sample, size).numpy() for sample in samples])
+        labels = np.array([sample.is_anomaly for sample in samples])
+        classes[name] = class_metrics(np.concatenate(scores), labels, np.concatenate(maps), masks)
+    return classes, seconds / images
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print and record."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=__doc__)
+    parser.add_argument("root", type=Path, help="a data set, as rlr-fast train takes it")
+    parser.add_argument("--peer", choices=PEERS, action="append", help="default: each")
+    parser.add_argument("--run", type=Path, action="append", help="a trained RLR, as another row")
+    parser.add_argument("--backbone", default="tf_efficientnet_lite0")
+    parser.add_argument("--weights", default="package", help="as of rlr-fast train")
+    parser.add_argument("--levels", type=int, nargs="+", default=[2, 3])
+    parser.add_argument("--image-size", type=int, default=256)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--record", metavar="NAME", help="as of pytest --benchmark-record")
+    options = parser.parse_args(arguments)
+    data = read_dataset(options.root)
+    data.require_train()
+    data.require_test()
+    size = (options.image_size, options.image_size)
+    backbone = Backbone(options.backbone, options.weights, tuple(options.levels), size)
+    recorder = record.Recorder(record.record_path(options.record) if options.record else None)
+    rows: dict[str, dict[str, float]] = {}
+
+    def add(name: str, label: str, classes: dict[str, Any], **facts: Any) -> None:
+        rows[name] = mean_metrics(classes)
+        recorder.add(
+            {"suite": "peers", "outcome": "ok", "name": name, "label": label,
+             "data": data.root.name, "seed": options.seed, "mean": rows[name], "classes": classes,
+             **facts}
+        )  # fmt: skip
+        told = "  ".join(f"{HEADINGS[k]} {100 * v:.1f}" for k, v in rows[name].items())
+        print(f"{name}: {told}  {facts}", flush=True)
+
+    for name, peer in chosen(options.peer or []).items():
+        torch.manual_seed(options.seed)
+        method = peer.make(backbone)
+        fit_s = fit(method, data, size)
+        classes, image_s = measure(method, data, size)
+        add(name, peer.label, classes, fit_s=fit_s, image_s=image_s)
+    for run in options.run or []:
+        model = load_model(run, InferenceExecution())
+        name = f"rlr {run.name}"
+        start = time.perf_counter()
+        found = evaluate(model, data)
+        images = sum(map(len, data.test.values()))
+        add(name, "RLR", dict(found.classes), fit_s=None,
+            image_s=(time.perf_counter() - start) / images)  # fmt: skip
+    recorder.close()
+    print(format_table(rows, rows[next(reversed(rows))]).rsplit("\n", 2)[0])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

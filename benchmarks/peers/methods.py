@@ -1,0 +1,168 @@
+"""The methods: each learns from the normal training images of all classes, and scores images.
+
+PatchCore and PaDiM are anomalib's, on the feature maps that RLR gets from the same network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rlr_fast.models.backbone import Backbone
+
+_TOP_SHARE = 0.01
+# Distances held at a time.
+_CHUNK = 2**26
+
+
+class Method(Protocol):
+    """A method that keeps what it learned."""
+
+    def learn(self, images: Tensor) -> None:
+        """Take a batch (B, 3, H, W) of normal images in."""
+
+    def finish(self) -> None:
+        """End learning."""
+
+    def score(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return image scores (B,) and score maps (B, H, W)."""
+
+
+class _Features(nn.Module):
+    """The backbone as anomalib takes a feature extractor."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.out_dims = list(backbone.channels)
+        self.layers = [f"level {i}" for i in range(len(self.out_dims))]
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return dict(zip(self.layers, self.backbone(images), strict=True))
+
+
+class _Anomalib:
+    """One of anomalib's models without its trainer."""
+
+    def __init__(self, module: Any, model: str, backbone: Backbone, **options: Any) -> None:
+        features = _Features(backbone)
+        with mock.patch.object(module, "TimmFeatureExtractor", lambda **_: features):
+            self.model = getattr(module, model)(
+                layers=features.layers, backbone=backbone.name, pre_trained=False, **options
+            )
+        self.model.train()
+
+    @torch.no_grad()
+    def learn(self, images: Tensor) -> None:
+        self.model(images)
+
+    @torch.no_grad()
+    def score(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        found = self.model(images)
+        return found.pred_score.flatten(), found.anomaly_map.squeeze(1)
+
+
+class PatchCore(_Anomalib):
+    """Distance to the nearest of a coreset of the training patches."""
+
+    def __init__(self, backbone: Backbone, coreset: float) -> None:
+        from anomalib.models.image.patchcore import torch_model
+
+        super().__init__(torch_model, "PatchcoreModel", backbone)
+        self.coreset = coreset
+
+    def finish(self) -> None:
+        """End learning."""
+        from anomalib.models.components.sampling import k_center_greedy
+
+        # Its progress bar writes a line for each of thousands of patches into a log.
+        with mock.patch.object(k_center_greedy, "tqdm", lambda steps, **_: steps):
+            self.model.subsample_embedding(self.coreset)
+        self.model.eval()
+
+
+class PaDiM(_Anomalib):
+    """Mahalanobis distance to a Gaussian for each place, of 100 channels."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        from anomalib.models.image.padim import torch_model
+
+        options = {"n_features": min(100, sum(backbone.channels))}
+        super().__init__(torch_model, "PadimModel", backbone, **options)
+
+    def finish(self) -> None:
+        """End learning."""
+        self.model.fit()
+        self.model.eval()
+
+
+class NearestNeighbors:
+    """Mean over the levels of the cosine distance to the nearest training token, anywhere.
+
+    The image score is the mean of the highest hundredth of the map's pixels.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.backbone = backbone
+        self.banks: list[Any] = [[] for _ in backbone.channels]
+
+    def learn(self, images: Tensor) -> None:
+        """Take a batch in."""
+        for bank, tokens in zip(self.banks, self._tokens(images), strict=True):
+            bank.append(tokens.flatten(0, 1))
+
+    def finish(self) -> None:
+        """End learning."""
+        self.banks = [torch.cat(bank) for bank in self.banks]
+
+    def score(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return scores and maps."""
+        maps = []
+        for bank, tokens, grid in zip(
+            self.banks, self._tokens(images), self.backbone.grids, strict=True
+        ):
+            flat = tokens.flatten(0, 1)
+            rows = flat.split(max(1, _CHUNK // len(bank)))
+            nearest = torch.cat([(1 - part @ bank.T).amin(1) for part in rows])
+            level = nearest.view(len(images), 1, *grid)
+            maps.append(F.interpolate(level, self.backbone.image_size, mode="bilinear"))
+        score_maps = torch.stack(maps).mean(0).squeeze(1)
+        pixels = score_maps.flatten(1)
+        highest = pixels.topk(max(1, int(_TOP_SHARE * pixels.shape[1]))).values
+        return highest.mean(1), score_maps
+
+    def _tokens(self, images: Tensor) -> list[Tensor]:
+        return [F.normalize(m.flatten(2).mT, dim=-1) for m in self.backbone(images)]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A method by name.
+
+    Attributes:
+        label: What it is, in a line.
+        make: Makes it, on a backbone.
+    """
+
+    label: str
+    make: Callable[[Backbone], Method]
+
+
+PEERS: dict[str, Peer] = {
+    "padim": Peer("PaDiM, one Gaussian a place for all classes", PaDiM),
+    "patchcore-0.4": Peer("PatchCore, coreset of 0.4 %", lambda b: PatchCore(b, 0.004)),
+    "patchcore-1": Peer("PatchCore, coreset of 1 %", lambda b: PatchCore(b, 0.01)),
+    "patchcore-10": Peer("PatchCore, coreset of 10 %", lambda b: PatchCore(b, 0.1)),
+    "nearest": Peer("nearest training token, cosine, all tokens", NearestNeighbors),
+}
+
+
+def chosen(names: Sequence[str]) -> dict[str, Peer]:
+    """Return the peers of these names, all of them for none."""
+    return {name: PEERS[name] for name in names or PEERS}
