@@ -67,6 +67,37 @@ def test_operators_show_time_memory_and_what_did_not_run(tmp_path):
     assert (tmp_path / "a-baselines.png").stat().st_size > 0
 
 
+def test_the_host_has_a_column_where_it_was_measured(tmp_path):
+    text = report.figures(
+        {"a.json": content(operator(host_s=2e-4), operator(rival="dense", host_s=1e-5))}, tmp_path
+    )
+    assert "| baseline | forward | host | memory |" in text
+    assert "| tiled | 1 ms | 200 µs | 1.0 MiB |" in text
+
+
+def test_kernels_of_one_name_are_added_up(tmp_path):
+    times = {"key_kernel": 1e-3, "void at::fill<a>(int)": 1e-6, "void at::fill<b>(int)": 2e-6}
+    found = operator(suite="kernels", deterministic=True, kernels_s=times)
+    text = report.figures({"a.json": content(found)}, tmp_path)
+    assert "| kernel | forward, deterministic |" in text
+    assert "| key_kernel | 1 ms |" in text and "| at::fill | 3 µs |" in text
+
+
+def test_tiles_are_ranked_by_the_whole_call(tmp_path):
+    def candidate(stages: int, own: bool, call_s: float) -> dict:
+        tiles = {"queries": 64, "stages": stages, "registers": 0}
+        return operator(suite="tiles", kernel="key", tiles=tiles, own=own, call_s=call_s)
+
+    text = report.figures(
+        {"a.json": content(candidate(1, True, 3e-3), candidate(2, False, 2e-3))}, tmp_path
+    )
+    fast, own = (
+        "| queries=64 stages=2 | 1 ms | 2 ms |  |",
+        "| queries=64 stages=1 | 1 ms | 3 ms | yes |",
+    )
+    assert text.index(fast) < text.index(own)
+
+
 @pytest.mark.parametrize("axis", ["tokens", "batch"])
 def test_scaling_prints_the_exponents_that_it_draws(axis, tmp_path):
     results = [

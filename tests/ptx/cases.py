@@ -129,12 +129,9 @@ CASES: dict[str, Case] = dict(_cases())
 CHOICE = {
     "bf16": (
         "mlka-16x16-w5-d64-mixed", "mlka-9x13-w5-d16-chunks", "lca-9x13-w5-d16-chunks",
-        "lca-16x16-w11-d64",
-        "lca-20x20-w17-d16-raster-deterministic", "block", "distance-37",
+        "lca-16x16-w11-d64", "lca-20x20-w17-d16-raster-deterministic", "block", "distance-37",
     ),
-    "fp16": (
-        "mlka-9x13-w5-d16-chunks", "lca-9x13-w5-d16-chunks", "block-deterministic", "distance-37",
-    ),
+    "fp16": ("mlka-9x13-w5-d16-chunks", "lca-9x13-w5-d16-chunks"),
     "fp32": (
         "mlka-9x13-w5-d16", "lca-9x13-w5-d16", "block-deterministic", "distance-37",
         "distance-100-strided",
