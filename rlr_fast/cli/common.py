@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlr_fast.models.checkpoint import CheckpointError
+from rlr_fast.models.checkpoint import CheckpointError, check_checkpoint
 from rlr_fast.training.calibration import color_scale
 
 
@@ -25,12 +25,17 @@ def given_scale(scale: tuple[float, float] | None, checkpoint: str) -> tuple[flo
 
     Raises:
         ValueError: It is no range, or the checkpoint has none.
+        CheckpointError: There is no checkpoint.
     """
+    check_checkpoint(checkpoint)
     if scale is None:
         try:
             return color_scale(Path(checkpoint))
         except CheckpointError as error:
-            raise ValueError(f"{error}; give one by --scale LOW HIGH") from error
+            reason = str(error)
+            if not Path(checkpoint).is_dir():
+                reason = f"there is no folder {checkpoint!r}, and a repository has no color scale"
+            raise ValueError(f"{reason}; give one by --scale LOW HIGH") from error
     low, high = scale
     if not low < high:
         raise ValueError(f"--scale: LOW must be below HIGH, got {low} {high}")

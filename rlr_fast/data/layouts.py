@@ -51,10 +51,11 @@ LAYOUTS: tuple[str, ...] = tuple(_LOOKED_FOR)
 """The layouts `read_dataset` knows."""
 
 # Folders with these names divide one class; read as classes they would mix defects into training.
-_NOT_CLASSES = frozenset(
+# Folders within the first of them are divided by defect.
+_SPLITS = frozenset({"train", "test", "val", "valid", "validation", "ground_truth", "gt"})
+_NOT_CLASSES = _SPLITS | frozenset(
     {
-        *("train", "test", "val", "valid", "validation"),
-        *("ground_truth", "gt", "mask", "masks"),
+        *("mask", "masks"),
         *("good", "ok", "normal"),
         *("bad", "ko", "ng", "defect", "defects", "defective"),
         *("anomaly", "anomalies", "abnormal"),
@@ -282,7 +283,7 @@ def _plain_class_folders(root: Path) -> dict[str, Path]:
     if _image_names(root):
         return {_folder_name(root): root}
     folders = subfolders(root)
-    if _NOT_CLASSES & {name.lower() for name in (*folders, _folder_name(root))}:
+    if _folder_name(root).lower() in _SPLITS or _NOT_CLASSES & {name.lower() for name in folders}:
         return {}
     if any(subfolders(folder) for folder in folders.values()):
         return {}

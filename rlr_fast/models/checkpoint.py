@@ -17,6 +17,21 @@ class CheckpointError(RuntimeError):
     """A checkpoint folder is missing, damaged, or made with another backbone."""
 
 
+def check_checkpoint(name: str | Path) -> None:
+    """Refuse what is neither a folder nor OWNER/NAME, the name of a repository on the hub.
+
+    Raises:
+        CheckpointError: It is neither.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        return
+    if folder.exists() or folder.parent.is_file():
+        raise CheckpointError(f"a checkpoint is a folder, {str(folder)!r} is a file")
+    if str(name).count("/") != 1:
+        raise CheckpointError(f"there is no checkpoint folder {str(folder)!r}")
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """Read a checkpoint's ``config.json``.
 

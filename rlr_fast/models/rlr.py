@@ -22,6 +22,7 @@ from rlr_fast.models.checkpoint import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     CheckpointError,
+    check_checkpoint,
     read_config,
     read_weights,
 )
@@ -364,12 +365,9 @@ class RLRModel(
             BackboneWeightsError: The backbone's weights cannot be had.
         """
         folder = Path(pretrained_model_name_or_path)
+        check_checkpoint(folder)
         if folder.is_dir():
             read_config(folder / CONFIG_FILE)  # the mixin would meet a broken one with a traceback
-        elif folder.exists():
-            raise CheckpointError(f"a checkpoint is a folder, {str(folder)!r} is a file")
-        elif str(pretrained_model_name_or_path).count("/") != 1:  # no OWNER/NAME of the hub either
-            raise CheckpointError(f"there is no checkpoint folder {str(folder)!r}")
         model: RLRModel = super().from_pretrained(pretrained_model_name_or_path, **options)
         return model
 

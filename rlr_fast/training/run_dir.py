@@ -87,12 +87,18 @@ def read_run(out: Path) -> dict[str, Any] | None:
         raise TrainingError(f"{path} cannot be read: {error}") from error
 
 
-def check_folder(out: Path, record: Mapping[str, Any], resume: bool) -> None:
-    """Refuse a folder that holds another run, before any work.
+def check_folder(out: Path, record: Mapping[str, Any], resume: bool, data: Path) -> None:
+    """Refuse a folder that holds another run, or that lies among the images, before any work.
+
+    Args:
+        out: Folder of the run.
+        record: Settings of the run.
+        resume: Whether a run in the folder is to go on.
+        data: Folder of the data set.
 
     Raises:
         TrainingError: ``out`` cannot be written, holds a run that is not to be resumed, or one of
-            other settings.
+            other settings; or it would be read as a part of the data set.
     """
     if out.exists() and not out.is_dir():
         raise TrainingError(f"{out} is a file; a run needs a folder")
@@ -101,6 +107,11 @@ def check_folder(out: Path, record: Mapping[str, Any], resume: bool) -> None:
     except OSError as error:
         raise TrainingError(f"cannot write the run in {str(out)!r}: {error}") from error
     if not (out / STATE_FILE).exists():  # what finished no epoch leaves the folder free
+        if out.resolve().is_relative_to(data.resolve()):
+            raise TrainingError(
+                f"the run cannot be written in {str(out)!r}, within the data set {str(data)!r}: "
+                "its pictures would be read as images of a class; choose another --out"
+            )
         return
     previous = read_run(out)
     assert previous is not None
