@@ -248,8 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     gpu = torch.cuda.is_available()
     backend = options.backend or ("triton" if gpu else "tiled")
-    path = record.record_path(options.record) if options.record else None
-    recorder = record.Recorder(path)
+    recorder = record.open_record(options.record)
     jobs, failures, start = _jobs(backend, gpu), 0, time.monotonic()
     for job, outcome in parallel.each(run_job, jobs, options.workers, options.seconds):
         name = job.problem.name + ("-deterministic" if job.deterministic else "")

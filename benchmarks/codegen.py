@@ -340,7 +340,6 @@ def _products(launch: Launch) -> float:
     count = {"forward_kernel": 2, "backward_query_kernel": 3, "backward_kernel": 5}.get(stem)
     if count is None:
         count = 4 if c["DQ"] == "separate" else 5
-    # Sums of rows that are products have 16 columns.
     return 2 * (count * c["D"] + c.get("P", 0))
 
 

@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("there is no GPU to measure", file=sys.stderr)
         return 1
-    recorder = record.Recorder(record.record_path(options.record) if options.record else None)
+    recorder = record.open_record(options.record)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     for shape in HEADLINE:
         for operator in reversed(OPERATORS):

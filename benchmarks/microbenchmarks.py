@@ -261,7 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("there is no GPU to measure", file=sys.stderr)
         return 1
-    recorder = record.Recorder(record.record_path(options.record) if options.record else None)
+    recorder = record.open_record(options.record)
     failed = 0
     for name, measure in measurements():
         result: dict[str, Any] = {"suite": "microbenchmarks", "name": name}

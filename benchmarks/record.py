@@ -129,6 +129,11 @@ def record_path(name: str) -> Path:
     return RESULTS / f"{name}.json"
 
 
+def open_record(name: str | None) -> Recorder:
+    """Return the record of a name, see `record_path`; without one it is kept in memory alone."""
+    return Recorder(record_path(name) if name else None)
+
+
 def read_records(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
     """Return all records of a folder by file name."""
     records = {}

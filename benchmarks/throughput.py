@@ -156,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = record.bench_device()
     precision = options.precision or ("bf16" if device.type == "cuda" else "fp32")
     backend = resolve_backend(options.backend, device)
-    recorder = record.Recorder(record.record_path(options.record) if options.record else None)
+    recorder = record.open_record(options.record)
 
     def add(what: str, batch: int, make: Callable[[TrainConfig], Clock]) -> None:
         if device.type == "cuda":

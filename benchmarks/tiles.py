@@ -187,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     deadline = time.monotonic() + options.seconds
     shapes = [_shape(name) for name in options.shape] if options.shape else list(HEADLINE)
-    recorder = record.Recorder(record.record_path(options.record) if options.record else None)
+    recorder = record.open_record(options.record)
     jobs: list[Job] = []
     for shape, kernel in itertools.product(shapes, options.kernel or KERNELS):
         problem = Problem(KERNELS[kernel][0], shape, options.batch, torch.bfloat16)

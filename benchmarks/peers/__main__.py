@@ -11,55 +11,62 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from benchmarks import record
-from benchmarks.peers.methods import PEERS, Method, chosen
+from benchmarks.peers.methods import PEERS, Method
 from rlr_fast.config import InferenceExecution
 from rlr_fast.data import read_dataset
 from rlr_fast.data.images import iterate_images, load_sample_mask
-from rlr_fast.data.layouts import DataSet
+from rlr_fast.data.layouts import DataSet, Sample
 from rlr_fast.inference.batches import load_model
 from rlr_fast.inference.evaluate import evaluate
 from rlr_fast.inference.metrics import HEADINGS, class_metrics, format_table, mean_metrics
-from rlr_fast.models.backbone import Backbone
+from rlr_fast.models.backbone import Backbone, BackboneWeightsError
+from rlr_fast.models.checkpoint import CheckpointError, check_checkpoint
 
 _BATCH = 8
+
+
+def images_of(samples: Sequence[Sample], size: tuple[int, int]) -> Iterator[Tensor]:
+    """Yield batches (B, 3, H, W) in [0, 1]; an image that cannot be read ends the program."""
+    for batch in iterate_images(samples, size, _BATCH):
+        if batch.failures:
+            raise SystemExit(str(batch.failures[0].error))
+        yield batch.images.float() / 255
 
 
 def fit(method: Method, data: DataSet, size: tuple[int, int]) -> float:
     """Learn from the training images of all classes; return the seconds."""
     start = time.perf_counter()
     for samples in data.train.values():
-        for batch in iterate_images(samples, size, _BATCH):
-            method.learn(batch.images.float() / 255)
+        for images in images_of(samples, size):
+            method.learn(images)
     method.finish()
     return time.perf_counter() - start
 
 
 def measure(method: Method, data: DataSet, size: tuple[int, int]) -> tuple[dict[str, Any], float]:
     """Return the metrics by class, and the seconds that scoring took per image."""
-    classes, seconds, images = {}, 0.0, 0
+    classes, seconds = {}, 0.0
     for name, samples in data.test.items():
         scores, maps = [], []
         start = time.perf_counter()
-        for batch in iterate_images(samples, size, _BATCH):
-            if batch.failures:
-                raise SystemExit(str(batch.failures[0].error))
-            score, score_map = method.score(batch.images.float() / 255)
+        for images in images_of(samples, size):
+            score, score_map = method.score(images)
             scores.append(score.float().numpy())
             maps.append(score_map.float().numpy())
         seconds += time.perf_counter() - start
-        images += len(samples)
         masks = np.stack([load_sample_mask(sample, size).numpy() for sample in samples])
         labels = np.array([sample.is_anomaly for sample in samples])
         classes[name] = class_metrics(np.concatenate(scores), labels, np.concatenate(maps), masks)
-    return classes, seconds / images
+    return classes, seconds / sum(map(len, data.test.values()))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -75,12 +82,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--record", metavar="NAME", help="as of pytest --benchmark-record")
     options = parser.parse_args(arguments)
-    data = read_dataset(options.root)
-    data.require_train()
-    data.require_test()
     size = (options.image_size, options.image_size)
-    backbone = Backbone(options.backbone, options.weights, tuple(options.levels), size)
-    recorder = record.Recorder(record.record_path(options.record) if options.record else None)
+    methods: dict[str, Method] = {}
+    try:
+        for run in options.run or []:
+            check_checkpoint(run)
+        data = read_dataset(options.root)
+        data.require_train()
+        data.require_test()
+        backbone = Backbone(options.backbone, options.weights, tuple(options.levels), size)
+        for name in options.peer or PEERS:
+            torch.manual_seed(options.seed)
+            methods[name] = PEERS[name].make(backbone)
+    except (ValueError, BackboneWeightsError, CheckpointError, ModuleNotFoundError) as error:
+        parser.error(str(error))
+    recorder = record.open_record(options.record)
     rows: dict[str, dict[str, float]] = {}
 
     def add(name: str, label: str, classes: dict[str, Any], **facts: Any) -> None:
@@ -93,12 +109,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         told = "  ".join(f"{HEADINGS[k]} {100 * v:.1f}" for k, v in rows[name].items())
         print(f"{name}: {told}  {facts}", flush=True)
 
-    for name, peer in chosen(options.peer or []).items():
+    for name, method in methods.items():
         torch.manual_seed(options.seed)
-        method = peer.make(backbone)
         fit_s = fit(method, data, size)
         classes, image_s = measure(method, data, size)
-        add(name, peer.label, classes, fit_s=fit_s, image_s=image_s)
+        add(name, PEERS[name].label, classes, fit_s=fit_s, image_s=image_s)
     for run in options.run or []:
         model = load_model(run, InferenceExecution())
         name = f"rlr {run.name}"

@@ -5,7 +5,7 @@ PatchCore and PaDiM are anomalib's, on the feature maps that RLR gets from the s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 from unittest import mock
@@ -161,8 +161,3 @@ PEERS: dict[str, Peer] = {
     "patchcore-10": Peer("PatchCore, coreset of 10 %", lambda b: PatchCore(b, 0.1)),
     "nearest": Peer("nearest training token, cosine, all tokens", NearestNeighbors),
 }
-
-
-def chosen(names: Sequence[str]) -> dict[str, Peer]:
-    """Return the peers of these names, all of them for none."""
-    return {name: PEERS[name] for name in names or PEERS}

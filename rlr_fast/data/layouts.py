@@ -51,11 +51,15 @@ LAYOUTS: tuple[str, ...] = tuple(_LOOKED_FOR)
 """The layouts `read_dataset` knows."""
 
 # Folders with these names divide one class; read as classes they would mix defects into training.
-# Folders within the first of them are divided by defect.
-_SPLITS = frozenset({"train", "test", "val", "valid", "validation", "ground_truth", "gt"})
+# The folders in one of `_SPLITS` are no classes either, whatever they are called.
+_SPLITS = frozenset(
+    {
+        *("train", "test", "val", "valid", "validation"),
+        *("ground_truth", "gt", "mask", "masks"),
+    }
+)
 _NOT_CLASSES = _SPLITS | frozenset(
     {
-        *("mask", "masks"),
         *("good", "ok", "normal"),
         *("bad", "ko", "ng", "defect", "defects", "defective"),
         *("anomaly", "anomalies", "abnormal"),

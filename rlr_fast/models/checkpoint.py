@@ -28,7 +28,7 @@ def check_checkpoint(name: str | Path) -> None:
         return
     if folder.exists() or folder.parent.is_file():
         raise CheckpointError(f"a checkpoint is a folder, {str(folder)!r} is a file")
-    if str(name).count("/") != 1:
+    if len(folder.parts) != 2 or folder.is_absolute() or ".." in folder.parts:
         raise CheckpointError(f"there is no checkpoint folder {str(folder)!r}")
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from rlr_fast.config import short_windows
+from rlr_fast.data import DataSet
 from rlr_fast.data.files import check_writable, write_atomically, write_tensors
 from rlr_fast.data.records import read_record
 from rlr_fast.data.threads import BackgroundWriter
@@ -87,14 +88,14 @@ def read_run(out: Path) -> dict[str, Any] | None:
         raise TrainingError(f"{path} cannot be read: {error}") from error
 
 
-def check_folder(out: Path, record: Mapping[str, Any], resume: bool, data: Path) -> None:
+def check_folder(out: Path, record: Mapping[str, Any], resume: bool, data: DataSet) -> None:
     """Refuse a folder that holds another run, or that lies among the images, before any work.
 
     Args:
         out: Folder of the run.
         record: Settings of the run.
         resume: Whether a run in the folder is to go on.
-        data: Folder of the data set.
+        data: The data set.
 
     Raises:
         TrainingError: ``out`` cannot be written, holds a run that is not to be resumed, or one of
@@ -107,10 +108,12 @@ def check_folder(out: Path, record: Mapping[str, Any], resume: bool, data: Path)
     except OSError as error:
         raise TrainingError(f"cannot write the run in {str(out)!r}: {error}") from error
     if not (out / STATE_FILE).exists():  # what finished no epoch leaves the folder free
-        if out.resolve().is_relative_to(data.resolve()):
+        # Elsewhere in a data set only folders that look like classes are read.
+        read = [data.root] if data.layout == "folder" else data.folders.values()
+        if any(out.resolve().is_relative_to(folder.resolve()) for folder in read):
             raise TrainingError(
-                f"the run cannot be written in {str(out)!r}, within the data set {str(data)!r}: "
-                "its pictures would be read as images of a class; choose another --out"
+                f"the run cannot be written in {str(out)!r}, among the images of "
+                f"{str(data.root)!r}: it would be read as a part of them; choose another --out"
             )
         return
     previous = read_run(out)

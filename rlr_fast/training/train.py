@@ -110,7 +110,7 @@ def train(
                 "processes": group.world_size,
             }
             if group.is_main:
-                check_folder(out, record, resume, data.root)
+                check_folder(out, record, resume, data)
             torch.manual_seed(recipe.seed)
             model = RLRModel(config, backend=execution.backend).to(device)
             model.set_grad_checkpointing(execution.grad_checkpointing)

@@ -277,7 +277,6 @@ def test_mistakes_in_the_file_are_told(content, message, trained, tmp_path, caps
             "no checkpoint folder 'nowhere'",
         ),
         (["predict", "DATA", "--checkpoint", "a/b", "--out", "OUT"], "there is no folder 'a/b'"),
-        (["train", "DATA", "--out", "DATA", *FLAGS], "within the data set"),
         (["predict", "nothing.png", "--checkpoint", "RUN", "--out", "OUT"], "nothing.png"),
         (
             ["predict", "DATA", "--checkpoint", "RUN", "--out", "OUT", "--scale", "2", "1"],

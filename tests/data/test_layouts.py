@@ -229,12 +229,13 @@ def test_plain_folders_side_by_side_are_classes(tmp_path):
         data.require_train()
 
 
+@pytest.mark.parametrize("split", ["test", "masks"])
 @pytest.mark.parametrize("name", ["bad", "Good"])
-def test_a_root_of_any_name_holds_class_folders_unless_it_is_a_split(tmp_path, name):
-    touch(tmp_path, f"{name}/screws/a.png", "test/scratch/a.png")
+def test_a_root_of_any_name_holds_class_folders_unless_it_is_a_split(tmp_path, name, split):
+    touch(tmp_path, f"{name}/screws/a.png", f"{split}/scratch/a.png")
     assert read_dataset(tmp_path / name).classes == ("screws",)
     with pytest.raises(ValueError, match="root must hold a data set of a known layout"):
-        read_dataset(tmp_path / "test")
+        read_dataset(tmp_path / split)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from rlr_fast.models.backbone import BackboneWeightsError
 from rlr_fast.training import run_dir
 from rlr_fast.training.distributed import Processes
 from rlr_fast.training.feature_cache import cached_features
-from rlr_fast.training.run_dir import TrainingError
+from rlr_fast.training.run_dir import TrainingError, check_folder
 from rlr_fast.training.train import train
 from rlr_fast.training.trainer import Trainer
 
@@ -208,6 +208,17 @@ def test_a_second_run_does_not_overwrite_the_first(dataset, tmp_path):
     with pytest.raises(TrainingError, match="already holds a run"):
         run(dataset, tmp_path / "run", tmp_path)
     assert same(before, weights(tmp_path / "run"))
+
+
+def test_a_run_is_not_written_where_its_files_would_be_read_as_images(dataset, tmp_path):
+    root = dataset.root
+    plain = read_dataset(root / "bolt/train/good")
+    refused = ((dataset, root / "bolt"), (dataset, root / "bolt/train/good/run"))
+    for data, out in (*refused, (plain, plain.root), (plain, plain.root / "run")):
+        with pytest.raises(TrainingError, match="among the images"):
+            check_folder(out, {}, False, data)
+    check_folder(root / "run", {}, False, dataset)  # no class: it has no train and no test
+    check_folder(tmp_path / "run", {}, False, plain)
 
 
 def test_resume_with_other_images_is_refused_and_keeps_the_record(dataset, tmp_path, monkeypatch):
