@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,9 +18,11 @@ from tqdm import tqdm
 
 from rlr_fast.config import TrainConfig
 from rlr_fast.models.precision import autocast
+from rlr_fast.models.reconstructor import Reconstructor
 from rlr_fast.models.rlr import RLRModel
 from rlr_fast.training.distributed import Processes
 from rlr_fast.training.features import Features
+from rlr_fast.training.muon import Muon
 from rlr_fast.training.run_dir import (
     Checkpoint,
     CheckpointWriter,
@@ -49,6 +51,18 @@ def step_shares(counts: Sequence[int], rank: int, batch_size: int) -> list[int]:
     owners = np.repeat(np.arange(len(counts)), counts)[np.argsort(places, kind="stable")]
     starts = range(0, len(owners), batch_size)
     return [int((owners[i : i + batch_size] == rank).sum()) for i in starts]
+
+
+def _optimizers(model: RLRModel, recipe: TrainConfig) -> list[torch.optim.Optimizer]:
+    """Return Adam, or Adam and Muon for the matrices of the blocks."""
+    parameters = list(model.levels.parameters())
+    if recipe.optimizer == "adam":
+        return [torch.optim.Adam(parameters, lr=recipe.lr, fused=True)]
+    levels = cast("list[Reconstructor]", list(model.levels))
+    matrices = [p for level in levels for p in level.blocks.parameters() if p.dim() == 2]
+    apart = {id(p) for p in matrices}
+    others = [p for p in parameters if id(p) not in apart]
+    return [torch.optim.Adam(others, lr=recipe.lr, fused=True), Muon(matrices, recipe.lr)]
 
 
 class Trainer:
@@ -89,7 +103,7 @@ class Trainer:
         self.device = model.device
         self.level_parameters = [list(level.parameters()) for level in model.levels]
         self.parameters = [p for group in self.level_parameters for p in group]
-        self.optimizer = torch.optim.Adam(self.parameters, lr=recipe.lr, fused=True)
+        self.optimizers = _optimizers(model, recipe)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.precision == "fp16")
         counts = processes.all_gather(len(features))
         self.images = sum(counts)
@@ -163,14 +177,17 @@ class Trainer:
     # A step; nothing in it waits for the device.
 
     def _step(self, step: int, tokens: list[Tensor]) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.lr * self._schedule(step)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.recipe.lr * self._schedule(step)
         losses = self._gradients(step, tokens)
         self.processes.all_reduce_gradients(self.parameters)
         self.processes.all_reduce(losses)
-        self.scaler.unscale_(self.optimizer)
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
         norms = torch.stack([self._clip(group) for group in self.level_parameters])
-        self.scaler.step(self.optimizer)
+        for optimizer in self.optimizers:
+            self.scaler.step(optimizer)
         self.scaler.update()
         self.pending.append((losses, norms))
 
@@ -181,7 +198,8 @@ class Trainer:
         """
         noise = self._noise(step, tokens)
         while True:
-            self.optimizer.zero_grad(set_to_none=True)
+            for parameter in self.parameters:
+                parameter.grad = None
             try:
                 losses = torch.zeros(len(self.terms), device=self.device)
                 for micro_batch in self._micro_batches(tokens, noise):
@@ -309,11 +327,15 @@ class Trainer:
         def copy(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
-        state = self.optimizer.state_dict()["state"]
+        states = [
+            state
+            for optimizer in self.optimizers
+            for _, state in sorted(optimizer.state_dict()["state"].items())
+        ]
         return Checkpoint(
             epoch=self.epoch,
             model=copy(self.model.checkpoint_state()),
-            optimizer={index: copy(tensors) for index, tensors in state.items()},
+            optimizer={index: copy(tensors) for index, tensors in enumerate(states)},
             progress={"steps": self.epoch * self.steps, "scaler": self.scaler.state_dict()},
             metadata=self.model.checkpoint_metadata(),
             history=list(self.history),
@@ -325,8 +347,12 @@ class Trainer:
             return
         self.model.check_backbone(dict(saved.metadata), self.out)
         self.model.load_checkpoint_state(dict(saved.model))
-        optimizer = self.optimizer.state_dict()
-        optimizer["state"] = {index: dict(state) for index, state in saved.optimizer.items()}
-        self.optimizer.load_state_dict(optimizer)
+        first = 0
+        for optimizer in self.optimizers:
+            whole = optimizer.state_dict()
+            count = sum(len(group["params"]) for group in whole["param_groups"])
+            whole["state"] = {i: dict(saved.optimizer[first + i]) for i in range(count)}
+            optimizer.load_state_dict(whole)
+            first += count
         self.scaler.load_state_dict(saved.progress["scaler"])
         self.epoch, self.history = saved.epoch, list(saved.history)

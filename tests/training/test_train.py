@@ -81,7 +81,9 @@ def test_the_saved_model_is_the_trained_one(dataset, tmp_path):
     assert not same(model.checkpoint_state(), RLRModel(SMALL).checkpoint_state())
 
 
-@pytest.mark.parametrize("setting", [{}, {"schedule": "cosine", "clip_grad": 1.0}], ids=str)
+@pytest.mark.parametrize(
+    "setting", [{}, {"schedule": "cosine", "clip_grad": 1.0}, {"optimizer": "muon"}], ids=str
+)
 def test_resumed_run_ends_with_the_same_bits(dataset, tmp_path, monkeypatch, setting):
     recipe = dataclasses.replace(BRIEF, epochs=4, **setting)
     config = dataclasses.replace(SMALL, standardize=True)
