@@ -131,8 +131,8 @@ def _level_values(argument: str, value: Any, levels: int) -> tuple[Any, ...]:
 class RLRConfig:
     """Everything that defines an `RLRModel`; the defaults are the paper's.
 
-    ``hidden``, ``heads`` and ``windows`` hold a value per level; a single value given stands for
-    every level. A window is (height, width); one number given stands for a square.
+    ``hidden``, ``heads``, ``windows`` and ``patches`` hold a value per level; a single value given
+    stands for every level. A window is (height, width); one number given stands for a square.
 
     Attributes:
         backbone: timm network that gives the features, with its weight tag.
@@ -147,6 +147,9 @@ class RLRConfig:
         heads: Attention heads of each level; a single value is every level's.
         windows: Odd attention window of each level, in tokens: a side, or height x width such as
             5x7; a single one is every level's.
+        patches: Side of the square of positions that make one token of each level. In patches of 2
+            a level has a quarter of the tokens, each of four times the channels; it is still
+            compared position by position.
         blocks: Blocks per level (K of the paper).
         ffn_ratio: Width of a block's feed-forward network over C_h.
         attention: Attention branches that are summed in a block.
@@ -174,6 +177,7 @@ class RLRConfig:
     hidden: tuple[int, ...] = (128, 256, 512)
     heads: tuple[int, ...] = (8, 8, 8)
     windows: tuple[Window, ...] = ((5, 5), (7, 7), (11, 11))
+    patches: tuple[int, ...] = (1,)
     blocks: int = 4
     ffn_ratio: int = 4
     attention: tuple[Attention, ...] = ("mlka", "lca")
@@ -212,6 +216,8 @@ class RLRConfig:
         put("heads", _level_values("heads", self.heads, levels))
         windows = _level_values("windows", self.windows, levels)
         put("windows", tuple(window_pair(window) for window in windows))
+        put("patches", _level_values("patches", self.patches, levels))
+        _require(min(self.patches) > 0, "patches", "positive", self.patches)
         for hidden, heads in zip(self.hidden, self.heads, strict=True):
             _require(heads > 0, "heads", "positive", self.heads)
             _require(

@@ -58,14 +58,20 @@ def _model(config: RLRConfig) -> dict[str, Any]:
             "index": index,
             "channels": channels,
             "grid": list(grid),
-            "tokens": grid[0] * grid[1],
+            "patch": patch,
+            "tokens": grid[0] * grid[1] // patch**2,
             "hidden": level.hidden,
             "heads": level.heads,
             "window": short_windows([level.window])[0],
             "parameters": sum(p.numel() for p in level.parameters()),
         }
-        for index, channels, grid, level in zip(
-            config.out_indices, backbone.channels, backbone.grids, model.levels, strict=True
+        for index, channels, grid, patch, level in zip(
+            config.out_indices,
+            backbone.channels,
+            backbone.grids,
+            config.patches,
+            model.levels,
+            strict=True,
         )
     ]
     return {
@@ -101,14 +107,14 @@ def _model_text(model: dict[str, Any]) -> str:
         f"{model['backbone_parameters']:,} parameters, frozen",
         f"  weights ({config['backbone_weights']}): {model['backbone_weights']}",
         "",
-        "level  channels  grid      tokens  hidden  heads  window   parameters",
+        "level  channels  grid      patch  tokens  hidden  heads  window   parameters",
     ]
     for level in model["levels"]:
         grid = "x".join(map(str, level["grid"]))
         window = level["window"]
         window = window if isinstance(window, int) else "x".join(map(str, window))
         lines.append(
-            f"{level['index']:5d}  {level['channels']:8d}  {grid:8s}  {level['tokens']:6d}  "
+            f"{level['index']:5d}  {level['channels']:8d}  {grid:8s}  {level['patch']:5d}  {level['tokens']:6d}  "
             f"{level['hidden']:6d}  {level['heads']:5d}  {window!s:>6s}  {level['parameters']:11,d}"
         )
     lines.append(

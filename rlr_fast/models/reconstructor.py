@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -64,12 +65,15 @@ class Reconstructor(nn.Module):
     where R is the learnable reference (N, C) and P fixed sine-cosine positions. Several references
     (K, N, C) share ``W_ref`` and P; see `RLRBlock` for what sees them.
 
+    With ``patch`` p > 1, p × p neighboring tokens are joined into one of p²·C channels before
+    ``W_in``, and parted again after ``W_out``: between them N is H·W / p², and C stands for p²·C.
+
     Args:
         channels: Feature channels C of the level.
         hidden: Width C_h.
         heads: Attention heads; divides ``hidden``.
         grid: Token grid (H, W), N = H·W.
-        window: Odd side, or (height, width), of the attention window.
+        window: Odd side, or (height, width), of the attention window, in joined tokens.
         blocks: Number of blocks K.
         attention: Branches of a block, see `RLRBlock`.
         alpha: α of eq. 4.
@@ -77,12 +81,14 @@ class Reconstructor(nn.Module):
         references: Number of learnable references.
         ffn_ratio: Hidden width of the FFN over ``hidden``.
         residual: See `RLRBlock`.
+        patch: Side p of the square of tokens that are joined into one; divides H and W.
         backend: Backend of the windowed operators.
 
     Each call prepares the reference for itself, unless `prepare_for_inference` has done so before.
 
     Raises:
-        ValueError: ``attention``, ``fusion`` and ``references`` do not fit together.
+        ValueError: ``attention``, ``fusion`` and ``references`` do not fit together, or ``patch``
+            does not divide ``grid``.
 
     Attributes:
         reference: The learnable reference (N, C); (K, N, C) where there are several.
@@ -105,12 +111,20 @@ class Reconstructor(nn.Module):
         references: int = 1,
         ffn_ratio: int = 4,
         residual: bool = False,
+        patch: int = 1,
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
         check_branches(attention, fusion, references)
+        if patch < 1 or grid[0] % patch or grid[1] % patch:
+            raise ValueError(
+                f"patches must divide the height and width of their level's grid, got a patch of "
+                f"{patch} for a grid of {grid[0]}x{grid[1]}"
+            )
         self.channels, self.hidden, self.heads = channels, hidden, heads
-        self.grid, self.window = grid, window
+        self.grid, self.window, self.patch = grid, window, patch
+        grid = (grid[0] // patch, grid[1] // patch)
+        channels = channels * patch**2
         shape = (grid[0] * grid[1], channels)
         self.reference = nn.Parameter(
             torch.randn(shape if references == 1 else (references, *shape))
@@ -151,14 +165,26 @@ class Reconstructor(nn.Module):
             raise ValueError(
                 f"tokens must be (B, {expected[0]}, {expected[1]}), got {tuple(tokens.shape)}"
             )
-        y = self.token_in(tokens) + self.positions
+        y = tokens if self.patch == 1 else self._joined(tokens)
+        y = self.token_in(y) + self.positions
         for block, prepared in zip(self.blocks, self._prepared_blocks(), strict=True):
             if self.grad_checkpointing and torch.is_grad_enabled():
                 # There is no dropout, so no state of random numbers to keep.
                 y = checkpoint(block, y, prepared, use_reentrant=False, preserve_rng_state=False)
             else:
                 y = block(y, prepared)
-        return self.token_out(self.norm(y))
+        y = self.token_out(self.norm(y))
+        return y if self.patch == 1 else self._parted(y)
+
+    def _joined(self, tokens: Tensor) -> Tensor:
+        """Return (B, N / p², p²·C) of tokens (B, N, C)."""
+        height, p = self.grid[0] // self.patch, self.patch
+        return rearrange(tokens, "b (h p w q) c -> b (h w) (p q c)", h=height, p=p, q=p)
+
+    def _parted(self, joined: Tensor) -> Tensor:
+        """Return (B, N, C) of joined tokens (B, N / p², p²·C)."""
+        height, p = self.grid[0] // self.patch, self.patch
+        return rearrange(joined, "b (h w) (p q c) -> b (h p w q) c", h=height, p=p, q=p)
 
     def reference_similarity(self) -> Tensor:
         """Return the mean cosine of the references' tokens, a scalar from -1 / (K - 1) to 1.

@@ -119,14 +119,16 @@ class RLRModel(
                 references=config.references,
                 ffn_ratio=config.ffn_ratio,
                 residual=config.residual,
+                patch=patch,
                 backend=backend,
             )
-            for channels, grid, hidden, heads, window in zip(
+            for channels, grid, hidden, heads, window, patch in zip(
                 self.backbone.channels,
                 self.backbone.grids,
                 config.hidden,
                 config.heads,
                 config.windows,
+                config.patches,
                 strict=True,
             )
         )
@@ -260,7 +262,8 @@ class RLRModel(
         original = self.standardize[j](tokens)
         seen = original
         if noise is not None:
-            seen = perturb(original, self.config.perturbation, noise)
+            # Eq. 3 divides by the channels of a token, which a patch has more of and a larger norm.
+            seen = perturb(original, self.config.perturbation / self.config.patches[j], noise)
         return original, self.levels[j](seen)
 
     def predict_tokens(self, tokens: Sequence[Tensor]) -> RLROutput:
@@ -441,6 +444,7 @@ class RLRModel(
             hidden=tuple(level.hidden for level in levels),
             heads=tuple(level.heads for level in levels),
             windows=tuple(level.window for level in levels),
+            patches=(1,),
             blocks=len(levels[0].blocks),
             ffn_ratio=cast(RLRBlock, levels[0].blocks[0]).fc1.out_features // levels[0].hidden,
             attention=("mlka", "lca"),

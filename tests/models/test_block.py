@@ -280,6 +280,27 @@ def test_tokens_of_another_grid_are_refused():
         Reconstructor(6, 16, 2, GRID, WINDOW)(torch.randn(2, 21, 6))
 
 
+def test_a_patch_of_neighboring_tokens_is_one_token():
+    """The level is that of the joined tokens, written out position by position."""
+    level = Reconstructor(6, 16, 2, (4, 6), WINDOW, blocks=2, patch=2)
+    plain = Reconstructor(24, 16, 2, (2, 3), WINDOW, blocks=2)
+    plain.load_state_dict(level.state_dict())
+    tokens = torch.randn(2, 24, 6)
+    maps = tokens.unflatten(1, (4, 6))
+    corners = [maps[:, row::2, column::2] for row in (0, 1) for column in (0, 1)]
+    joined = plain(torch.cat(corners, -1).flatten(1, 2)).unflatten(1, (2, 3))
+    expected = torch.empty_like(maps)
+    for i, (row, column) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
+        expected[:, row::2, column::2] = joined[..., 6 * i : 6 * i + 6]
+    torch.testing.assert_close(level(tokens), expected.flatten(1, 2))
+    assert level.reference.shape == (6, 24)
+
+
+def test_a_patch_that_does_not_divide_the_grid_is_refused():
+    with pytest.raises(ValueError, match=r"patches must divide .* got a patch of 2 .* 4x5"):
+        Reconstructor(6, 16, 2, GRID, WINDOW, patch=2)
+
+
 def test_unknown_branch_is_named():
     with pytest.raises(ValueError, match="did you mean 'mlka'"):
         RLRBlock(16, 2, GRID, WINDOW, attention=("mkla",))

@@ -44,15 +44,18 @@ def test_loss_is_the_sum_over_levels_of_the_mean_distance(model, images):
     torch.testing.assert_close(model.loss(images), sum(m.mean() for m in out.level_maps))
 
 
-def test_training_loss_reconstructs_the_clean_features_from_perturbed_ones(model, images):
-    model.train()
+@pytest.mark.parametrize("patches", [(1, 1), (2, 1)], ids=str)
+def test_training_loss_reconstructs_the_clean_features_from_perturbed_ones(small, images, patches):
+    model = RLRModel(dataclasses.replace(small, patches=patches)).train()
     torch.manual_seed(7)
     loss = model.loss(images)
     torch.manual_seed(7)
     noise = [torch.randn_like(t) for t in model.tokens(images)]
     expected = 0.0
-    for tokens, level, n in zip(model.tokens(images), model.levels, noise, strict=True):
-        expected = expected + distance(level(perturb(tokens, 4.0, n)), tokens).mean()
+    for tokens, level, n, side in zip(
+        model.tokens(images), model.levels, noise, patches, strict=True
+    ):
+        expected = expected + distance(level(perturb(tokens, 4.0 / side, n)), tokens).mean()
     torch.testing.assert_close(loss, expected)
     assert not torch.equal(loss, model.eval().loss(images))
 
@@ -87,7 +90,9 @@ def test_save_and_load_gives_the_same_output(model, images, tmp_path):
 
 
 def test_variants_are_kept_in_the_checkpoint(small, images, tmp_path):
-    config = dataclasses.replace(small, fusion="learned", references=3, diversity=0.1)
+    config = dataclasses.replace(
+        small, fusion="learned", references=3, diversity=0.1, patches=(2, 1)
+    )
     model = RLRModel(config).eval()
     with torch.no_grad():
         model.levels[0].blocks[0].theta.copy_(torch.tensor([0.5, -1.5]))
