@@ -114,8 +114,9 @@ def _model_text(model: dict[str, Any]) -> str:
         window = level["window"]
         window = window if isinstance(window, int) else "x".join(map(str, window))
         lines.append(
-            f"{level['index']:5d}  {level['channels']:8d}  {grid:8s}  {level['patch']:5d}  {level['tokens']:6d}  "
-            f"{level['hidden']:6d}  {level['heads']:5d}  {window!s:>6s}  {level['parameters']:11,d}"
+            f"{level['index']:5d}  {level['channels']:8d}  {grid:8s}  {level['patch']:5d}  "
+            f"{level['tokens']:6d}  {level['hidden']:6d}  {level['heads']:5d}  {window!s:>6s}  "
+            f"{level['parameters']:11,d}"
         )
     lines.append(
         f"{config['blocks']} blocks per level, attention {' + '.join(config['attention'])}, "
