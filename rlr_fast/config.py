@@ -437,6 +437,29 @@ PRESETS: dict[str, Preset] = {
         TrainConfig(epochs=40, batch_size=16, lr=1e-3, schedule="step"),
         "minutes on a CPU: EfficientNet-Lite0 at 128 px, two levels",
     ),
+    "accurate": Preset(
+        RLRConfig(
+            backbone="tf_efficientnet_lite0",
+            backbone_weights="package",
+            out_indices=(2, 3),
+            standardize=True,
+            hidden=(256, 256),
+            heads=(8, 8),
+            windows=((5, 5), (5, 5)),
+            patches=(2, 1),
+            blocks=2,
+            top_share=0.005,
+        ),
+        TrainConfig(
+            epochs=12,
+            batch_size=8,
+            optimizer="muon",
+            lr=3e-3,
+            schedule="cosine",
+            score_fit="scaled",
+        ),
+        "what ranks and marks best of what a CPU trains: EfficientNet-Lite0 at 256 px, two levels",
+    ),
 }
 
 
