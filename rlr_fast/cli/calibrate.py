@@ -40,6 +40,7 @@ def calibrate(
     from rlr_fast.data.layouts import find_class
     from rlr_fast.inference.batches import load_model
     from rlr_fast.inference.calibrate import calibrate, calibration_images
+    from rlr_fast.inference.conformal import smallest_alpha
     from rlr_fast.models.checkpoint import check_checkpoint
     from rlr_fast.training.calibration import (
         CALIBRATION_FILE,
@@ -80,8 +81,8 @@ def calibrate(
     width = max(map(len, counts))
     print(f"{'class':<{width}}  images  smallest alpha")
     for name, count in counts.items():
-        print(f"{name:<{width}}  {count:6d}  {1 / (count + 1):.4f}")
+        print(f"{name:<{width}}  {count:6d}  {smallest_alpha(count):.4f}")
     total = sum(counts.values())
-    print(f"\nall pooled: {total} images, smallest alpha {1 / (total + 1):.4f}")
+    print(f"\nall pooled: {total} images, smallest alpha {smallest_alpha(total):.4f}")
     print(run / CALIBRATION_FILE)
     return report_failures(failures)

@@ -12,7 +12,7 @@ from rlr_fast.config import suggest
 from rlr_fast.inference.decisions import ALPHA, CALIBRATE, Decider
 from rlr_fast.inference.tiling import Sides, Tiles, checked_tiles
 from rlr_fast.models.checkpoint import CheckpointError, check_checkpoint
-from rlr_fast.training.calibration import color_scale, read_calibration
+from rlr_fast.training.calibration import color_scale, read_calibration, trained_classes
 
 _log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def given_tiles(tile: Sides | None, overlap: Sides | None) -> Tiles | None:
     return None
 
 
-def check_class(name: str, known: Sequence[str], run: str | Path) -> None:
+def check_class(name: str, known: Collection[str], run: str | Path) -> None:
     """Refuse a class that a run was not trained on, if it says on which it was.
 
     Raises:
@@ -102,7 +102,8 @@ def given_decider(
     try:
         if calibration is None:
             raise ValueError(f"{checkpoint} has no calibration: {CALIBRATE}")
-        decider = Decider(calibration, ALPHA if alpha is None else alpha, pool)
+        units = trained_classes(Path(checkpoint))
+        decider = Decider(calibration, ALPHA if alpha is None else alpha, pool, units)
         decider.check_scoring(scoring)
         reason = decider.undecided(categories)
     except ValueError as error:

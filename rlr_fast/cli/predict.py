@@ -72,7 +72,7 @@ def predict(
     if category is not None:
         check_class(category, known, checkpoint)
     elif len(known) == 1:
-        category = known[0]
+        [category] = known
     if category is None:
         files = classify_files(files, known)
     else:

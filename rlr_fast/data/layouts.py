@@ -26,7 +26,7 @@ import contextlib
 import csv
 import difflib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -179,7 +179,7 @@ def list_images(folder: str | os.PathLike[str]) -> list[Path]:
     return [Path(path) for path in _image_names(folder).values()]
 
 
-def find_class(path: Path, classes: Iterable[str]) -> str | None:
+def find_class(path: Path, classes: Collection[str]) -> str | None:
     """Return the class in whose folder a file lies, by the names in ``path`` as it is given.
 
     A folder in ``test``, ``train`` or the like is a kind of defect, whatever its name.

@@ -82,6 +82,11 @@ def images_needed(alpha: float) -> int:
     return images
 
 
+def smallest_alpha(images: int) -> float:
+    """Return the smallest false-alarm rate that so many images allow, rounded up to 4 digits."""
+    return math.ceil(1e4 / (images + 1)) / 1e4
+
+
 def drift(
     calibration: Sequence[float], scores: Sequence[float], alpha: float, tests: int = 1
 ) -> str | None:

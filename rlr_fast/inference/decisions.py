@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from rlr_fast.inference.conformal import check_alpha, images_needed, p_values, threshold
+from rlr_fast.data.images import resize_mask
+from rlr_fast.inference.conformal import (
+    check_alpha,
+    images_needed,
+    p_values,
+    smallest_alpha,
+    threshold,
+)
 from rlr_fast.training.calibration import Calibration, ClassScores
 
 ALPHA = 0.05
@@ -57,8 +63,7 @@ class Decision:
 def _extent(line: ArrayLike, length: int) -> tuple[int, int]:
     """Return start and length of what is marked along an axis, after resizing it to ``length``."""
     marked = np.asarray(line)
-    centers = (np.arange(length) + 0.5) * (len(marked) / length)  # as `resize_mask` does
-    places = np.flatnonzero(marked[centers.astype(np.intp)])
+    places = np.flatnonzero(resize_mask(marked[None], (1, length)))
     if not len(places):  # in an image smaller than its map, marks between the pixels' centers
         return min(int(np.flatnonzero(marked)[0] * length / len(marked)), length - 1), 1
     return int(places[0]), int(places[-1] - places[0] + 1)
@@ -75,7 +80,8 @@ class Rule:
 
     Attributes:
         name: Of the class; None for all of them pooled.
-        scores: Of the calibration images.
+        scores: Of the calibration images, in the rule's unit.
+        unit: Score that counts as 1 in ``scores``.
         alpha: False-alarm rate.
         threshold: Of image scores; None where there are too few calibration images for alpha.
         pixel_threshold: Of the pixels of score maps; None likewise.
@@ -83,18 +89,23 @@ class Rule:
 
     name: str | None
     scores: ClassScores
+    unit: float
     alpha: float
     threshold: float | None
     pixel_threshold: float | None
 
+    def p_values(self, scores: ArrayLike) -> NDArray[np.float64]:
+        """Return the p-values (n,) of image scores (n,); at most ``alpha`` is anomalous."""
+        return p_values(self.scores.image, np.asarray(scores, dtype=np.float64) / self.unit)
+
     def decide(self, score: float, score_map: ArrayLike) -> Decision:
         """Decide an image by its score and score map (h, w)."""
-        p_value = float(p_values(self.scores.image, score))
+        p_value = float(self.p_values(score))
         limit, pixels = self.threshold, self.pixel_threshold
         return Decision(
             p_value,
             limit,
-            None if limit is None else score > limit,
+            None if limit is None else p_value <= self.alpha,
             None if pixels is None else np.asarray(score_map) > pixels,
         )
 
@@ -114,32 +125,38 @@ class Decider:
     Args:
         calibration: Of a checkpoint, see `rlr_fast.training.calibration.read_calibration`.
         alpha: False-alarm rate, in (0, 1).
-        pool: Decide every image by the scores of all classes. ``alpha`` then holds over the mix of
-            classes in the calibration, and for a single class it does not.
+        pool: Decide every image by the scores of all classes, each in its class's ``units``.
+            ``alpha`` then holds over the mix of classes in the calibration, not for each of them.
+        units: Of each class, a score that does not depend on the calibration images and makes it
+            comparable with others: the highest of its training images, see
+            `rlr_fast.training.calibration.trained_classes`. Without those of all classes scores are
+            pooled as they are, and so are those that decide an image of unknown class.
 
     Raises:
         ValueError: ``alpha`` is out of its range.
     """
 
-    def __init__(self, calibration: Calibration, alpha: float = ALPHA, pool: bool = False) -> None:
+    def __init__(
+        self,
+        calibration: Calibration,
+        alpha: float = ALPHA,
+        pool: bool = False,
+        units: Mapping[str, float] = {},
+    ) -> None:
         self.alpha, self.pool = check_alpha(alpha), pool
         self._scoring = calibration.scoring
         self._rules = {n: self._rule(n, scores) for n, scores in calibration.classes.items()}
-        self._pooled = self._rule(
-            None,
-            ClassScores.of(
-                (
-                    image
-                    for scores in calibration.classes.values()
-                    for image in zip(scores.image, scores.pixel, scores.files, strict=True)
-                ),
-                "pooled",
-            ),
-        )
+        self._pooled = self._rule(None, _pooled(calibration.classes, {}))
+        if pool and all(units.get(name, 0) > 0 for name in calibration.classes):
+            scores = _pooled(calibration.classes, units)
+            self._rules = {n: self._rule(None, scores, units[n]) for n in calibration.classes}
+        elif pool:
+            self._rules = dict.fromkeys(calibration.classes, self._pooled)
 
-    def _rule(self, name: str | None, scores: ClassScores) -> Rule:
-        limits = threshold(scores.image, self.alpha), threshold(scores.pixel, self.alpha)
-        return Rule(name, scores, self.alpha, *limits)
+    def _rule(self, name: str | None, scores: ClassScores, unit: float = 1.0) -> Rule:
+        limits = [threshold(values, self.alpha) for values in (scores.image, scores.pixel)]
+        image, pixel = (None if limit is None else limit * unit for limit in limits)
+        return Rule(name, scores, unit, self.alpha, image, pixel)
 
     def rule(self, category: str | None) -> Rule | None:
         """Return how an image is decided.
@@ -150,9 +167,7 @@ class Decider:
         Returns:
             None where the class has no calibration images: the pooled ones are of others.
         """
-        if category is not None and category not in self._rules:
-            return None
-        return self._pooled if category is None or self.pool else self._rules[category]
+        return self._pooled if category is None else self._rules.get(category)
 
     def check_scoring(self, scoring: Mapping[str, Any]) -> None:
         """Refuse scores that are made otherwise than those of the calibration.
@@ -184,7 +199,7 @@ class Decider:
         if missing:
             told.append(f"there are no calibration images of {', '.join(missing)}; {CALIBRATE}")
         if few:
-            smallest = math.ceil(1e6 / (min(few.values()) + 1)) / 1e6
+            smallest = smallest_alpha(min(few.values()))
             pooled = len(self._pooled.scores.image)
             told.append(
                 f"alpha={self.alpha:g} needs {images_needed(self.alpha)} calibration images, there "
@@ -193,3 +208,13 @@ class Decider:
                 + (f", or --pool (all {pooled} together)" if pooled > max(few.values()) else "")
             )
         return "; ".join(told) or None
+
+
+def _pooled(classes: Mapping[str, ClassScores], units: Mapping[str, float]) -> ClassScores:
+    """Return the scores of all classes, each in its unit; 1 where a class has none."""
+    images = [
+        (image / units.get(name, 1.0), pixel / units.get(name, 1.0), file)
+        for name, scores in classes.items()
+        for image, pixel, file in zip(scores.image, scores.pixel, scores.files, strict=True)
+    ]
+    return ClassScores.of(images, "pooled")

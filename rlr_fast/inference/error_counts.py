@@ -66,7 +66,7 @@ def count_errors(
     if rule.threshold is None:
         return None
     known = set(rule.scores.files)
-    above, anomalous = np.asarray(scores) > rule.threshold, np.asarray(labels)
+    above, anomalous = rule.p_values(scores) <= rule.alpha, np.asarray(labels)
     normal = ~anomalous
     for i, file in enumerate(files):
         normal[i] = normal[i] and file_digest(file) not in known

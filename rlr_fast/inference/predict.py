@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -176,7 +176,7 @@ def predict(
     scores: dict[Path, float] = {}
     failures: list[str] = []
     anomalous = 0
-    groups: dict[Rule, list[float]] = defaultdict(list)
+    groups: dict[int, list[tuple[Rule, float]]] = defaultdict(list)
     with (
         ResultsWriter(out) as table,
         BackgroundWriter(workers, 2 * workers, _PIXELS_WAITING) as jobs,
@@ -191,7 +191,7 @@ def predict(
                 if rule is not None:
                     decision = rule.decide(image.score, image.score_map.numpy())
                     anomalous += decision.anomalous is True
-                    groups[rule].append(image.score)
+                    groups[id(rule.scores)].append((rule, image.score / rule.unit))
                 scores[file.path] = image.score
                 table.write(file.path, image.score, file.category, decision, image.size)
                 decided.append((image, rule, decision))
@@ -207,15 +207,16 @@ def predict(
                     jobs.submit(partial(_write_mask, decision.mask, image.size, target), pixels)
             if progress is not None:
                 progress(len(scored) + len(failed))
-    return Prediction(scores, failures, out / RESULTS_FILE, anomalous, _drift(groups))
+    return Prediction(scores, failures, out / RESULTS_FILE, anomalous, _drift(groups.values()))
 
 
-def _drift(groups: Mapping[Rule, list[float]]) -> tuple[str, ...]:
-    """Say of which rule's images the scores differ from the calibration's."""
-    tested = {rule: scores for rule, scores in groups.items() if len(scores) >= MIN_DRIFT_IMAGES}
+def _drift(groups: Collection[list[tuple[Rule, float]]]) -> tuple[str, ...]:
+    """Say of which images, decided by one list of scores, the scores differ from these."""
+    tested = [group for group in groups if len(group) >= MIN_DRIFT_IMAGES]
     told = []
-    for rule, scores in tested.items():
-        found = drift(rule.scores.image, scores, rule.alpha, len(tested))
+    for group in tested:
+        rule = group[0][0]
+        found = drift(rule.scores.image, [score for _, score in group], rule.alpha, len(tested))
         if found is not None:
             told.append(f"{rule.name or 'all classes'} ({found})")
     return tuple(told)

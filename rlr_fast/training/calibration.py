@@ -73,8 +73,13 @@ class Calibration:
 
 
 @dataclass(frozen=True)
+class _TrainingScores:
+    max: float
+
+
+@dataclass(frozen=True)
 class _ImageScores:
-    classes: dict[str, Any] = field(default_factory=dict)
+    classes: dict[str, _TrainingScores] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -111,14 +116,16 @@ def read_calibration(checkpoint: Path) -> Calibration | None:
     return None if file is None else file.calibration
 
 
-def trained_classes(checkpoint: Path) -> list[str]:
-    """Return the names of the classes that a run was trained on; none where it does not say.
+def trained_classes(checkpoint: Path) -> dict[str, float]:
+    """Return of each class that a run was trained on the highest score of its training images.
+
+    There is none where the run does not say.
 
     Raises:
         CheckpointError: The file is damaged.
     """
     file = _read(checkpoint)
-    return [] if file is None else sorted(file.image.classes)
+    return {} if file is None else {n: scores.max for n, scores in file.image.classes.items()}
 
 
 def write_calibration(
