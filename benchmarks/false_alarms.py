@@ -2,9 +2,9 @@
 
 ``python -m benchmarks.false_alarms`` splits simulated scores of normal images: four classes whose
 scores have a light tail, a heavy one, ties, and none of a finite mean.
-``python -m benchmarks.false_alarms --results results.csv`` splits the scores that ``predict`` gave
-to a data set's test images, and counts misses, too. It exits with 1 where a rate is above alpha by
-more than three standard errors.
+``python -m benchmarks.false_alarms --results results.csv --run RUN`` splits the scores that
+``predict`` gave to a data set's test images, and counts misses, too. Both exit with 1 where a rate
+is above alpha by more than three standard errors.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from rlr_fast.data.layouts import NORMAL
 from rlr_fast.inference.decisions import Decider
-from rlr_fast.training.calibration import Calibration, ClassScores
+from rlr_fast.training.calibration import Calibration, ClassScores, trained_classes
 
 ALPHAS = (0.01, 0.05, 0.1)
 _ERRORS = 3  # standard errors that a rate may lie above alpha
@@ -72,6 +72,7 @@ def measure(
     defects: Mapping[str, NDArray[np.float64]],
     alphas: Sequence[float],
     *,
+    units: Mapping[str, float] = {},
     share: float = 0.5,
     splits: int = 1000,
     seed: int = 0,
@@ -82,6 +83,7 @@ def measure(
         normal: Scores of the normal images of each class.
         defects: Scores of images with a defect.
         alphas: False-alarm rates to promise.
+        units: Of pooled classes, see `Decider`.
         share: Of the normal images, for calibration.
         splits: How often.
         seed: Of the splits.
@@ -103,7 +105,7 @@ def measure(
             known[name], new[name] = ClassScores.of(images_of, "split"), order[count:]
         calibration = Calibration({}, known)
         for i, (pool, alpha) in enumerate(settings):
-            decider = Decider(calibration, alpha, pool)
+            decider = Decider(calibration, alpha, pool, units)
             for j, name in enumerate(names):
                 rule = decider.rule(name)
                 assert rule is not None
@@ -168,12 +170,14 @@ def main() -> int:
     """Print the table; return 1 where a promise did not hold."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, help="results.csv of predict, over test images")
+    parser.add_argument("--run", type=Path, help="the run that predicted: units of its classes")
     parser.add_argument("--images", type=int, default=400, help="simulated images per class")
     parser.add_argument("--splits", type=int, default=1000)
     parser.add_argument("--alpha", type=float, nargs="+", default=ALPHAS)
     args = parser.parse_args()
     normal, defects = read_results(args.results) if args.results else (simulated(args.images), {})
-    found = measure(normal, defects, args.alpha, splits=args.splits)
+    units = trained_classes(args.run) if args.run else {}
+    found = measure(normal, defects, args.alpha, units=units, splits=args.splits)
     print(table(found))
     return 0 if all(each.holds for each in found) else 1
 

@@ -178,12 +178,14 @@ def train(
 
 
 def _calibration_plan(data: DataSet, share: float) -> str:
-    """Say how many images each class has to calibrate decisions on, after `hold_out`."""
-    kept = sum(map(len, data.validation.values()))
-    none = [name for name in data.classes if not data.validation.get(name)]
-    line = f"{counted(kept, 'image')} not trained on, to calibrate decisions"
-    if share and none:
-        line += f"; none of {', '.join(none)} (fewer than {MIN_IMAGES} images)"
+    """Say how many images there are to calibrate decisions on, after `hold_out`."""
+    images = sum(map(len, data.validation.values()))
+    line = f"{counted(images, 'image')} not trained on, to calibrate decisions"
+    if not images:
+        line += ": predict will give scores alone until rlr-fast calibrate is run"
+    small = [name for name in data.classes if not data.validation.get(name)]
+    if share and small:
+        line += f"; none of {', '.join(small)} (fewer than {MIN_IMAGES} images)"
     return line
 
 
