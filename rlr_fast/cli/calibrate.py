@@ -67,7 +67,9 @@ def calibrate(
     }
     if len(chosen) == 1:
         [(name, paths)] = chosen.items()
-        chosen = {category or find_class(paths[0].absolute(), known) or name: paths}
+        if category is None and name not in known:  # the folder of one split or kind, perhaps
+            name = find_class(paths[0].absolute(), known) or name
+        chosen = {category or name: paths}
     elif category is not None:
         raise ValueError(f"--class is for images of one class, there are {len(chosen)}")
     for name in chosen:

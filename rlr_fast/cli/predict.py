@@ -107,7 +107,9 @@ def predict(
             relative=scale is None,
             progress=bar.update,
         )
-    found = "" if decider is None else f", {result.anomalous} anomalous at alpha {decider.alpha:g}"
+    found = ""
+    if decider is not None and result.decided:
+        found = f", {result.anomalous} of {result.decided} anomalous at alpha {decider.alpha:g}"
     print(f"{len(result.scores)} of {len(files)} images scored{found}: {result.results}")
     if result.drift:
         print(

@@ -107,14 +107,16 @@ def drift(
         alpha: False-alarm rate, in (0, 1).
         tests: How many such tests share the error of one in 1,000.
     """
-    cut = max(1, _rank(len(calibration), alpha))
+    rank = _rank(len(calibration), alpha)
+    cut = max(1, rank)
     known, new = np.asarray(calibration), np.asarray(scores)
     limit = known[-cut]
     bulk, seen = known[: len(known) - cut], new[new <= limit]
     if len(new) < MIN_DRIFT_IMAGES:
         return None
     if 2 * len(seen) < len(new):
-        return f"{len(new) - len(seen)} of {len(new)} score above the threshold"
+        what = "threshold" if rank else "highest score of the calibration"
+        return f"{len(new) - len(seen)} of {len(new)} score above the {what}"
     if not len(bulk) or ks_2samp(bulk, seen).pvalue > _DRIFT_LEVEL / tests:
         return None
     way = "higher" if np.median(seen) > np.median(bulk) else "lower"

@@ -22,7 +22,7 @@ from rlr_fast.training.calibration import Calibration, ClassScores
 ALPHA = 0.05
 """The false-alarm rate where none is asked for."""
 
-CALIBRATE = "rlr-fast calibrate takes normal images that it was not trained on"
+CALIBRATE = "rlr-fast calibrate scores normal images that the run was not trained on"
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,8 @@ class Evaluation:
         protocol: How they were measured, in words and numbers.
         environment: Versions and device.
         failures: Files that could not be read and were left out.
-        decisions: False alarms and misses at the calibrated thresholds; None without a decider.
+        decisions: False alarms and misses at the calibrated thresholds; None without a decider, or
+            where it can decide no class.
     """
 
     classes: dict[str, dict[str, float]]
@@ -175,7 +176,9 @@ def evaluate(
                 protocol(model, data) | {"precision": execution.precision},
                 environment(model.device),
                 failures,
-                None if decider is None else DecisionErrors(decider.alpha, decider.pool, errors),
+                DecisionErrors(decider.alpha, decider.pool, errors)
+                if decider is not None and errors
+                else None,
             )
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -53,7 +53,8 @@ class Prediction:
         scores: Image score of each file that could be read.
         failures: What is wrong with the others.
         results: The table, a row per file with the columns of `rlr_fast.inference.results.COLUMNS`.
-        anomalous: Number of images that were called anomalous.
+        decided: Number of images that were called normal or anomalous.
+        anomalous: Number of those called anomalous.
         drift: In words, which classes' images differ from the calibration's, see
             `rlr_fast.inference.conformal.drift`.
     """
@@ -61,6 +62,7 @@ class Prediction:
     scores: dict[Path, float]
     failures: list[str]
     results: Path
+    decided: int = 0
     anomalous: int = 0
     drift: tuple[str, ...] = ()
 
@@ -175,7 +177,7 @@ def predict(
     out.mkdir(parents=True, exist_ok=True)
     scores: dict[Path, float] = {}
     failures: list[str] = []
-    anomalous = 0
+    verdicts: Counter[bool | None] = Counter()
     groups: dict[int, list[tuple[Rule, float]]] = defaultdict(list)
     with (
         ResultsWriter(out) as table,
@@ -190,7 +192,7 @@ def predict(
                 decision = None
                 if rule is not None:
                     decision = rule.decide(image.score, image.score_map.numpy())
-                    anomalous += decision.anomalous is True
+                    verdicts[decision.anomalous] += 1
                     groups[id(rule.scores)].append((rule, image.score / rule.unit))
                 scores[file.path] = image.score
                 table.write(file.path, image.score, file.category, decision, image.size)
@@ -207,7 +209,14 @@ def predict(
                     jobs.submit(partial(_write_mask, decision.mask, image.size, target), pixels)
             if progress is not None:
                 progress(len(scored) + len(failed))
-    return Prediction(scores, failures, out / RESULTS_FILE, anomalous, _drift(groups.values()))
+    return Prediction(
+        scores,
+        failures,
+        out / RESULTS_FILE,
+        verdicts[True] + verdicts[False],
+        verdicts[True],
+        _drift(groups.values()),
+    )
 
 
 def _drift(groups: Collection[list[tuple[Rule, float]]]) -> tuple[str, ...]:

@@ -71,6 +71,10 @@ class Calibration:
                 if values != sorted(values):
                     raise ValueError(f"the scores of {name!r} must rise")
 
+    def is_of(self, model: RLRModel) -> bool:
+        """Return whether a model has the weights and score settings of the calibration's."""
+        return self.scoring == self.scoring | model.score_identity()
+
 
 @dataclass(frozen=True)
 class _TrainingScores:

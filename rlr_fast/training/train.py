@@ -21,11 +21,17 @@ from rlr_fast.data.check import counted
 from rlr_fast.data.contents import describe_images
 from rlr_fast.data.files import write_atomically
 from rlr_fast.data.hold_out import MIN_IMAGES, hold_out
-from rlr_fast.models.checkpoint import CONFIG_FILE
+from rlr_fast.models.checkpoint import CONFIG_FILE, CheckpointError
 from rlr_fast.models.environment import environment, start_device
 from rlr_fast.models.precision import check_precision
 from rlr_fast.models.rlr import RLRModel, Standardize
-from rlr_fast.training.calibration import CALIBRATION_FILE, score_held_out, score_quantiles
+from rlr_fast.training.calibration import (
+    CALIBRATION_FILE,
+    Calibration,
+    read_calibration,
+    score_held_out,
+    score_quantiles,
+)
 from rlr_fast.training.distributed import Processes, processes
 from rlr_fast.training.feature_cache import cached_features
 from rlr_fast.training.features import Features, FreshFeatures
@@ -164,10 +170,11 @@ def train(
             model, data.validation, sources, group, group.workers(execution.workers)
         )
         failures += unread
-        if calibration is not None:
-            scores["calibration"] = dataclasses.asdict(calibration)
         with group.together():
             if group.is_main:
+                calibration = _later_calibration(out, model) or calibration
+                if calibration is not None:
+                    scores["calibration"] = dataclasses.asdict(calibration)
                 write_atomically(out / CONFIG_FILE, model.config.to_json())
                 write_atomically(out / CALIBRATION_FILE, json.dumps(scores, indent=2))
                 if trainer.history:
@@ -175,6 +182,15 @@ def train(
         speeds = [row["images_per_s"] for row in trainer.history]
         speed = statistics.median(speeds) if speeds else math.nan
         return TrainResult(out, trainer.history, failures, speed)
+
+
+def _later_calibration(out: Path, model: RLRModel) -> Calibration | None:
+    """Return what a run of the same weights holds already: it may be of images taken later."""
+    try:
+        previous = read_calibration(out)
+    except CheckpointError:  # damaged, and about to be written anew
+        return None
+    return previous if previous is not None and previous.is_of(model) else None
 
 
 def _calibration_plan(data: DataSet, share: float) -> str:

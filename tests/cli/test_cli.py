@@ -81,7 +81,7 @@ def test_a_calibrated_run_decides_and_fails_a_script(trained, calibrated, tmp_pa
     argv = ["predict", "--checkpoint", str(calibrated), "--out", str(out), "--quiet"]
     good, images = str(trained / "data/bolt/test/good"), str(trained / "data")
     assert main([*argv, good, "--alpha", "0.34", "--fail-on-anomaly", "--masks"]) == 0
-    assert "2 of 2 images scored, 0 anomalous at alpha 0.34" in capsys.readouterr().out
+    assert "2 of 2 images scored, 0 of 2 anomalous at alpha 0.34" in capsys.readouterr().out
     assert len(list((out / "masks").rglob("*.png"))) == 2
     noise = tmp_path / "bolt/noise.png"
     noise.parent.mkdir()
@@ -153,6 +153,13 @@ def test_a_decision_that_cannot_be_made_is_one_line(
     told = refused(capsys, *(places.get(word, word) for word in argv))
     assert message in told and told.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_finished_run_that_is_resumed_keeps_its_calibration(trained, calibrated):
+    before = (calibrated / "calibration.json").read_bytes()
+    argv = ["train", str(trained / "data"), "--out", str(calibrated), "--resume", "--quiet"]
+    assert main([*argv, "--cache-dir", str(trained / "cache")]) == 0
+    assert (calibrated / "calibration.json").read_bytes() == before
 
 
 def test_a_plain_folder_calibrates_the_class_that_is_named(trained, calibrated, tmp_path, capsys):
