@@ -295,6 +295,9 @@ class TrainConfig:
         score_fit: Whether level_offsets and level_weights stay fixed, or are scaled after training:
             so that the median of the training tokens' distances is 0 and their 99 % quantile 1 in
             each level.
+        calibration_share: Share of each class's normal images kept out of training, to calibrate
+            decisions on; none of a class of fewer than 20, or that has images in validation/good,
+            which are taken instead.
 
     Raises:
         ValueError: A field breaks its rule; the message names field, rule and value.
@@ -309,6 +312,7 @@ class TrainConfig:
     precision: Precision = "fp32"
     seed: int = 0
     score_fit: ScoreFit = "fixed"
+    calibration_share: float = 0.0
 
     def __post_init__(self) -> None:
         _require(self.epochs > 0, "epochs", "positive", self.epochs)
@@ -321,6 +325,12 @@ class TrainConfig:
         _require_choice("schedule", self.schedule, Schedule)
         _require_choice("precision", self.precision, Precision)
         _require_choice("score_fit", self.score_fit, ScoreFit)
+        _require(
+            0 <= self.calibration_share <= 0.5,
+            "calibration_share",
+            "from 0 to 0.5",
+            self.calibration_share,
+        )
 
     @staticmethod
     def preset(name: str) -> TrainConfig:
@@ -434,7 +444,7 @@ PRESETS: dict[str, Preset] = {
             blocks=2,
             perturbation=1.0,
         ),
-        TrainConfig(epochs=40, batch_size=16, lr=1e-3, schedule="step"),
+        TrainConfig(epochs=40, batch_size=16, lr=1e-3, schedule="step", calibration_share=0.2),
         "minutes on a CPU: EfficientNet-Lite0 at 128 px, two levels",
     ),
     "accurate": Preset(

@@ -24,7 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0: done. 1: done, but some files were left out, or a check failed. 2: a mistake of the
         user, or something that stopped the job; it is told in a line on standard error, by one of
-        several processes. 130: interrupted.
+        several processes. 3: an image is called anomalous (``predict --fail-on-anomaly``). 130:
+        interrupted.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     argv = list(sys.argv[1:] if argv is None else argv)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from rlr_fast.config import suggest
+from rlr_fast.inference.decisions import ALPHA, CALIBRATE, Decider
+from rlr_fast.inference.tiling import Sides, Tiles, checked_tiles
 from rlr_fast.models.checkpoint import CheckpointError, check_checkpoint
-from rlr_fast.training.calibration import color_scale
+from rlr_fast.training.calibration import color_scale, read_calibration, trained_classes
+
+_log = logging.getLogger(__name__)
 
 
 def check_out(out: Path) -> None:
@@ -40,6 +47,72 @@ def given_scale(scale: tuple[float, float] | None, checkpoint: str) -> tuple[flo
     if not low < high:
         raise ValueError(f"--scale: LOW must be below HIGH, got {low} {high}")
     return scale
+
+
+def given_tiles(tile: Sides | None, overlap: Sides | None) -> Tiles | None:
+    """Return how pictures are cut, None for whole ones.
+
+    Raises:
+        ValueError: A flag breaks its rule, or one needs the other.
+    """
+    if tile is not None:
+        return checked_tiles(tile, overlap)
+    if overlap is not None:
+        raise ValueError("--overlap needs --tile")
+    return None
+
+
+def check_class(name: str, known: Collection[str], run: str | Path) -> None:
+    """Refuse a class that a run was not trained on, if it says on which it was.
+
+    Raises:
+        ValueError: It is none of ``known``.
+    """
+    if known and name not in known:
+        raise ValueError(f"{run} was not trained on a class {name!r}; {suggest(name, known)}")
+
+
+def given_decider(
+    checkpoint: str,
+    scoring: Mapping[str, Any],
+    categories: Collection[str | None],
+    *,
+    alpha: float | None,
+    pool: bool,
+    needed: bool,
+) -> Decider | None:
+    """Return what decides by a checkpoint's calibration.
+
+    What stands in the way is an error where a flag asks for decisions, and else a warning.
+
+    Args:
+        checkpoint: Folder of a run, or name of a repository, which has no calibration.
+        scoring: How the images are scored, from `scoring_identity`.
+        categories: Classes of the images; None is one that is not known.
+        alpha: Of ``--alpha``, if given.
+        pool: Of ``--pool``.
+        needed: Whether another flag needs decisions.
+
+    Raises:
+        ValueError: Decisions are asked for and cannot be made; the message says what would help.
+        CheckpointError: The calibration is damaged.
+    """
+    calibration = read_calibration(Path(checkpoint))
+    decider = None
+    try:
+        if calibration is None:
+            raise ValueError(f"{checkpoint} has no calibration: {CALIBRATE}")
+        units = trained_classes(Path(checkpoint))
+        decider = Decider(calibration, ALPHA if alpha is None else alpha, pool, units)
+        decider.check_scoring(scoring)
+        reason = decider.undecided(categories)
+    except ValueError as error:
+        decider, reason = None, str(error)
+    if reason is not None:
+        if needed or pool or alpha is not None:
+            raise ValueError(reason)
+        _log.warning("not decided: %s", reason)
+    return decider
 
 
 def report_failures(failures: Sequence[str]) -> int:

@@ -28,10 +28,11 @@ def demo(
     from rlr_fast.data.files import write_atomically
     from rlr_fast.data.synthetic import make_dataset
     from rlr_fast.inference.batches import load_model
+    from rlr_fast.inference.decisions import Decider
     from rlr_fast.inference.evaluate import FigureOptions, evaluate
-    from rlr_fast.inference.predict import find_images, predict
+    from rlr_fast.inference.predict import classify_files, find_images, predict
     from rlr_fast.models.rlr import RLRModel
-    from rlr_fast.training.calibration import color_scale
+    from rlr_fast.training.calibration import color_scale, read_calibration, trained_classes
     from rlr_fast.training.progress import follow, progress_bar
     from rlr_fast.training.train import CURVE_FILE, train
 
@@ -53,17 +54,23 @@ def demo(
         quiet=quiet,
     )
     model, scale = load_model(run, scoring), color_scale(run)
+    calibration, decider = read_calibration(run), None
+    if calibration is not None:  # ten images per class: enough for all of them together
+        decider = Decider(calibration, pool=True, units=trained_classes(run))
     with progress_bar("eval", sum(map(len, data.test.values())), quiet) as bar:
         evaluation = evaluate(
             model,
             data,
             scoring,
             figures=FigureOptions(out / "figures", scale),
+            decider=decider,
             progress=bar.update,
         )
     write_atomically(out / "metrics.json", evaluation.to_json())
-    pictures = find_images([data_root / data.classes[0] / "test"])
-    prediction = predict(model, pictures, out / "predictions", scale, scoring)
+    pictures = classify_files(find_images([data_root / data.classes[0] / "test"]), data.classes)
+    prediction = predict(
+        model, pictures, out / "predictions", scale, scoring, decider=decider, relative=True
+    )
     written = {
         "data": data_root,
         "checkpoint": run,

@@ -12,6 +12,8 @@ def evaluate(
     *,
     checkpoint: flags.Checkpoint,
     out: flags.Out,
+    alpha: flags.Alpha | None = None,
+    pool: flags.Pool = False,
     figures: flags.Switch = False,
     per_defect: flags.Positive = 1,
     scale: flags.Scale | None = None,
@@ -28,11 +30,12 @@ def evaluate(
         figures: Write a sheet of samples per class.
         per_defect: Samples of each defect in a sheet.
     """
-    from rlr_fast.cli.common import check_out, given_scale, report_failures
+    from rlr_fast.cli.common import check_out, given_decider, given_scale, report_failures
     from rlr_fast.data import read_dataset
     from rlr_fast.data.files import write_atomically
     from rlr_fast.inference.batches import load_model
     from rlr_fast.inference.evaluate import FigureOptions, evaluate
+    from rlr_fast.training.calibration import scoring_identity
     from rlr_fast.training.distributed import processes
     from rlr_fast.training.progress import progress_bar
 
@@ -46,11 +49,22 @@ def evaluate(
             if figures:
                 sheets = FigureOptions(out / "figures", given_scale(scale, checkpoint), per_defect)
             model = load_model(checkpoint, how, backbone_weights)
+            decider = None
             if group.is_main:
+                decider = given_decider(
+                    checkpoint,
+                    scoring_identity(model, how.precision),
+                    images.classes,
+                    alpha=alpha,
+                    pool=pool,
+                    needed=False,
+                )
                 out.mkdir(parents=True, exist_ok=True)
         total = sum(len(samples) for samples in images.test.values())
         with progress_bar("eval", total, quiet or not group.is_main) as bar:
-            result = evaluate(model, images, how, figures=sheets, progress=bar.update)
+            result = evaluate(
+                model, images, how, figures=sheets, decider=decider, progress=bar.update
+            )
         if not group.is_main:
             return 0
     print(result.table(), flush=True)

@@ -7,6 +7,7 @@ names, types, defaults and help texts stand there. A verb gets those that were g
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -35,6 +36,16 @@ def _positive(text: str) -> int:
     value = int(text) if text.isdecimal() else 0
     if value < 1:
         raise ValueError(f"must be a whole number of at least 1, got {text!r}")
+    return value
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < 1:
+        raise ValueError(f"must be above 0 and below 1, got {text!r}")
     return value
 
 
@@ -162,6 +173,23 @@ Scale = Annotated[
     tuple[float, float],
     Parameter(help="Scores of the first and last color; by default from the run's normal images."),
 ]
+Alpha = Annotated[
+    float,
+    _one(_share),
+    Parameter(
+        help="Share of normal images that may be called anomalous; see calibrate.",
+        show_default="0.05",
+    ),
+]
+Pool = Annotated[
+    bool,
+    Parameter(
+        help="Decide by all classes' calibration images together: alpha holds over their mix.",
+        show_default=False,
+        negative=(),
+    ),
+]
+Class = Annotated[str, Parameter(name="--class", help="Class of the images.")]
 Config = Annotated[
     Path, Parameter(help="YAML file of flags, such as 'workers: 2'; flags given here win.")
 ]

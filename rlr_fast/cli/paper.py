@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from typing import Literal
 
@@ -39,10 +40,13 @@ def paper(
     from rlr_fast.data import read_dataset
     from rlr_fast.paper import TABLES, run_table
 
+    base = PRESETS[preset]
+    # The paper trains on every image; the flag may say otherwise, a preset may not.
+    base_recipe = dataclasses.replace(base.train, calibration_share=0.0)
     result = run_table(
         TABLES[table],
-        from_dict(RLRConfig, model, PRESETS[preset].model),
-        from_dict(TrainConfig, recipe, PRESETS[preset].train),
+        from_dict(RLRConfig, model, base.model),
+        from_dict(TrainConfig, recipe, base_recipe),
         read_dataset(data, layout, classes),
         out,
         TrainExecution(**execution),

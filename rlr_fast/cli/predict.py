@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +13,11 @@ from cyclopts import Parameter
 from rlr_fast.cli import flags
 from rlr_fast.config import InferenceExecution
 
+_log = logging.getLogger(__name__)
+
+# Exit code of --fail-on-anomaly, whatever else there is to tell.
+_ANOMALY = 3
+
 
 def predict(
     paths: Annotated[tuple[Path, ...], Parameter(name="IMAGES", required=True)],
@@ -17,6 +25,11 @@ def predict(
     *,
     checkpoint: flags.Checkpoint,
     out: flags.Out,
+    alpha: flags.Alpha | None = None,
+    category: flags.Class | None = None,
+    pool: flags.Pool = False,
+    fail_on_anomaly: Annotated[flags.Switch, Parameter(negative=())] = False,
+    masks: Annotated[flags.Switch, Parameter(negative=())] = False,
     no_pictures: Annotated[flags.Switch, Parameter(negative=())] = False,
     tile: flags.Sides | None = None,
     overlap: flags.Sides | None = None,
@@ -26,32 +39,83 @@ def predict(
     quiet: flags.Quiet = False,
     execution: flags.InferenceExecution = flags.NONE_GIVEN,
 ) -> int:
-    """Score images: a table of scores, and a heat map of each image.
+    """Score images and decide them: a table, and a heat map of each image.
 
     Args:
         paths: Images, or folders of images.
-        no_pictures: Write the table alone.
+        fail_on_anomaly: Exit with code 3 if an image is called anomalous.
+        masks: Write what lies above the pixel threshold of each image as PNG.
+        no_pictures: Write no heat maps.
         tile: Score pictures at their own resolution, in tiles: a side in pixels, or 512x1024.
         overlap: Pixels that neighboring tiles share at least; by default an eighth of the tile.
     """
-    from rlr_fast.cli.common import check_out, given_scale, report_failures
+    from rlr_fast.cli.common import (
+        check_class,
+        check_out,
+        given_decider,
+        given_scale,
+        given_tiles,
+        report_failures,
+    )
+    from rlr_fast.data.check import counted
     from rlr_fast.inference.batches import load_model
-    from rlr_fast.inference.predict import find_images, predict
-    from rlr_fast.inference.tiling import checked_tiles
+    from rlr_fast.inference.predict import classify_files, find_images, predict
+    from rlr_fast.training.calibration import scoring_identity, trained_classes
     from rlr_fast.training.progress import progress_bar
 
     how = InferenceExecution(**execution)
-    if tile is not None:
-        checked_tiles(tile, overlap)
-    elif overlap is not None:
-        raise ValueError("--overlap needs --tile")
+    tiles = given_tiles(tile, overlap)
     files = find_images(paths, out)
     colors = None if no_pictures else given_scale(scale, checkpoint)
     check_out(out)
+    known = trained_classes(Path(checkpoint))
+    if category is not None:
+        check_class(category, known, checkpoint)
+    elif len(known) == 1:
+        [category] = known
+    if category is None:
+        files = classify_files(files, known)
+    else:
+        files = [dataclasses.replace(file, category=category) for file in files]
     model = load_model(checkpoint, how, backbone_weights)
+    decider = given_decider(
+        checkpoint,
+        scoring_identity(model, how.precision, *(tiles or (None, None))),
+        {file.category for file in files},
+        alpha=alpha,
+        pool=pool,
+        needed=fail_on_anomaly or masks,
+    )
+    unknown = sum(file.category is None for file in files)
+    if decider is not None and unknown and not pool:
+        _log.warning(
+            "%s in no folder of a class of the run: decided by all classes pooled, so alpha holds "
+            "over their mix alone; --class names a class",
+            counted(unknown, "image"),
+        )
     with progress_bar("predict", len(files), quiet) as bar:
         result = predict(
-            model, files, out, colors, how, tile=tile, overlap=overlap, progress=bar.update
+            model,
+            files,
+            out,
+            colors,
+            how,
+            tile=tile,
+            overlap=overlap,
+            decider=decider,
+            masks=masks,
+            relative=scale is None,
+            progress=bar.update,
         )
-    print(f"{len(result.scores)} of {len(files)} images scored: {result.results}")
-    return report_failures(result.failures)
+    found = ""
+    if decider is not None and result.decided:
+        found = f", {result.anomalous} of {result.decided} anomalous at alpha {decider.alpha:g}"
+    print(f"{len(result.scores)} of {len(files)} images scored{found}: {result.results}")
+    if result.drift:
+        print(
+            "rlr-fast: not like the images of the calibration, or full of defects: "
+            f"{', '.join(result.drift)}",
+            file=sys.stderr,
+        )
+    code = report_failures(result.failures)
+    return _ANOMALY if fail_on_anomaly and result.anomalous else code

@@ -70,9 +70,16 @@ _ALL = (
         less_memory=_SCORING,
     ),
     Verb(
+        "calibrate",
+        "calibrate:calibrate",
+        "Score normal images that the model has not seen, for predict and eval to decide by.",
+        less_memory=_SCORING,
+    ),
+    Verb(
         "predict",
         "predict:predict",
-        "Score images: a table of scores, and a heat map of each image.",
+        "Score images and decide them: a table, and a heat map of each image.",
+        more="Exit code 3: an image is called anomalous (with --fail-on-anomaly).",
         less_memory=_SCORING,
     ),
     Verb(

@@ -25,7 +25,6 @@ kind             severity  meaning
 from __future__ import annotations
 
 import difflib
-import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterable
@@ -35,6 +34,7 @@ from typing import Literal
 
 import numpy as np
 
+from rlr_fast.data.files import file_digest
 from rlr_fast.data.images import (
     UnreadableImageError,
     checked_size,
@@ -364,15 +364,13 @@ def _leaks(data: DataSet) -> dict[Sample, Path]:
     leaks: dict[Sample, Path] = {}
     # Files of different length differ, so few need to be read.
     for length in seen_by_length.keys() & test_by_length.keys():
-        seen = {_digest(sample.path): sample.path for sample in reversed(seen_by_length[length])}
+        seen = {
+            file_digest(sample.path): sample.path for sample in reversed(seen_by_length[length])
+        }
         for sample in test_by_length[length]:
-            if (path := seen.get(_digest(sample.path))) is not None:
+            if (path := seen.get(file_digest(sample.path))) is not None:
                 leaks[sample] = path
     return leaks
-
-
-def _digest(path: Path) -> bytes:
-    return hashlib.blake2b(path.read_bytes(), digest_size=16).digest()
 
 
 def _table(report: Report) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import logging
 import os
 import tempfile
@@ -42,6 +43,15 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         with contextlib.suppress(OSError):
             partial.unlink()
         raise
+
+
+def file_digest(path: Path) -> str:
+    """Return a digest of a file's content, equal for copies.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
 
 
 def check_writable(folder: Path) -> None:

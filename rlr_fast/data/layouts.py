@@ -26,7 +26,7 @@ import contextlib
 import csv
 import difflib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -177,6 +177,28 @@ def list_images(folder: str | os.PathLike[str]) -> list[Path]:
     Links are followed, and one that leads nowhere is listed, so that its reader can say so.
     """
     return [Path(path) for path in _image_names(folder).values()]
+
+
+def find_class(path: Path, classes: Collection[str]) -> str | None:
+    """Return the class in whose folder a file lies, by the names in ``path`` as it is given.
+
+    A folder in ``test``, ``train`` or the like is a kind of defect, whatever its name.
+
+    Raises:
+        ValueError: Its folders name two classes.
+    """
+    folders = path.parts[:-1]
+    named = {
+        name
+        for place, name in enumerate(folders)
+        if name in classes and not (place and folders[place - 1].lower() in _SPLITS)
+    }
+    if len(named) > 1:
+        raise ValueError(
+            f"{str(path)!r} lies in folders of two classes, {' and '.join(sorted(named))}; name "
+            "one, or give a path that has one of them"
+        )
+    return next(iter(named), None)
 
 
 def holds_masks(folder: Path) -> bool:

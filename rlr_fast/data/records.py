@@ -36,14 +36,13 @@ def _parsed(kind: Any, value: Any, name: str) -> Any:
         return value
     origin, arguments = typing.get_origin(kind) or kind, typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        choices = [part for part in arguments if _is(value, typing.get_origin(part) or part)]
+        choices = [part for part in arguments if _is(value, _json_type(part))]
         if not choices:
-            raise _wrong(name, " or ".join(_NAMES[part] for part in arguments), value)
+            raise _wrong(name, " or ".join(_NAMES[_json_type(part)] for part in arguments), value)
         return _parsed(choices[0], value, name)
-    is_record = dataclasses.is_dataclass(origin)
-    if not _is(value, dict if is_record else origin):
-        raise _wrong(name, _NAMES[dict if is_record else origin], value)
-    if is_record:
+    if not _is(value, _json_type(kind)):
+        raise _wrong(name, _NAMES[_json_type(kind)], value)
+    if isinstance(origin, type) and dataclasses.is_dataclass(origin):
         hints = typing.get_type_hints(origin)
         for field in dataclasses.fields(origin):
             is_needed = field.default is field.default_factory is dataclasses.MISSING
@@ -55,6 +54,12 @@ def _parsed(kind: Any, value: Any, name: str) -> Any:
     if origin is list and arguments:
         return [_parsed(arguments[0], v, f"an entry of {name}") for v in value]
     return value
+
+
+def _json_type(kind: Any) -> Any:
+    """Return the type of the JSON value that holds a ``kind``."""
+    origin = typing.get_origin(kind) or kind
+    return dict if dataclasses.is_dataclass(origin) else origin
 
 
 def _is(value: Any, kind: type) -> bool:

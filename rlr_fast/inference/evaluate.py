@@ -26,6 +26,8 @@ from rlr_fast.data import (
     read_image_size,
 )
 from rlr_fast.inference.batches import check_placed, score_batches
+from rlr_fast.inference.decisions import Decider
+from rlr_fast.inference.error_counts import DecisionErrors, ErrorCounts, count_errors
 from rlr_fast.inference.metrics import class_metrics, format_table, mean_metrics
 from rlr_fast.models.environment import environment
 from rlr_fast.models.rlr import RLRModel
@@ -43,6 +45,8 @@ class Evaluation:
         protocol: How they were measured, in words and numbers.
         environment: Versions and device.
         failures: Files that could not be read and were left out.
+        decisions: False alarms and misses at the calibrated thresholds; None without a decider, or
+            where it can decide no class.
     """
 
     classes: dict[str, dict[str, float]]
@@ -50,6 +54,7 @@ class Evaluation:
     protocol: dict[str, Any]
     environment: dict[str, Any]
     failures: list[str]
+    decisions: DecisionErrors | None = None
 
     def to_json(self) -> str:
         """Return the content of ``metrics.json``; a metric that is not defined is null."""
@@ -57,18 +62,21 @@ class Evaluation:
         def plain(metrics: dict[str, float]) -> dict[str, float | None]:
             return {k: v if np.isfinite(v) else None for k, v in metrics.items()}
 
-        values = {
+        values: dict[str, Any] = {
             "mean": plain(self.mean),
             "classes": {name: plain(metrics) for name, metrics in self.classes.items()},
             "protocol": self.protocol,
             "environment": self.environment,
             "failures": self.failures,
         }
+        if self.decisions is not None:
+            values["decisions"] = self.decisions.to_dict()
         return json.dumps(values, indent=2, allow_nan=False)
 
     def table(self) -> str:
-        """Return the figures as a text table, in percent."""
-        return format_table(self.classes, self.mean)
+        """Return the figures as a text table, in percent; below it the errors of decisions."""
+        table = format_table(self.classes, self.mean)
+        return table if self.decisions is None else f"{table}\n\n{self.decisions.table()}"
 
 
 @dataclass(frozen=True)
@@ -92,6 +100,7 @@ def evaluate(
     execution: InferenceExecution = InferenceExecution(),
     *,
     figures: FigureOptions | None = None,
+    decider: Decider | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Evaluation:
     """Score the test images of every class and compare with the ground truth.
@@ -109,6 +118,7 @@ def evaluate(
         execution: Batch size, precision and threads; device, backend and compilation are the
             model's, which may not contradict it.
         figures: Write a sheet of sample images per class.
+        decider: Also count false alarms and misses at its thresholds.
         progress: Called with the number of images done since the last call.
 
     Raises:
@@ -129,6 +139,7 @@ def evaluate(
         model.eval()
         execution = replace(execution, workers=group.workers(execution.workers))
         classes: dict[str, dict[str, float]] = {}
+        errors: dict[str, ErrorCounts] = {}
         failures: list[str] = []
         dealt = 0  # batches of earlier classes: the turn goes on, or the first would have most
         for name in data.classes:
@@ -148,6 +159,11 @@ def evaluate(
             failures += [str(failure.error) for failure in scored.failures]
             labels = np.array([sample.is_anomaly for sample in scored.samples], dtype=bool)
             classes[name] = class_metrics(scored.scores, labels, scored.maps, scored.masks)
+            rule = None if decider is None else decider.rule(name)
+            files = [sample.path for sample in scored.samples]
+            counts = None if rule is None else count_errors(rule, scored.scores, labels, files)
+            if counts is not None:
+                errors[name] = counts
             if figures is not None:
                 try:
                     _write_sheet(name, scored, figures, model.config.image_size)
@@ -160,6 +176,9 @@ def evaluate(
                 protocol(model, data) | {"precision": execution.precision},
                 environment(model.device),
                 failures,
+                DecisionErrors(decider.alpha, decider.pool, errors)
+                if decider is not None and errors
+                else None,
             )
         )
 
@@ -208,18 +227,12 @@ class _Scored:
 
 def _decisive(model: RLRModel, data: DataSet) -> dict[str, Any]:
     """Return by name what all processes must have in common, wherever it lies."""
-    weights, images = hashlib.sha256(model.backbone.fingerprint.encode()), hashlib.sha256()
-    for name, tensor in model.checkpoint_state().items():
-        weights.update(name.encode() + tensor.cpu().numpy().tobytes())
+    images = hashlib.sha256()
     for name in data.classes:
         for sample in data.test[name]:
             images.update(os.fsencode(f"{name}\0{os.path.relpath(sample.path, data.root)}\n"))
-    config = {f"model {k}": v for k, v in model.config.to_dict().items()}
-    del config["model backbone_weights"]  # where they were taken from; the fingerprint decides
-    return config | {
-        "digest of the weights": weights.hexdigest()[:12],
-        "digest of the test images' names": images.hexdigest()[:12],
-    }
+    identity = {f"model {k}": v for k, v in model.score_identity().items()}
+    return identity | {"digest of the test images' names": images.hexdigest()[:12]}
 
 
 def check_masks(data: DataSet) -> None:

@@ -1,28 +1,34 @@
-"""Prediction: score image files, write a table row and a heat map for each."""
+"""Prediction: score image files and decide them; write a row and a heat map for each."""
 
 from __future__ import annotations
 
-import csv
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
 
 from rlr_fast.config import InferenceExecution
-from rlr_fast.data import iterate_images, list_images
-from rlr_fast.data.layouts import holds_masks
+from rlr_fast.data import list_images
+from rlr_fast.data.images import resize_mask
+from rlr_fast.data.layouts import find_class, holds_masks
 from rlr_fast.data.threads import BackgroundWriter, default_workers
-from rlr_fast.inference.batches import check_placed, score_batches
-from rlr_fast.inference.tiling import Sides, Tiles, checked_tiles, predict_tiled
-from rlr_fast.models.precision import check_precision
+from rlr_fast.inference.batches import check_placed
+from rlr_fast.inference.conformal import MIN_DRIFT_IMAGES, drift
+from rlr_fast.inference.decisions import Decider, Decision, Rule
+from rlr_fast.inference.results import RESULTS_FILE, ResultsWriter
+from rlr_fast.inference.scored_files import ScoredImage, score_files
+from rlr_fast.inference.tiling import Sides, optional_tiles
 from rlr_fast.models.rlr import RLRModel
 from rlr_fast.visualization import Scale, prediction_picture
 
-RESULTS_FILE = "results.csv"
 PICTURES_FOLDER = "pictures"
+MASKS_FOLDER = "masks"
 
 _log = logging.getLogger(__name__)
 
@@ -32,10 +38,11 @@ _PIXELS_WAITING = 2**24
 
 @dataclass(frozen=True)
 class ImageFile:
-    """A file to score, and the name of its picture in the output folder."""
+    """A file to score, the name of its picture in the output folder, and its class, if known."""
 
     path: Path
     picture: Path
+    category: str | None = None
 
 
 @dataclass(frozen=True)
@@ -45,19 +52,26 @@ class Prediction:
     Attributes:
         scores: Image score of each file that could be read.
         failures: What is wrong with the others.
-        results: The table, one row (path, score) per file.
+        results: The table, a row per file with the columns of `rlr_fast.inference.results.COLUMNS`.
+        decided: Number of images that were called normal or anomalous.
+        anomalous: Number of those called anomalous.
+        drift: In words, which classes' images differ from the calibration's, see
+            `rlr_fast.inference.conformal.drift`.
     """
 
     scores: dict[Path, float]
     failures: list[str]
     results: Path
+    decided: int = 0
+    anomalous: int = 0
+    drift: tuple[str, ...] = ()
 
 
 def find_images(paths: Sequence[str | Path], out: Path | None = None) -> list[ImageFile]:
     """List the image files among ``paths``: files as they are, folders with all their subfolders.
 
-    Pictures that an earlier prediction wrote in ``out`` are left out, and so are, which is logged,
-    the masks of a data set in a folder.
+    Pictures and masks that an earlier prediction wrote in ``out`` are left out, and so are, which
+    is logged, the masks of a data set in a folder.
 
     Raises:
         ValueError: A path does not exist, or there is no image in a folder.
@@ -67,14 +81,15 @@ def find_images(paths: Sequence[str | Path], out: Path | None = None) -> list[Im
     for path in map(Path, paths):
         if path.is_dir():
             folders = [path, *sorted(p for p in path.rglob("*") if p.is_dir())]
-            ours = None if out is None else (out / PICTURES_FOLDER).resolve()
+            written = () if out is None else (out / PICTURES_FOLDER, out / MASKS_FOLDER)
+            ours = [folder.resolve() for folder in written]
             masks = {folder for folder in folders[1:] if holds_masks(folder)}
             for folder in sorted(masks):
                 _log.warning("the masks in %s are not scored", folder)
             files = [
                 file
                 for folder in folders
-                if ours is None or not folder.resolve().is_relative_to(ours)
+                if not any(map(folder.resolve().is_relative_to, ours))
                 if masks.isdisjoint((folder, *folder.parents))
                 for file in list_images(folder)
             ]
@@ -96,6 +111,15 @@ def find_images(paths: Sequence[str | Path], out: Path | None = None) -> list[Im
     return list(images.values())
 
 
+def classify_files(files: Sequence[ImageFile], classes: Collection[str]) -> list[ImageFile]:
+    """Give each file the class in whose folder it lies, see `rlr_fast.data.layouts.find_class`.
+
+    Raises:
+        ValueError: The folders of a file name two classes.
+    """
+    return [replace(file, category=find_class(file.path, classes)) for file in files]
+
+
 def _picture_name(place: Path) -> Path:
     """``a.png`` → ``a.png``, ``a.jpg`` → ``a.jpg.png``: no two files share a picture."""
     return place if place.suffix == ".png" else place.with_name(place.name + ".png")
@@ -110,9 +134,12 @@ def predict(
     *,
     tile: Sides | None = None,
     overlap: Sides | None = None,
+    decider: Decider | None = None,
+    masks: bool = False,
+    relative: bool = False,
     progress: Callable[[int], object] | None = None,
 ) -> Prediction:
-    """Score files; write ``results.csv`` as the scores come, and ``pictures/``.
+    """Score files; write ``results.csv`` and ``results.jsonl`` as scores come, and ``pictures/``.
 
     Threads decode images ahead, and draw and write pictures behind the model. What is scored when
     an error or an interruption ends it stands in the table.
@@ -128,121 +155,93 @@ def predict(
             see `rlr_fast.inference.tiling.predict_tiled`. A picture smaller than a tile is a
             failure. By default pictures are resized to the model's image size.
         overlap: Pixels that neighboring tiles share at least; an eighth of the tile by default.
+        decider: Decides images and pixels; None gives scores alone.
+        masks: Write what lies above the pixel threshold as PNG into ``masks/``, 255 where it does,
+            in the size of the image's file; none where there is no such threshold.
+        relative: Draw the pictures of images that have a pixel threshold above the low end of
+            ``scale`` from 0 to 1: that end is 0, and the threshold ½.
         progress: Called with the number of files done since the last call.
 
     Returns:
-        Scores and failures; a file that cannot be read does not stop the others.
+        Scores, failures, and what was decided; a file that cannot be read does not stop the others.
 
     Raises:
         ValueError: An argument breaks its rule; found before any work.
         OSError: The results cannot be written.
     """
     check_placed(model, execution)
-    if tile is None and overlap is not None:
-        raise ValueError(f"overlap needs a tile, got {overlap=} without one")
+    tiles = optional_tiles(tile, overlap)
     workers = execution.workers or default_workers()
     model.eval()
-    paths = [f.path for f in files]
-    if tile is None:
-        done = _whole(model, paths, execution)
-    else:
-        done = _tiled(model, paths, checked_tiles(tile, overlap), execution)
+    done = score_files(model, [f.path for f in files], execution, tiles)
     out.mkdir(parents=True, exist_ok=True)
     scores: dict[Path, float] = {}
     failures: list[str] = []
+    verdicts: Counter[bool | None] = Counter()
+    groups: dict[int, list[tuple[Rule, float]]] = defaultdict(list)
     with (
-        # A file's name need not be text; its bytes are kept.
-        open(
-            out / RESULTS_FILE, "w", newline="", encoding="utf-8", errors="surrogateescape"
-        ) as file,
-        BackgroundWriter(workers, 2 * workers, _PIXELS_WAITING) as pictures,
+        ResultsWriter(out) as table,
+        BackgroundWriter(workers, 2 * workers, _PIXELS_WAITING) as jobs,
     ):
-        table = csv.writer(file)
-        table.writerow(("path", "score"))
         for scored, failed in done:
             failures += failed
-            for picture in scored:
-                scores[paths[picture.index]] = picture.score
-                table.writerow((paths[picture.index], picture.score))
-            file.flush()
-            if scale is not None:
-                for picture in scored:
-                    target = out / PICTURES_FOLDER / files[picture.index].picture
-                    job = partial(_draw, picture.image, picture.score_map, scale, target)
-                    pictures.submit(job, picture.score_map.numel())
+            decided: list[tuple[ScoredImage, Rule | None, Decision | None]] = []
+            for image in scored:
+                file = files[image.index]
+                rule = None if decider is None else decider.rule(file.category)
+                decision = None
+                if rule is not None:
+                    decision = rule.decide(image.score, image.score_map.numpy())
+                    verdicts[decision.anomalous] += 1
+                    groups[id(rule.scores)].append((rule, image.score / rule.unit))
+                scores[file.path] = image.score
+                table.write(file.path, image.score, file.category, decision, image.size)
+                decided.append((image, rule, decision))
+            table.flush()
+            for image, rule, decision in decided:
+                name, pixels = files[image.index].picture, image.score_map.numel()
+                if scale is not None:
+                    own = rule.scale(scale[0]) if relative and rule is not None else None
+                    target = out / PICTURES_FOLDER / name
+                    jobs.submit(partial(_draw, image, scale, own, target), pixels)
+                if masks and decision is not None and decision.mask is not None:
+                    target = out / MASKS_FOLDER / name
+                    jobs.submit(partial(_write_mask, decision.mask, image.size, target), pixels)
             if progress is not None:
                 progress(len(scored) + len(failed))
-    return Prediction(scores, failures, out / RESULTS_FILE)
-
-
-@dataclass(frozen=True)
-class _Scored:
-    """A picture (3, H, W) as it was scored, and its score map (H, W)."""
-
-    index: int
-    image: torch.Tensor
-    score_map: torch.Tensor
-    score: float
-
-
-def _whole(
-    model: RLRModel, paths: list[Path], execution: InferenceExecution
-) -> Iterator[tuple[list[_Scored], list[str]]]:
-    """Score pictures resized to the model's image size; yield those of a batch, and failures."""
-    size = model.config.image_size
-    batches = iterate_images(paths, size, execution.batch_size, execution.workers)
-    scored = score_batches(model, ((b, b.images) for b in batches), execution.precision)
-    return (
-        (
-            [
-                _Scored(*values)
-                for values in zip(
-                    batch.indices,
-                    batch.images,
-                    torch.from_numpy(outcome.maps),
-                    outcome.scores,
-                    strict=True,
-                )
-            ],
-            [str(failure.error) for failure in batch.failures],
-        )
-        for batch, outcome in scored
+    return Prediction(
+        scores,
+        failures,
+        out / RESULTS_FILE,
+        verdicts[True] + verdicts[False],
+        verdicts[True],
+        _drift(groups.values()),
     )
 
 
-def _tiled(
-    model: RLRModel, paths: list[Path], tiles: Tiles, execution: InferenceExecution
-) -> Iterator[tuple[list[_Scored], list[str]]]:
-    """Score pictures one by one in tiles; yield as `_whole` does."""
-    check_precision(execution.precision, model.device)
-
-    def score(index: int, image: torch.Tensor) -> _Scored:
-        output = predict_tiled(
-            model,
-            image,
-            *tiles,
-            batch_size=execution.batch_size,
-            precision=execution.precision,
-        )
-        return _Scored(index, image, *output)
-
-    def pictures() -> Iterator[tuple[list[_Scored], list[str]]]:
-        for batch in iterate_images(paths, None, 1, execution.workers):
-            scored, failed = [], [str(failure.error) for failure in batch.failures]
-            for index, image in zip(batch.indices, batch.images, strict=True):
-                misfit = tiles.misfit(*image.shape[1:])
-                if misfit is None:
-                    scored.append(score(index, image))
-                else:
-                    path = str(paths[index])
-                    failed.append(f"cannot score image {path!r} in tiles: {misfit}")
-            yield scored, failed
-
-    return pictures()
+def _drift(groups: Collection[list[tuple[Rule, float]]]) -> tuple[str, ...]:
+    """Say of which images, decided by one list of scores, the scores differ from these."""
+    tested = [group for group in groups if len(group) >= MIN_DRIFT_IMAGES]
+    told = []
+    for group in tested:
+        rule = group[0][0]
+        found = drift(rule.scores.image, [score for _, score in group], rule.alpha, len(tested))
+        if found is not None:
+            told.append(f"{rule.name or 'all classes'} ({found})")
+    return tuple(told)
 
 
-def _draw(image: torch.Tensor, score_map: torch.Tensor, scale: Scale, target: Path) -> None:
-    picture = prediction_picture(image.permute(1, 2, 0).numpy(), score_map, scale)
+def _draw(image: ScoredImage, scale: Scale, own: Scale | None, target: Path) -> None:
+    """Write a picture on the scale, or from 0 to 1 where it has a scale of its own."""
+    score_map = image.score_map
+    if own is not None:
+        score_map, scale = (score_map - own[0]) / (own[1] - own[0]), (0.0, 1.0)
+    picture = prediction_picture(image.image.permute(1, 2, 0).numpy(), score_map, scale)
     target.parent.mkdir(parents=True, exist_ok=True)
     # Level 1 takes a quarter of the time of the default for a file a seventh larger.
     picture.save(target, compress_level=1)
+
+
+def _write_mask(mask: NDArray[np.bool_], size: tuple[int, int], target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(resize_mask(mask, size).astype(np.uint8) * 255).save(target)

@@ -79,6 +79,19 @@ def checked_tiles(tile: Sides, overlap: Sides | None = None) -> Tiles:
     return Tiles((size[0], size[1]), (shared[0], shared[1]))
 
 
+def optional_tiles(tile: Sides | None, overlap: Sides | None) -> Tiles | None:
+    """Return `checked_tiles`, or None where neither is given.
+
+    Raises:
+        ValueError: As `checked_tiles`, or an overlap without a tile.
+    """
+    if tile is not None:
+        return checked_tiles(tile, overlap)
+    if overlap is not None:
+        raise ValueError(f"overlap needs a tile, got {overlap=} without one")
+    return None
+
+
 def predict_tiled(
     model: RLRModel,
     image: Tensor,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -220,6 +222,15 @@ class RLRModel(
             "image_size": list(self.config.image_size),
             "neighborhood": self.config.neighborhood,
         }
+
+    def score_identity(self) -> dict[str, Any]:
+        """Return by name what decides the scores, as plain values; where equal, so are scores."""
+        digest = hashlib.sha256(self.backbone.fingerprint.encode())
+        for name, tensor in self.checkpoint_state().items():
+            digest.update(name.encode() + tensor.cpu().numpy().tobytes())
+        config: dict[str, Any] = json.loads(self.config.to_json())
+        del config["backbone_weights"]  # where they were taken from; the fingerprint decides
+        return config | {"digest of the weights": digest.hexdigest()[:12]}
 
     def reconstruct(self, tokens: Sequence[Tensor]) -> list[Tensor]:
         """Return the reconstructed tokens [(B, N_j, C_j)], in the features' own scale.

@@ -1,4 +1,4 @@
-"""Training: features of the training images, the trainer, the run's folder, several processes.
+"""Training: features, the trainer, scores of normal images, the run's folder, several processes.
 
 May import `visualization`, `data`, `models` and what lies below them.
 """

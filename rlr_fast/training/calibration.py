@@ -1,15 +1,22 @@
-"""What scores normal images get: quantiles over the training set, kept beside the weights."""
+"""What scores normal images get, kept beside the weights: for the color scale and for decisions.
+
+The color scale comes from the training images, whose scores are lower than those of other normal
+images. Decisions rest on `Calibration` alone: images that the model has not seen.
+"""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from rlr_fast.data import ImageFailure, Sample, iterate_images
+from rlr_fast.data.files import file_digest, write_atomically
 from rlr_fast.data.records import read_record
 from rlr_fast.models.checkpoint import CheckpointError
 from rlr_fast.models.rlr import RLRModel
@@ -22,14 +29,190 @@ _BATCH = 16
 
 
 @dataclass(frozen=True)
-class _Calibration:
-    """What `color_scale` needs of the file."""
+class ClassScores:
+    """What a class's calibration images score, each list in rising order.
+
+    Attributes:
+        image: Image scores.
+        pixel: Highest pixel of each image's score map, which is not smoothed.
+        source: Where the images come from.
+        files: Digests of their content, see `rlr_fast.data.files.file_digest`.
+    """
+
+    image: list[float]
+    pixel: list[float]
+    source: str
+    files: list[str]
+
+    @staticmethod
+    def of(scores: Iterable[tuple[float, float, str]], source: str) -> ClassScores:
+        """Sort the (image score, highest pixel, digest of the file) of images."""
+        image, pixel, files = zip(*scores, strict=True)
+        return ClassScores(sorted(image), sorted(pixel), source, sorted(files))
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Scores of normal images that the model has not seen.
+
+    Attributes:
+        scoring: By name, what decides a score, as `scoring_identity` gives it.
+        classes: Scores of each class.
+    """
+
+    scoring: dict[str, Any]
+    classes: dict[str, ClassScores]
+
+    def __post_init__(self) -> None:
+        for name, scores in self.classes.items():
+            if not 0 < len(scores.image) == len(scores.pixel) == len(scores.files):
+                raise ValueError(f"{name!r} must have a score, a pixel and a file of each image")
+            for values in (scores.image, scores.pixel):
+                if values != sorted(values):
+                    raise ValueError(f"the scores of {name!r} must rise")
+
+    def is_of(self, model: RLRModel) -> bool:
+        """Return whether a model has the weights and score settings of the calibration's."""
+        return self.scoring == self.scoring | model.score_identity()
+
+
+@dataclass(frozen=True)
+class _TrainingScores:
+    max: float
+
+
+@dataclass(frozen=True)
+class _ImageScores:
+    classes: dict[str, _TrainingScores] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _File:
+    """The content of ``calibration.json``; older ones have no ``calibration``."""
 
     pixel: dict[str, float]
+    image: _ImageScores = field(default_factory=_ImageScores)
+    calibration: Calibration | None = None
+
+
+def scoring_identity(
+    model: RLRModel,
+    precision: str = "fp32",
+    tile: tuple[int, int] | None = None,
+    overlap: tuple[int, int] | None = None,
+) -> dict[str, Any]:
+    """Return by name what decides a score, as JSON has it: model, precision and tiles (h, w)."""
+    tiles = [None if sides is None else list(sides) for sides in (tile, overlap)]
+    return model.score_identity() | {
+        "precision": precision,
+        "tile": tiles[0],
+        "overlap": tiles[1],
+    }
+
+
+def read_calibration(checkpoint: Path) -> Calibration | None:
+    """Return what decisions can rest on; None where nothing was kept out of training.
+
+    Raises:
+        CheckpointError: The file is damaged.
+    """
+    file = _read(checkpoint)
+    return None if file is None else file.calibration
+
+
+def trained_classes(checkpoint: Path) -> dict[str, float]:
+    """Return of each class that a run was trained on the highest score of its training images.
+
+    There is none where the run does not say.
+
+    Raises:
+        CheckpointError: The file is damaged.
+    """
+    file = _read(checkpoint)
+    return {} if file is None else {n: scores.max for n, scores in file.image.classes.items()}
+
+
+def write_calibration(
+    checkpoint: Path, calibration: Calibration, pixel: Mapping[str, float]
+) -> None:
+    """Put scores into a checkpoint's file in place of those it has; all else there stays.
+
+    Args:
+        checkpoint: Folder of a run.
+        calibration: The scores.
+        pixel: Quantiles of pixels for the color scale, where there is no file yet.
+
+    Raises:
+        OSError: The file cannot be read or written.
+    """
+    path = checkpoint / CALIBRATION_FILE
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        values = {"pixel": dict(pixel)}
+    values["calibration"] = asdict(calibration)
+    write_atomically(path, json.dumps(values, indent=2))
+
+
+def _read(checkpoint: Path) -> _File | None:
+    path = checkpoint / CALIBRATION_FILE
+    try:
+        return read_record(_File, path)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
 @torch.no_grad()
-def calibrate(
+def score_held_out(
+    model: RLRModel,
+    images: Mapping[str, Sequence[Sample]],
+    sources: Mapping[str, str],
+    processes: Processes,
+    workers: int | None = None,
+) -> tuple[Calibration | None, list[ImageFailure]]:
+    """Score images that the model was not trained on, as prediction does by default.
+
+    Args:
+        model: The trained model.
+        images: Of each class; a class may have none.
+        sources: Of each class, where the images come from.
+        processes: Those that share the work; all get the result.
+        workers: Threads that decode.
+
+    Returns:
+        The scores, None without any; and the images that could not be read, by their places in all.
+    """
+    model.eval().prepare_for_inference()
+    samples = [sample for group in images.values() for sample in group]
+    mine = range(processes.rank, len(samples), processes.world_size)
+    scores: list[tuple[str, float, float, str]] = []
+    failures: list[ImageFailure] = []
+    with processes.together():
+        for batch in iterate_images(
+            [samples[i] for i in mine], model.config.image_size, _BATCH, workers
+        ):
+            failures += [ImageFailure(mine[f.index], f.error) for f in batch.failures]
+            if not batch.indices:
+                continue
+            out = model.predict_tokens(model.tokens(batch.images.to(model.device)))
+            read = [samples[mine[i]] for i in batch.indices]
+            names, files = [s.category for s in read], [file_digest(s.path) for s in read]
+            highest = out.score_map.flatten(1).amax(1)
+            scores += zip(names, out.score.tolist(), highest.tolist(), files, strict=True)
+    shares = processes.all_gather((scores, failures))
+    classes = {}
+    for name in images:
+        of_class = [(s, p, f) for share, _ in shares for n, s, p, f in share if n == name]
+        if of_class:
+            classes[name] = ClassScores.of(of_class, sources[name])
+    failed = sorted((f for _, share in shares for f in share), key=lambda f: f.index)
+    return Calibration(scoring_identity(model), classes) if classes else None, failed
+
+
+@torch.no_grad()
+def score_quantiles(
     model: RLRModel, features: Features, categories: Sequence[str], processes: Processes
 ) -> dict[str, Any]:
     """Score the training images and return quantiles of their pixels' and images' scores.
@@ -48,33 +231,45 @@ def calibrate(
     """
     model.eval().prepare_for_inference()
     device = model.device
-    wanted = torch.tensor(_QUANTILES, device=device)
-    pixels, scores = [], []
+    pixels: list[torch.Tensor] = []
+    scores = []
     with processes.together():
         for tokens in features.batches(torch.arange(len(features)).split(_BATCH), device):
             out = model.predict_tokens(tokens)
-            pixels += [torch.quantile(m.flatten().float(), wanted) for m in _thinned(out.score_map)]
+            pixels += map(pixel_quantiles, out.score_map)
             scores.append(out.score.float())
         # A share may be empty: all its images unreadable.
-        quantiles = torch.stack(pixels) if pixels else torch.empty(0, len(wanted))
+        quantiles = torch.stack(pixels) if pixels else torch.empty(0, len(_QUANTILES))
         share = quantiles.cpu(), torch.cat(scores).cpu(), list(categories)
     shares = processes.all_gather(share)
-    means = torch.cat([pixel for pixel, _, _ in shares]).mean(0)
+    pixel = mean_quantiles(torch.cat([pixel for pixel, _, _ in shares]))
     score = torch.cat([score for _, score, _ in shares])
     names = [name for _, _, categories in shares for name in categories]
     per_class = {
         name: {"max": float(score[[n == name for n in names]].max())} for name in sorted(set(names))
     }
     return {
-        "pixel": {str(q): float(v) for q, v in zip(_QUANTILES, means, strict=True)},
+        "pixel": pixel,
         "image": {"max": float(score.max()), "classes": per_class},
     }
 
 
-def _thinned(score_map: torch.Tensor) -> torch.Tensor:
-    """Return every k-th pixel of each axis, 512² at most: torch.quantile has a limit."""
+def pixel_quantiles(score_map: torch.Tensor) -> torch.Tensor:
+    """Return the quantiles of a score map's pixels that the color scale needs.
+
+    Args:
+        score_map: (..., H, W). Of a large one every k-th pixel of each axis counts, 512² at most:
+            torch.quantile has a limit.
+    """
     step = max(1, max(score_map.shape[-2:]) // 512)
-    return score_map[..., ::step, ::step]
+    wanted = torch.tensor(_QUANTILES, device=score_map.device)
+    return torch.quantile(score_map[..., ::step, ::step].flatten().float(), wanted)
+
+
+def mean_quantiles(quantiles: torch.Tensor) -> dict[str, float]:
+    """Return the means by name of images' `pixel_quantiles` (n, quantiles), as files hold them."""
+    means = zip(_QUANTILES, quantiles.mean(0), strict=True)
+    return {str(quantile): float(value) for quantile, value in means}
 
 
 def color_scale(checkpoint: Path) -> tuple[float, float]:
@@ -89,7 +284,7 @@ def color_scale(checkpoint: Path) -> tuple[float, float]:
     """
     path = checkpoint / CALIBRATION_FILE
     try:
-        pixel = read_record(_Calibration, path).pixel
+        pixel = read_record(_File, path).pixel
         low, high = pixel[str(_QUANTILES[0])], pixel[str(_QUANTILES[-1])]
         if not -math.inf < low < high < math.inf:
             raise ValueError(f"its quantiles must rise, got {low} and {high}")

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rlr_fast.config import short_windows
+from rlr_fast.config import TrainConfig, short_windows
 from rlr_fast.data import DataSet
 from rlr_fast.data.files import check_writable, write_atomically, write_tensors
 from rlr_fast.data.records import read_record
@@ -140,7 +140,10 @@ def changed_settings(previous: Mapping[str, Any], record: Mapping[str, Any]) -> 
     """Say which settings of a run's record are others now, wherever the data lie."""
     changed = []
     for part in _PARTS:
-        for name, old in previous[part].items():
+        settings = dict(previous[part])
+        if "calibration_share" in record[part]:  # older runs kept nothing out
+            settings.setdefault("calibration_share", TrainConfig().calibration_share)
+        for name, old in settings.items():
             new = json.loads(json.dumps(record[part].get(name)))
             if name == "windows":  # once written as they were given, a side or a pair
                 old, new = (json.loads(json.dumps(short_windows(w))) for w in (old, new))

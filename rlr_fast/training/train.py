@@ -17,13 +17,21 @@ import torch
 
 from rlr_fast.config import RLRConfig, TrainConfig, TrainExecution
 from rlr_fast.data import DataSet, ImageFailure, Sample
+from rlr_fast.data.check import counted
 from rlr_fast.data.contents import describe_images
 from rlr_fast.data.files import write_atomically
-from rlr_fast.models.checkpoint import CONFIG_FILE
+from rlr_fast.data.hold_out import MIN_IMAGES, hold_out
+from rlr_fast.models.checkpoint import CONFIG_FILE, CheckpointError
 from rlr_fast.models.environment import environment, start_device
 from rlr_fast.models.precision import check_precision
 from rlr_fast.models.rlr import RLRModel, Standardize
-from rlr_fast.training.calibration import CALIBRATION_FILE, calibrate
+from rlr_fast.training.calibration import (
+    CALIBRATION_FILE,
+    Calibration,
+    read_calibration,
+    score_held_out,
+    score_quantiles,
+)
 from rlr_fast.training.distributed import Processes, processes
 from rlr_fast.training.feature_cache import cached_features
 from rlr_fast.training.features import Features, FreshFeatures
@@ -44,7 +52,8 @@ class TrainResult:
         out: The run's folder, a checkpoint for `RLRModel.from_pretrained`.
         history: Rows of the log: step, epoch, loss, level_0 …, grad_norm, lr, images_per_s; and
             diversity, that term of the loss, where it has one.
-        failures: Training images that could not be read and were left out.
+        failures: Images that could not be read and were left out: those to train on, then those to
+            calibrate on, each by its place among them.
         images_per_s: Median over the run; NaN where the history is lost.
     """
 
@@ -71,6 +80,10 @@ def train(
     shuffled and perturbed by numbers that depend on seed, epoch, step and process alone, so that a
     resumed run sees what an uninterrupted one sees.
 
+    A share of each class's images is kept out (``recipe.calibration_share``), or the class's
+    ``validation`` images are taken: their scores, in ``calibration.json``, are what decisions rest
+    on, see `rlr_fast.inference.decisions`. Without any of them a run gives scores alone.
+
     Started by torchrun, all processes call this together. Process r of W computes and holds the
     features of images r, r + W, r + 2W, … and shuffles them by itself, so each number of processes
     has its own order of images and its own noise. A step is exact whatever their number: the
@@ -79,7 +92,7 @@ def train(
     Args:
         config: The model.
         recipe: Epochs, batch size, learning rate, precision, seed.
-        data: Its ``train`` samples are used.
+        data: Its ``train`` samples are used, and its ``validation`` samples to calibrate on.
         out: Folder of the run: ``config.json``, ``model.safetensors``,
             ``training_state.safetensors``, ``run.json``, ``history.jsonl``, a TensorBoard log,
             ``loss.png``, ``calibration.json``. The first process alone reads and writes it.
@@ -102,11 +115,12 @@ def train(
     with processes() as group:
         with group.together():
             device = start_device(execution)
+            whole, data = data, hold_out(data, recipe.calibration_share, recipe.seed)
             _check_request(recipe, data, device, group)
             record = {
                 "model": config.to_dict(),
                 "recipe": dataclasses.asdict(recipe),
-                "data": describe_images(data, data.train),
+                "data": describe_images(whole, whole.train),
                 "processes": group.world_size,
             }
             if group.is_main:
@@ -122,6 +136,7 @@ def train(
                 f"epochs: {recipe.epochs}, on {device}",
                 file=sys.stderr,
             )
+            print(_calibration_plan(data, recipe.calibration_share), file=sys.stderr)
         features, samples, failures = _features(model, data, execution, quiet, progress, group)
         if config.standardize:
             _fit_standardization(model, features, group)
@@ -149,16 +164,45 @@ def train(
         if recipe.score_fit == "scaled":
             offsets, weights = level_scales(model, features, group)
             model.set_score(level_offsets=offsets, level_weights=weights)
-        calibration = calibrate(model, features, [s.category for s in samples], group)
+        scores = score_quantiles(model, features, [s.category for s in samples], group)
+        sources = {n: "validation" if whole.validation.get(n) else "held out" for n in data.classes}
+        calibration, unread = score_held_out(
+            model, data.validation, sources, group, group.workers(execution.workers)
+        )
+        failures += unread
         with group.together():
             if group.is_main:
+                calibration = _later_calibration(out, model) or calibration
+                if calibration is not None:
+                    scores["calibration"] = dataclasses.asdict(calibration)
                 write_atomically(out / CONFIG_FILE, model.config.to_json())
-                write_atomically(out / CALIBRATION_FILE, json.dumps(calibration, indent=2))
+                write_atomically(out / CALIBRATION_FILE, json.dumps(scores, indent=2))
                 if trainer.history:
                     loss_curve(trainer.history, out / CURVE_FILE)
         speeds = [row["images_per_s"] for row in trainer.history]
         speed = statistics.median(speeds) if speeds else math.nan
         return TrainResult(out, trainer.history, failures, speed)
+
+
+def _later_calibration(out: Path, model: RLRModel) -> Calibration | None:
+    """Return what a run of the same weights holds already: it may be of images taken later."""
+    try:
+        previous = read_calibration(out)
+    except CheckpointError:  # damaged, and about to be written anew
+        return None
+    return previous if previous is not None and previous.is_of(model) else None
+
+
+def _calibration_plan(data: DataSet, share: float) -> str:
+    """Say how many images there are to calibrate decisions on, after `hold_out`."""
+    images = sum(map(len, data.validation.values()))
+    line = f"{counted(images, 'image')} not trained on, to calibrate decisions"
+    if not images:
+        line += ": predict will give scores alone until rlr-fast calibrate is run"
+    small = [name for name in data.classes if not data.validation.get(name)]
+    if share and small:
+        line += f"; none of {', '.join(small)} (fewer than {MIN_IMAGES} images)"
+    return line
 
 
 def _check_request(

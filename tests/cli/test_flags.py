@@ -23,13 +23,14 @@ MODEL = """--backbone --backbone-weights --out-indices --image-size --neighborho
     --no-standardize --hidden --heads --windows --blocks --ffn-ratio --attention --residual
     --no-residual --alpha --fusion --references --diversity --perturbation --smoothing
     --level-offsets --level-weights --top-share"""
-RECIPE = "--epochs --batch-size --lr --schedule --clip-grad --precision --seed --score-fit"
+RECIPE = """--epochs --batch-size --lr --schedule --clip-grad --precision --seed --score-fit
+    --calibration-share"""
 MACHINE = "--device --backend --workers --quiet"
 DATA = "--layout --classes --config"
 TRAINING = f"""{MODEL} {RECIPE} {MACHINE} {DATA} --preset --out --cache --cache-dir --compile
     --grad-checkpointing --micro-batch-size --piece"""
-SCORING = f"""{MACHINE} --config --checkpoint --out --backbone-weights --scale --batch-size
-    --precision --compile"""
+INFERENCE = "--checkpoint --backbone-weights --batch-size --precision --compile"
+SCORING = f"{MACHINE} {INFERENCE} --config --out --scale --alpha --pool"
 # Every flag that a command or a file in use may hold: none of them may go, or change its name.
 FLAGS = {
     "demo": f"{MACHINE} --config --out --seed",
@@ -37,7 +38,8 @@ FLAGS = {
     "data make": "--config --size --seed --classes --train --quiet",
     "train": f"{TRAINING} --resume",
     "eval": f"{SCORING} {DATA} --figures --per-defect",
-    "predict": f"{SCORING} --no-pictures --tile --overlap",
+    "calibrate": f"{MACHINE} {INFERENCE} {DATA} --split --class --tile --overlap",
+    "predict": f"{SCORING} --no-pictures --tile --overlap --class --masks --fail-on-anomaly",
     "decoder train": f"""{MACHINE} {DATA} --checkpoint --out --backbone-weights --epochs
         --batch-size --lr --seed""",
     "figures": f"""{MACHINE} {DATA} --checkpoint --out --backbone-weights --decoder --level
@@ -51,6 +53,7 @@ NEEDED = {
     "data make": "OUT",
     "train": "DATA --out RUN",
     "eval": "DATA --checkpoint RUN --out OUT",
+    "calibrate": "DATA --checkpoint RUN",
     "predict": "IMAGES --checkpoint RUN --out OUT",
     "decoder train": "DATA --checkpoint RUN --out OUT",
     "figures": "DATA --checkpoint RUN --out OUT",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rlr_fast.data.layouts import LAYOUTS, list_images, read_dataset
+from rlr_fast.data.layouts import LAYOUTS, find_class, list_images, read_dataset
 
 
 def touch(root: Path, *names: str) -> None:
@@ -412,3 +412,23 @@ def test_list_images_takes_every_suffix_in_any_case(tmp_path):
     names = ["a.png", "b.jpg", "c.JPEG", "d.Bmp", "e.tif", "f.TIFF", "g.webp", "h.gif"]
     touch(tmp_path, *names, "i.txt", "png", ".j.png", "folder.png/k.png")
     assert [path.name for path in list_images(tmp_path)] == names
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("set/bolt/test/good/0.png", "bolt"),
+        ("bolt/0.png", "bolt"),
+        ("set/bolt/test/cloth/0.png", "bolt"),  # a kind of defect
+        ("set/other/0.png", None),
+        ("bolt.png", None),
+        ("set/bolt/more/bolt/0.png", "bolt"),
+    ],
+)
+def test_the_class_of_a_file_is_that_of_its_folder(path, expected):
+    assert find_class(Path(path), ["bolt", "cloth"]) == expected
+
+
+def test_a_file_in_folders_of_two_classes_is_refused():
+    with pytest.raises(ValueError, match="lies in folders of two classes, bolt and cloth"):
+        find_class(Path("bolt/cloth/0.png"), ["bolt", "cloth"])

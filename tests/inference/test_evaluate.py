@@ -14,7 +14,10 @@ from sklearn.metrics import roc_auc_score
 
 from rlr_fast import RLRModel
 from rlr_fast.data import load_image, load_sample_mask, read_dataset
+from rlr_fast.data.files import file_digest
+from rlr_fast.inference.decisions import Decider
 from rlr_fast.inference.evaluate import FigureOptions, evaluate, protocol
+from rlr_fast.training.calibration import Calibration, ClassScores
 
 
 @pytest.fixture
@@ -127,3 +130,23 @@ def test_only_normal_images_give_null_instead_of_numbers(model, tree):
 def test_figures_are_written_for_each_class(model, dataset, tmp_path):
     evaluate(model, dataset, figures=FigureOptions(tmp_path / "figures", (0.0, 1.0)))
     assert {p.name for p in (tmp_path / "figures").iterdir()} == {"bolt.png", "cloth.png"}
+
+
+def test_false_alarms_and_misses_are_counted_without_the_calibration_images(model, dataset):
+    name, samples = "bolt", dataset.test["bolt"]
+    score, _ = scored(model, samples)
+    limit = float(score[:2].max())  # of the normal images
+    known = [(limit, limit, "")] * 8 + [(limit, limit, file_digest(samples[0].path))]
+    calibration = Calibration({}, {name: ClassScores.of(known, "test")})
+    result = evaluate(model, dataset, decider=Decider(calibration, 0.1))
+    values = json.loads(result.to_json())["decisions"]
+    assert list(values["classes"]) == [name]  # cloth has no calibration images
+    labels = np.array([s.is_anomaly for s in samples])
+    above = score.numpy() > limit
+    counts = values["classes"][name]
+    assert (counts["threshold"], counts["calibration_images"]) == (limit, 9)
+    assert counts["normal"] == 1 and counts["false_alarms"] == int(above[1]) == 0
+    assert counts["anomalous"] == 2 and counts["misses"] == int((~above & labels).sum())
+    assert values["all"]["miss_rate"] == counts["miss_rate"] == counts["misses"] / 2
+    assert values["alpha"] == 0.1 and values["pool"] is False
+    assert "decisions at alpha 0.1:" in result.table()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import errno
+import json
 import threading
 
 import numpy as np
@@ -16,8 +17,12 @@ from rlr_fast import RLRModel
 from rlr_fast.config import InferenceExecution
 from rlr_fast.data import load_image
 from rlr_fast.inference import predict as predict_module
-from rlr_fast.inference.predict import find_images, predict
+from rlr_fast.inference.decisions import Decider
+from rlr_fast.inference.predict import classify_files, find_images, predict
+from rlr_fast.inference.results import COLUMNS
 from rlr_fast.inference.tiling import predict_tiled
+from rlr_fast.training.calibration import Calibration, ClassScores
+from rlr_fast.visualization import prediction_picture
 
 
 @pytest.fixture
@@ -34,9 +39,10 @@ def test_predict_writes_score_and_picture_of_each_file(model, tree, tmp_path):
     files = find_images([tree / "bolt/test"])
     result = predict(model, files, tmp_path / "out", (0.0, 2.0))
     table = rows(result.results)
-    assert table[0] == ["path", "score"] and len(table) == 5
+    assert table[0] == list(COLUMNS) and len(table) == 5
     size = model.config.image_size
-    for path, score in table[1:]:
+    for path, score, *undecided in table[1:]:
+        assert not any(undecided)
         assert float(score) == pytest.approx(model(load_image(path, size)[None]).score.item())
     pictures = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*.png")}
     assert pictures == {
@@ -227,3 +233,83 @@ def test_fp16_needs_a_gpu(model, five, tmp_path, device):
     else:
         with pytest.raises(ValueError, match="fp16 needs a CUDA device, got device='cpu'"):
             predict(model, five, tmp_path / "out", None, InferenceExecution(precision="fp16"))
+
+
+def deciding(model, files, **classes):
+    """Outputs for the files, and a decider whose classes have nine images of the given scores."""
+    scores = {f.path: model(load_image(f.path, model.config.image_size)[None]) for f in files}
+    known = {
+        name: ClassScores.of([(image, pixel, str(i)) for i in range(9)], "test")
+        for name, (image, pixel) in classes.items()
+    }
+    return scores, Decider(Calibration({}, known), 0.1)
+
+
+def test_rows_masks_and_pictures_say_what_was_decided(model, tree, tmp_path):
+    for i in range(2):
+        save_picture(tree / f"bolt/test/good/{i:03d}.png", i, (96, 160))
+    files = classify_files(find_images([tree / "bolt/test", tree / "cloth/test"]), ["bolt"])
+    assert {f.category for f in files} == {"bolt", None}
+    files = [f for f in files if f.category] + [
+        dataclasses.replace(f, category="cloth") for f in files if not f.category
+    ]
+    outs, _ = deciding(model, files, bolt=(0.0, 0.0))
+    limit, highest = (
+        sorted(value.item() for value in values)[1]
+        for values in zip(
+            *((outs[f.path].score, outs[f.path].score_map.max()) for f in files[:4]), strict=True
+        )
+    )
+    _, decider = deciding(model, files, bolt=(limit, highest))
+    out = tmp_path / "out"
+    result = predict(model, files, out, (0.0, 2.0), decider=decider, masks=True, relative=True)
+    lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert [list(line) for line in lines] == [list(COLUMNS)] * 8
+    with open(result.results, newline="", encoding="utf-8") as file:
+        for row, line in zip(csv.DictReader(file), lines, strict=True):
+            assert row == {k: "" if v is None else str(v) for k, v in line.items()}
+    assert result.anomalous == 2 and result.drift == ()
+    for file, line in zip(files, lines, strict=True):
+        mask, target = out / "masks" / file.picture, out / "pictures" / file.picture
+        picture = load_image(file.path, model.config.image_size).permute(1, 2, 0).numpy()
+        score_map = outs[file.path].score_map[0, 0].detach()
+        if file.category == "cloth":  # has no calibration images
+            assert line["decision"] is line["p_value"] is line["area"] is None
+            assert not mask.exists()
+            expected = prediction_picture(picture, score_map, (0.0, 2.0))
+        else:
+            anomalous = line["score"] > line["threshold"]
+            assert line["decision"] == ("anomalous" if anomalous else "normal")
+            assert line["p_value"] == (0.1 if anomalous else 1.0)
+            with Image.open(mask) as shown, Image.open(file.path) as original:
+                assert shown.size == original.size
+                assert set(np.unique(shown)) <= {0, 255}
+                box = shown.getbbox()
+                area = np.mean(np.asarray(shown) > 0)
+            found = line["area"] and (line["x"], line["y"])
+            assert (box and box[:2]) == (found or None)
+            assert line["area"] == pytest.approx(area, abs=0.02)
+            expected = prediction_picture(picture, score_map / (2 * highest), (0.0, 1.0))
+        difference = np.abs(np.asarray(Image.open(target), int) - np.asarray(expected, int))
+        assert difference.mean() < 0.1  # rounding of the map may move a color
+    assert not (out / "masks" / files[0].picture).is_relative_to(out / "pictures")
+    found = {f.path for f in find_images([tmp_path], out)}
+    assert found == {f.path for f in find_images([tree])}
+
+
+def test_a_drift_is_told_once_per_class(model, tmp_path):
+    for i in range(25):
+        save_picture(tmp_path / "images/bolt" / f"{i}.png", i)
+    files = classify_files(find_images([tmp_path / "images"]), ["bolt"])
+    _, decider = deciding(model, files, bolt=(0.0, 0.0))
+    result = predict(model, files, tmp_path / "out", None, decider=decider)
+    assert result.drift == ("bolt (25 of 25 score above the threshold)",)
+
+
+def test_a_name_with_commas_quotes_breaks_and_markup_stays_one_row(model, tmp_path):
+    name = 'a,"b"\n<b>.png'
+    save_picture(tmp_path / "images" / name, 1)
+    result = predict(model, find_images([tmp_path / "images"]), tmp_path / "out", None)
+    assert rows(result.results)[1][0] == str(tmp_path / "images" / name)
+    (line,) = (tmp_path / "out/results.jsonl").read_text().splitlines()
+    assert json.loads(line)["path"] == str(tmp_path / "images" / name)

@@ -1,0 +1,90 @@
+"""``rlr-fast calibrate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from rlr_fast.cli import flags
+from rlr_fast.config import InferenceExecution
+
+
+def calibrate(
+    data: Annotated[Path, Parameter(help="Data set, or folder of normal images.")],
+    /,
+    *,
+    checkpoint: flags.Checkpoint,
+    split: Literal["train", "test"] | None = None,
+    category: flags.Class | None = None,
+    tile: flags.Sides | None = None,
+    overlap: flags.Sides | None = None,
+    config: flags.Config | None = None,
+    layout: flags.Layout = "auto",
+    classes: flags.Classes = None,
+    backbone_weights: flags.BackboneWeights | None = None,
+    quiet: flags.Quiet = False,
+    execution: flags.InferenceExecution = flags.NONE_GIVEN,
+) -> int:
+    """Score normal images that the model has not seen, for predict and eval to decide by.
+
+    Args:
+        split: Take the normal images to train on, or to test on; by default those of validation,
+            those that training kept out, or all of a plain folder.
+        tile: As predict will be told to.
+        overlap: As predict will be told to.
+    """
+    from rlr_fast.cli.common import check_class, given_tiles, report_failures
+    from rlr_fast.data import read_dataset
+    from rlr_fast.data.layouts import find_class
+    from rlr_fast.inference.batches import load_model
+    from rlr_fast.inference.calibrate import calibrate, calibration_images
+    from rlr_fast.inference.conformal import smallest_alpha
+    from rlr_fast.models.checkpoint import check_checkpoint
+    from rlr_fast.training.calibration import (
+        CALIBRATION_FILE,
+        read_calibration,
+        trained_classes,
+    )
+    from rlr_fast.training.progress import progress_bar
+    from rlr_fast.training.run_dir import read_run
+
+    how = InferenceExecution(**execution)
+    tiles = given_tiles(tile, overlap)
+    check_checkpoint(checkpoint)
+    run = Path(checkpoint)
+    if not run.is_dir():
+        raise ValueError(f"calibrate writes into the run: there is no folder {checkpoint!r}")
+    previous, known = read_calibration(run), trained_classes(run)
+    found = read_dataset(data, layout)
+    if classes is not None:
+        read_dataset(data, layout, classes)  # names those that it does not have
+    chosen = {
+        name: [sample.path for sample in samples]
+        for name, samples in calibration_images(found, read_run(run), split).items()
+        if classes is None or name in classes
+    }
+    if len(chosen) == 1:
+        [(name, paths)] = chosen.items()
+        if category is None and name not in known:  # the folder of one split or kind, perhaps
+            name = find_class(paths[0].absolute(), known) or name
+        chosen = {category or name: paths}
+    elif category is not None:
+        raise ValueError(f"--class is for images of one class, there are {len(chosen)}")
+    for name in chosen:
+        check_class(name, known, run)
+    model = load_model(checkpoint, how, backbone_weights)
+    with progress_bar("calibrate", sum(map(len, chosen.values())), quiet) as bar:
+        calibration, failures = calibrate(
+            model, chosen, run, previous, how, source=str(data), tiles=tiles, progress=bar.update
+        )
+    counts = {name: len(scores.image) for name, scores in calibration.classes.items()}
+    width = max(map(len, counts))
+    print(f"{'class':<{width}}  images  smallest alpha")
+    for name, count in counts.items():
+        print(f"{name:<{width}}  {count:6d}  {smallest_alpha(count):.4f}")
+    total = sum(counts.values())
+    print(f"\nall pooled: {total} images, smallest alpha {smallest_alpha(total):.4f}")
+    print(run / CALIBRATION_FILE)
+    return report_failures(failures)

@@ -1,0 +1,73 @@
+"""Conformal decisions: p-values as defined, thresholds that agree with them, and drift."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from rlr_fast.inference.conformal import (
+    MIN_DRIFT_IMAGES,
+    check_alpha,
+    drift,
+    images_needed,
+    p_values,
+    smallest_alpha,
+    threshold,
+)
+
+
+@pytest.mark.parametrize("digits", [8, 1, 0], ids=["no-ties", "some-ties", "many-ties"])
+def test_p_values_are_those_of_the_definition_and_thresholds_decide_alike(digits):
+    rng = np.random.default_rng(digits)
+    for images in (1, 2, 9, 19, 20, 57):
+        known = np.sort(np.round(rng.normal(size=images), digits))
+        scores = np.concatenate([np.round(2 * rng.normal(size=50), digits), known])
+        expected = np.array([(1 + (known >= s).sum()) / (images + 1) for s in scores])
+        np.testing.assert_array_equal(p_values(known, scores), expected)
+        # Every p-value that can occur, and rates between them.
+        for alpha in [k / (images + 1) for k in range(1, images + 1)] + [0.003, 0.05, 0.29, 0.99]:
+            limit = threshold(known.tolist(), alpha)
+            above = scores > limit if limit is not None else np.zeros(len(scores), bool)
+            np.testing.assert_array_equal(above, expected <= alpha)
+
+
+def test_no_threshold_without_enough_images():
+    assert [images_needed(alpha) for alpha in (0.5, 0.1, 0.05, 0.01, 0.001)] == [1, 9, 19, 99, 999]
+    for alpha in (0.3, 0.1, 0.05, 0.07, 1 / 9):
+        needed = images_needed(alpha)
+        assert threshold([0.0] * needed, smallest_alpha(needed)) == 0
+        assert (
+            threshold([0.0] * needed, alpha) == 0 and threshold([0.0] * (needed - 1), alpha) is None
+        )
+
+
+@pytest.mark.parametrize("alpha", [0, 1, -0.1, 5, float("nan")])
+def test_alpha_is_a_share(alpha):
+    with pytest.raises(ValueError, match="alpha must be above 0 and below 1"):
+        check_alpha(alpha)
+
+
+def test_defects_above_the_threshold_are_no_drift():
+    rng = np.random.default_rng(0)
+    reported = [
+        drift(
+            sorted(rng.gamma(3, size=60)),
+            [*rng.gamma(3, size=100), *rng.uniform(50, 90, size=50)],
+            0.05,
+        )
+        for _ in range(300)
+    ]
+    assert sum(line is not None for line in reported) <= 3  # one in 1,000 is expected
+
+
+@pytest.mark.parametrize(("factor", "way"), [(0.7, "lower"), (1.3, "higher")])
+def test_a_drift_of_normal_scores_is_told_with_its_direction(factor, way):
+    rng = np.random.default_rng(0)
+    known, new = sorted(rng.gamma(9, size=100)), factor * rng.gamma(9, size=200)
+    assert way in drift(known, [*new, *[99.0] * 50], 0.05)
+    assert drift(known, new[: MIN_DRIFT_IMAGES - 1], 0.05) is None
+
+
+def test_a_folder_that_lies_above_the_threshold_is_told():
+    known = [i / 100 for i in range(100)]
+    assert drift(known, [5.0] * 30 + [0.5] * 10, 0.05) == "30 of 40 score above the threshold"

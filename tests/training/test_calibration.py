@@ -1,0 +1,101 @@
+"""The scores that a run keeps: of which images, and what a damaged file is told."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+from conftest import BRIEF, SMALL, make_tree
+
+from rlr_fast import RLRModel
+from rlr_fast.config import TrainExecution
+from rlr_fast.data import load_image, read_dataset
+from rlr_fast.data.hold_out import hold_out
+from rlr_fast.models.checkpoint import CheckpointError
+from rlr_fast.training.calibration import (
+    color_scale,
+    read_calibration,
+    scoring_identity,
+    trained_classes,
+)
+from rlr_fast.training.train import train
+
+
+def run(data, tmp_path, **options):
+    execution = TrainExecution(device="cpu", cache_dir=tmp_path / "cache")
+    recipe = dataclasses.replace(BRIEF, epochs=1, calibration_share=0.2)
+    return train(SMALL, recipe, data, tmp_path / "run", execution, **{"quiet": True} | options)
+
+
+def test_kept_out_images_are_not_trained_on_and_scored_as_prediction_does(tmp_path, capsys):
+    data = read_dataset(make_tree(tmp_path / "data", ("bolt",), train=20))
+    broken = hold_out(data, 0.2, BRIEF.seed).validation["bolt"][0]
+    broken.path.write_bytes(b"no image")
+    result = run(data, tmp_path, quiet=False)
+    told = capsys.readouterr().err
+    assert "16 images, classes: 1" in told
+    assert "4 images not trained on, to calibrate decisions" in told
+    assert [failure.error.path for failure in result.failures] == [broken.path]
+    model = RLRModel.from_pretrained(tmp_path / "run")
+    calibration = read_calibration(tmp_path / "run")
+    assert calibration.scoring == scoring_identity(model)
+    held = hold_out(data, 0.2, BRIEF.seed).validation["bolt"][1:]
+    outs = [model(load_image(s.path, SMALL.image_size)[None]) for s in held]
+    bolt = calibration.classes["bolt"]
+    assert bolt.image == pytest.approx(sorted(o.score.item() for o in outs), rel=1e-5)
+    assert bolt.pixel == pytest.approx(sorted(o.score_map.max().item() for o in outs), rel=1e-5)
+    assert bolt.source == "held out" and len(set(bolt.files)) == 3
+
+
+def test_small_classes_are_trained_on_whole_and_leave_no_scores_to_decide_by(
+    dataset, tmp_path, capsys
+):
+    run(dataset, tmp_path, quiet=False)
+    told = capsys.readouterr().err
+    assert "10 images, classes: 2" in told
+    assert "0 images not trained on" in told and "none of bolt, cloth (fewer than 20" in told
+    assert read_calibration(tmp_path / "run") is None
+    scores = json.loads((tmp_path / "run/calibration.json").read_text())["image"]["classes"]
+    assert {n: {"max": v} for n, v in trained_classes(tmp_path / "run").items()} == scores
+    assert color_scale(tmp_path / "run")
+
+
+def test_validation_images_are_scored_at_any_share(dataset, tmp_path):
+    validation = {"bolt": [s for s in dataset.test["bolt"] if not s.is_anomaly]}
+    run(dataclasses.replace(dataset, validation=validation), tmp_path)
+    classes = read_calibration(tmp_path / "run").classes
+    assert list(classes) == ["bolt"] and classes["bolt"].source == "validation"
+
+
+def test_a_score_field_changed_after_training_changes_the_identity():
+    model = RLRModel(SMALL)
+    before = scoring_identity(model)
+    model.set_score(top_share=0.01)
+    changed = {name for name, value in scoring_identity(model).items() if value != before[name]}
+    assert changed == {"top_share"}
+    assert scoring_identity(RLRModel(SMALL)) != before  # other weights
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        ({"bolt": 3}, "'bolt' of classes must be an object"),
+        ({"bolt": {"image": [1.0], "pixel": [1.0], "files": ["a"]}}, "has no 'source'"),
+        ({"bolt": {"image": [1], "pixel": [], "source": "", "files": []}}, "a score, a pixel and"),
+        (
+            {"bolt": {"image": [2, 1], "pixel": [1, 2], "source": "", "files": ["a", "b"]}},
+            "the scores of 'bolt' must rise",
+        ),
+    ],
+    ids=["no-object", "no-source", "uneven", "unsorted"],
+)
+def test_a_damaged_calibration_is_named(classes, message, tmp_path):
+    values = {"pixel": {}, "calibration": {"scoring": {}, "classes": classes}}
+    (tmp_path / "calibration.json").write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=r"calibration\.json cannot be read: .*" + message):
+        read_calibration(tmp_path)
+
+
+def test_a_run_without_the_file_has_no_calibration(tmp_path):
+    assert read_calibration(tmp_path) is None and trained_classes(tmp_path) == {}
