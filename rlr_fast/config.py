@@ -296,7 +296,7 @@ class TrainConfig:
             so that the median of the training tokens' distances is 0 and their 99 % quantile 1 in
             each level.
         calibration_share: Share of each class's normal images kept out of training, to calibrate
-            decisions on; none of a class of fewer than 20, or that has images in validation/good,
+            decisions on; none of a class of fewer than 50, or that has images in validation/good,
             which are taken instead.
 
     Raises:
@@ -467,8 +467,9 @@ PRESETS: dict[str, Preset] = {
             lr=3e-3,
             schedule="cosine",
             score_fit="scaled",
+            calibration_share=0.2,
         ),
-        "what ranks and marks best of what a CPU trains: EfficientNet-Lite0 at 256 px, two levels",
+        "the best answers that a CPU trains: EfficientNet-Lite0 at 256 px, two levels",
     ),
 }
 

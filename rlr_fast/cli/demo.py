@@ -37,15 +37,22 @@ def demo(
     from rlr_fast.training.train import CURVE_FILE, train
 
     start = time.perf_counter()
-    preset, scoring = PRESETS["tiny"], InferenceExecution(**execution)
+    preset, scoring = PRESETS["accurate"], InferenceExecution(**execution)
+    small = dataclasses.replace(preset.model, image_size=(128, 128))  # a quarter of the time
     data_root, run = out / "data", out / "run"
-    RLRModel(preset.model)  # fails without the backbone's weights, before the data are made
+    RLRModel(small)  # fails without the backbone's weights, before the data are made
 
     with progress_bar("data", None, quiet) as bar:
-        make_dataset(data_root, size=preset.model.image_size, seed=seed, progress=follow(bar))
+        make_dataset(
+            data_root,
+            size=small.image_size,
+            seed=seed,
+            train_per_class=60,  # of which 12 are kept out of training, to calibrate on
+            progress=follow(bar),
+        )
     data = read_dataset(data_root)
     train(
-        preset.model,
+        small,
         dataclasses.replace(preset.train, seed=seed),
         data,
         run,
@@ -55,7 +62,7 @@ def demo(
     )
     model, scale = load_model(run, scoring), color_scale(run)
     calibration, decider = read_calibration(run), None
-    if calibration is not None:  # ten images per class: enough for all of them together
+    if calibration is not None:  # enough images for all classes together
         decider = Decider(calibration, pool=True, units=trained_classes(run))
     with progress_bar("eval", sum(map(len, data.test.values())), quiet) as bar:
         evaluation = evaluate(

@@ -8,7 +8,7 @@ import os
 
 from rlr_fast.data.layouts import DataSet, Sample
 
-MIN_IMAGES = 20
+MIN_IMAGES = 50
 """A class of fewer images keeps all of them for training."""
 
 

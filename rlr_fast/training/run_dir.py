@@ -138,12 +138,13 @@ def check_folder(out: Path, record: Mapping[str, Any], resume: bool, data: DataS
 
 def changed_settings(previous: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:
     """Say which settings of a run's record are others now, wherever the data lie."""
+    levels = len(record["model"].get("out_indices", ()))
+    defaults = {"model": {"patches": [1] * levels}, "recipe": asdict(TrainConfig())}
     changed = []
     for part in _PARTS:
-        settings = dict(previous[part])
-        if "calibration_share" in record[part]:  # older runs kept nothing out
-            settings.setdefault("calibration_share", TrainConfig().calibration_share)
-        for name, old in settings.items():
+        # A run begun before a setting existed had its default.
+        since = {k: v for k, v in defaults.get(part, {}).items() if k in record[part]}
+        for name, old in (since | previous[part]).items():
             new = json.loads(json.dumps(record[part].get(name)))
             if name == "windows":  # once written as they were given, a side or a pair
                 old, new = (json.loads(json.dumps(short_windows(w))) for w in (old, new))

@@ -24,7 +24,7 @@ def test_a_share_of_each_large_class_is_kept_out():
     data = dataset(small=MIN_IMAGES - 1, large=MIN_IMAGES, larger=103)
     held = hold_out(data, 0.2, seed=0)
     assert {name: len(samples) for name, samples in held.validation.items()} == {
-        "large": 4,
+        "large": 10,
         "larger": 21,
     }
     for name in data.classes:
@@ -55,4 +55,4 @@ def test_validation_images_of_a_layout_are_taken_instead():
 
 @pytest.mark.parametrize("share", [0.5, 1.0])
 def test_an_image_stays_to_train_on(share):
-    assert hold_out(dataset(bolt=20), share, seed=0).train["bolt"]
+    assert hold_out(dataset(bolt=MIN_IMAGES), share, seed=0).train["bolt"]

@@ -33,7 +33,7 @@ def run_on(data, share=0.0):
 
 
 def test_images_that_training_took_are_refused_and_those_it_kept_out_are_taken(tmp_path):
-    for i in range(20):
+    for i in range(50):
         save_picture(tmp_path / "set/bolt" / f"{i:02d}.png", i)
     data = read_dataset(tmp_path / "set")
     held = hold_out(data, 0.2, 0)
@@ -42,7 +42,7 @@ def test_images_that_training_took_are_refused_and_those_it_kept_out_are_taken(t
         calibration_images(data, run_on(data))
     with pytest.raises(ValueError, match="was trained on the images of"):
         calibration_images(data, run_on(data), "train")
-    save_picture(tmp_path / "set/bolt/20.png", 20)
+    save_picture(tmp_path / "set/bolt/50.png", 50)
     other = read_dataset(tmp_path / "set")
     assert calibration_images(other, run_on(data)) == calibration_images(other, None) == other.train
 

@@ -29,13 +29,13 @@ def run(data, tmp_path, **options):
 
 
 def test_kept_out_images_are_not_trained_on_and_scored_as_prediction_does(tmp_path, capsys):
-    data = read_dataset(make_tree(tmp_path / "data", ("bolt",), train=20))
+    data = read_dataset(make_tree(tmp_path / "data", ("bolt",), train=50))
     broken = hold_out(data, 0.2, BRIEF.seed).validation["bolt"][0]
     broken.path.write_bytes(b"no image")
     result = run(data, tmp_path, quiet=False)
     told = capsys.readouterr().err
-    assert "16 images, classes: 1" in told
-    assert "4 images not trained on, to calibrate decisions" in told
+    assert "40 images, classes: 1" in told
+    assert "10 images not trained on, to calibrate decisions" in told
     assert [failure.error.path for failure in result.failures] == [broken.path]
     model = RLRModel.from_pretrained(tmp_path / "run")
     calibration = read_calibration(tmp_path / "run")
@@ -45,7 +45,7 @@ def test_kept_out_images_are_not_trained_on_and_scored_as_prediction_does(tmp_pa
     bolt = calibration.classes["bolt"]
     assert bolt.image == pytest.approx(sorted(o.score.item() for o in outs), rel=1e-5)
     assert bolt.pixel == pytest.approx(sorted(o.score_map.max().item() for o in outs), rel=1e-5)
-    assert bolt.source == "held out" and len(set(bolt.files)) == 3
+    assert bolt.source == "held out" and len(set(bolt.files)) == 9
 
 
 def test_small_classes_are_trained_on_whole_and_leave_no_scores_to_decide_by(
@@ -54,7 +54,7 @@ def test_small_classes_are_trained_on_whole_and_leave_no_scores_to_decide_by(
     run(dataset, tmp_path, quiet=False)
     told = capsys.readouterr().err
     assert "10 images, classes: 2" in told
-    assert "0 images not trained on" in told and "none of bolt, cloth (fewer than 20" in told
+    assert "0 images not trained on" in told and "none of bolt, cloth (fewer than 50" in told
     assert read_calibration(tmp_path / "run") is None
     scores = json.loads((tmp_path / "run/calibration.json").read_text())["image"]["classes"]
     assert {n: {"max": v} for n, v in trained_classes(tmp_path / "run").items()} == scores
