@@ -275,7 +275,7 @@ def mean_quantiles(quantiles: torch.Tensor) -> dict[str, float]:
 def color_scale(checkpoint: Path) -> tuple[float, float]:
     """Return the fixed color scale (low, high) of a checkpoint's heat maps.
 
-    Low is the median pixel of normal training images; high lies three times as far above it as
+    Low is the median pixel of normal training images; high lies six times as far above it as
     their highest pixels (quantile 0.999). Normal images stay dark, whatever is shown beside them.
 
     Raises:
@@ -296,4 +296,4 @@ def color_scale(checkpoint: Path) -> tuple[float, float]:
     except (OSError, ValueError, KeyError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else error
         raise CheckpointError(f"{path} cannot be read: {reason}") from error
-    return low, low + 3 * (high - low)
+    return low, low + 6 * (high - low)

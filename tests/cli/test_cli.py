@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import shutil
@@ -175,10 +174,11 @@ def test_a_plain_folder_calibrates_the_class_that_is_named(trained, calibrated, 
 
 
 def test_demo_makes_trains_evaluates_and_predicts(tmp_path, monkeypatch, capsys, small, brief):
-    monkeypatch.setitem(PRESETS, "tiny", Preset(small, brief, "small"))
+    monkeypatch.setitem(PRESETS, "accurate", Preset(small, brief, "small"))
     few = {"train_per_class": 2, "good_per_class": 1, "defects_per_kind": 1}
-    make = functools.partial(synthetic.make_dataset, **few, classes=["washer", "wood"])
-    monkeypatch.setattr(synthetic, "make_dataset", make)
+    few |= {"classes": ["washer", "wood"]}
+    make = synthetic.make_dataset
+    monkeypatch.setattr(synthetic, "make_dataset", lambda root, **given: make(root, **given | few))
     assert main(["demo", "--out", str(tmp_path), "--quiet", "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
     assert "I-AUROC" in printed

@@ -70,7 +70,7 @@ def test_scores_are_those_of_the_model_and_the_rest_of_the_file_stays(model, dat
     bolt = result.classes["bolt"]
     assert bolt.image == pytest.approx(sorted(o.score.item() for o in outs), rel=1e-5)
     assert bolt.pixel == pytest.approx(sorted(o.score_map.max().item() for o in outs), rel=1e-5)
-    assert bolt.source == "here" and color_scale(tmp_path) == (1, 4)
+    assert bolt.source == "here" and color_scale(tmp_path) == (1, 7)
     assert json.loads((tmp_path / "calibration.json").read_text())["more"] == 3
 
 
