@@ -127,6 +127,14 @@ def _level_values(argument: str, value: Any, levels: int) -> tuple[Any, ...]:
     return values
 
 
+Value = TypeVar("Value")
+
+
+def per_level(values: Sequence[Value], levels: int) -> Sequence[Value]:
+    """Return a value for each level; a single one stands for all."""
+    return tuple(values) * levels if len(values) == 1 else values
+
+
 @dataclass(frozen=True)
 class RLRConfig:
     """Everything that defines an `RLRModel`; the defaults are the paper's.
@@ -216,8 +224,9 @@ class RLRConfig:
         put("heads", _level_values("heads", self.heads, levels))
         windows = _level_values("windows", self.windows, levels)
         put("windows", tuple(window_pair(window) for window in windows))
-        put("patches", _level_values("patches", self.patches, levels))
-        _require(min(self.patches) > 0, "patches", "positive", self.patches)
+        patches = _level_values("patches", self.patches, levels)
+        _require(min(patches) > 0, "patches", "positive", self.patches)
+        put("patches", patches[:1] if len(set(patches)) == 1 else patches)
         for hidden, heads in zip(self.hidden, self.heads, strict=True):
             _require(heads > 0, "heads", "positive", self.heads)
             _require(

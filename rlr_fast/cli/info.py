@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 from cyclopts import Parameter
 
@@ -14,6 +14,8 @@ from rlr_fast.config import PRESETS, Backend, ExecutionConfig, RLRConfig, from_d
 
 if TYPE_CHECKING:
     import torch
+
+    from rlr_fast.models.reconstructor import Reconstructor
 
 
 def describe(config: RLRConfig | None, device: torch.device) -> tuple[dict[str, Any], str]:
@@ -53,25 +55,21 @@ def _model(config: RLRConfig) -> dict[str, Any]:
     weights = describe_weights(config.backbone, config.backbone_weights)
     model = RLRModel(dataclasses.replace(config, backbone_weights="random"))
     backbone = model.backbone
+    reconstructors = cast("list[Reconstructor]", list(model.levels))
     levels = [
         {
             "index": index,
             "channels": channels,
             "grid": list(grid),
-            "patch": patch,
-            "tokens": grid[0] * grid[1] // patch**2,
+            "patch": level.patch,
+            "tokens": grid[0] * grid[1] // level.patch**2,
             "hidden": level.hidden,
             "heads": level.heads,
             "window": short_windows([level.window])[0],
             "parameters": sum(p.numel() for p in level.parameters()),
         }
-        for index, channels, grid, patch, level in zip(
-            config.out_indices,
-            backbone.channels,
-            backbone.grids,
-            config.patches,
-            model.levels,
-            strict=True,
+        for index, channels, grid, level in zip(
+            config.out_indices, backbone.channels, backbone.grids, reconstructors, strict=True
         )
     ]
     return {

@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import ModelHubMixin, hf_hub_download
 from torch import Tensor, nn
 
-from rlr_fast.config import SCORE_FIELDS, RLRConfig
+from rlr_fast.config import SCORE_FIELDS, RLRConfig, per_level
 from rlr_fast.functional import Backend
 from rlr_fast.models.authors import load_reconstructors
 from rlr_fast.models.backbone import Backbone, neighborhood_mean
@@ -130,7 +130,7 @@ class RLRModel(
                 config.hidden,
                 config.heads,
                 config.windows,
-                config.patches,
+                per_level(config.patches, len(config.out_indices)),
                 strict=True,
             )
         )
@@ -274,7 +274,8 @@ class RLRModel(
         seen = original
         if noise is not None:
             # Eq. 3 divides by the channels of a token, which a patch has more of and a larger norm.
-            seen = perturb(original, self.config.perturbation / self.config.patches[j], noise)
+            patch = self._reconstructors()[j].patch
+            seen = perturb(original, self.config.perturbation / patch, noise)
         return original, self.levels[j](seen)
 
     def predict_tokens(self, tokens: Sequence[Tensor]) -> RLROutput:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter1d
 from torch import Tensor, nn
 
+from rlr_fast.config import per_level
 from rlr_fast.functional import Backend, kernels, refuse_forward_mode, resolve_backend
 
 
@@ -88,10 +89,6 @@ def top_mean(values: Tensor, share: float, pixels: int) -> Tensor:
     return values.topk(min(max(1, round(share * pixels)), values.shape[1])).values.mean(1)
 
 
-def _per_level(values: Sequence[float], levels: int) -> Sequence[float]:
-    return tuple(values) * levels if len(values) == 1 else values
-
-
 class ScoreMap(nn.Module):
     """Token distances of all levels → score map and image score (eq. 16).
 
@@ -135,8 +132,8 @@ class ScoreMap(nn.Module):
             )
             for level_map, offset, weight in zip(
                 level_maps,
-                _per_level(self.offsets, levels),
-                _per_level(self.weights, levels),
+                per_level(self.offsets, levels),
+                per_level(self.weights, levels),
                 strict=True,
             )
         ]

@@ -18,6 +18,7 @@ from rlr_fast.config import (
     TrainConfig,
     TrainExecution,
     from_dict,
+    per_level,
     suggest,
 )
 from rlr_fast.data import DataSet
@@ -81,7 +82,8 @@ def configure(table: Table, row: Row, base: RLRConfig) -> RLRConfig:
             if name in values:
                 values[name] = _of_levels(name, LEVELS, values[name], levels)
             elif "out_indices" in values:
-                values[name] = _of_levels(name, base.out_indices, getattr(base, name), levels)
+                known = per_level(getattr(base, name), len(base.out_indices))
+                values[name] = _of_levels(name, base.out_indices, known, levels)
         return from_dict(RLRConfig, values, base)
     except ValueError as error:
         raise ValueError(f"table {table.name}, row {row.name}: {error}") from error

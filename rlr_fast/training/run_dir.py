@@ -138,13 +138,14 @@ def check_folder(out: Path, record: Mapping[str, Any], resume: bool, data: DataS
 
 def changed_settings(previous: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:
     """Say which settings of a run's record are others now, wherever the data lie."""
-    levels = len(record["model"].get("out_indices", ()))
-    defaults = {"model": {"patches": [1] * levels}, "recipe": asdict(TrainConfig())}
+    # A run begun before a setting existed had its default.
+    defaults = {"model": {"patches": [1]}, "recipe": asdict(TrainConfig())}
     changed = []
     for part in _PARTS:
-        # A run begun before a setting existed had its default.
-        since = {k: v for k, v in defaults.get(part, {}).items() if k in record[part]}
-        for name, old in (since | previous[part]).items():
+        settings = dict(previous[part])
+        for name in sorted(defaults.get(part, {}).keys() & record[part].keys()):
+            settings.setdefault(name, defaults[part][name])
+        for name, old in settings.items():
             new = json.loads(json.dumps(record[part].get(name)))
             if name == "windows":  # once written as they were given, a side or a pair
                 old, new = (json.loads(json.dumps(short_windows(w))) for w in (old, new))

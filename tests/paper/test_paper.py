@@ -89,6 +89,7 @@ def test_stages_take_their_own_values_from_the_base():
     config = configure(TABLES["4"], row, RLRConfig())
     assert config.out_indices == (2, 3)
     assert (config.hidden, config.heads, config.windows) == ((256, 512), (8, 8), ((7, 7), (11, 11)))
+    assert configure(TABLES["4"], row, RLRConfig(patches=(4, 2, 1))).patches == (2, 1)
 
 
 def test_windows_of_the_bases_levels_are_taken():
