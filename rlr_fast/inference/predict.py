@@ -159,7 +159,7 @@ def predict(
         masks: Write what lies above the pixel threshold as PNG into ``masks/``, 255 where it does,
             in the size of the image's file; none where there is no such threshold.
         relative: Draw the pictures of images that have a pixel threshold above the low end of
-            ``scale`` from 0 to 1: that end is 0, and the threshold ½.
+            ``scale``: that end is 0, and the threshold ½.
         progress: Called with the number of files done since the last call.
 
     Returns:
@@ -232,7 +232,7 @@ def _drift(groups: Collection[list[tuple[Rule, float]]]) -> tuple[str, ...]:
 
 
 def _draw(image: ScoredImage, scale: Scale, own: Scale | None, target: Path) -> None:
-    """Write a picture on the scale, or from 0 to 1 where it has a scale of its own."""
+    """Write a picture on the scale, or relative to its own one, whose low is 0 and high 1."""
     score_map = image.score_map
     if own is not None:
         score_map, scale = (score_map - own[0]) / (own[1] - own[0]), (0.0, 1.0)

@@ -275,8 +275,9 @@ def mean_quantiles(quantiles: torch.Tensor) -> dict[str, float]:
 def color_scale(checkpoint: Path) -> tuple[float, float]:
     """Return the fixed color scale (low, high) of a checkpoint's heat maps.
 
-    Low is the median pixel of normal training images; high lies six times as far above it as
-    their highest pixels (quantile 0.999). Normal images stay dark, whatever is shown beside them.
+    Low is the median pixel of normal training images; high lies six times as far above it, and the
+    scale's middle three times, as their highest pixels (quantile 0.999). Normal images stay dark,
+    whatever is shown beside them.
 
     Raises:
         CheckpointError: The checkpoint has no calibration (training has not finished), or a

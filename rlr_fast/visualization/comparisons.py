@@ -14,7 +14,15 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw
 
 from rlr_fast.visualization.fonts import FAINT, INK, PAPER, number, one_line, shortened, typeface
-from rlr_fast.visualization.heat_maps import Scale, check_scale, heat_map, map_of, paint, read_image
+from rlr_fast.visualization.heat_maps import (
+    HIGH,
+    Scale,
+    check_scale,
+    heat_map,
+    map_of,
+    paint,
+    read_image,
+)
 from rlr_fast.visualization.sheets import centered, fitted_size, truth_panel
 
 _RULE = (190, 190, 190)
@@ -161,7 +169,7 @@ def comparison_sheet(
         sheet.paste(Image.fromarray(paint(np.tile(ramp, (bar_height, 1)))), (left, y))
         y += bar_height + gap
         draw.text((left, y), number(low), INK, font, anchor="la")
-        draw.text((left + panel_size, y), number(high), INK, font, anchor="ra")
+        draw.text((left + HIGH * panel_size, y), number(high), INK, font, anchor="ma")
     sheet.save(path)
 
 

@@ -2,7 +2,8 @@
 
 Every picture of scores takes its color scale from the caller, the same for all images. Scaling
 each map by its own range would paint the least normal spot of a normal image in the color of a
-defect.
+defect. Up to its middle, (low + high) / 2, a scale is even; above it colors grow ever more slowly
+with the score, so that no score is off the scale: high lies at three quarters.
 
 The colors are matplotlib's "inferno": its lightness grows evenly with the score, so that equal
 steps in score look equal, no edge appears where the data has none (as in "jet" and, less, "turbo"),
@@ -29,6 +30,9 @@ _COLORS = np.round(255 * matplotlib.colormaps["inferno"](np.arange(256))[:, :3])
 _STRIP = 256  # rows of a picture that are painted at once
 _OPACITY = 0.7  # of an overlay, from the middle of the scale
 
+HIGH = 0.75
+"""Where a scale's high lies between its ends."""
+
 
 def prediction_picture(
     image: ArrayLike, score_map: ArrayLike | torch.Tensor, scale: Scale
@@ -38,7 +42,7 @@ def prediction_picture(
     Args:
         image: The picture, (H, W, 3), uint8.
         score_map: Pixel scores, (h, w); resized to the image (bilinear) if the sizes differ.
-        scale: The scores of the first and the last color, ``low < high``.
+        scale: (low, high), ``low < high``: the scores of the first color, and of three quarters.
 
     Returns:
         An RGB picture of the image's height; the three panels have the image's own resolution.
@@ -67,20 +71,21 @@ def _vertical_bar(height: int, scale: Scale) -> Image.Image:
     font = typeface(min(max(height // 18, 9), 48))
     low, high = scale
     width = max(6, height // 28)
-    texts = [number(value) for value in (high, (low + high) / 2, low)]
+    places = {high: 1 - HIGH, (low + high) / 2: 0.5, low: 1.0}
     text_left = width + max(3, height // 80)
-    total = math.ceil(text_left + max(font.getlength(text) for text in texts)) + 2
+    total = math.ceil(text_left + max(font.getlength(number(score)) for score in places)) + 2
     bar = Image.new("RGB", (total, height), PAPER)
     ramp = np.linspace(1, 0, height, dtype=np.float32)
     bar.paste(Image.fromarray(paint(np.tile(ramp[:, None], (1, width)))), (0, 0))
     draw = ImageDraw.Draw(bar)
-    for text, y, anchor in zip(texts, (0, height / 2, height - 1), ("la", "lm", "ld"), strict=True):
-        draw.text((text_left, y), text, INK, font, anchor=anchor)
+    for score, y in places.items():
+        where = (text_left, y * (height - 1))
+        draw.text(where, number(score), INK, font, anchor="ld" if score == low else "lm")
     return bar
 
 
 def heat_map(scores: NDArray[np.float32], scale: Scale) -> NDArray[np.uint8]:
-    """Return the colors (H, W, 3) of scores (H, W); beyond the scale, the color of its end."""
+    """Return the colors (H, W, 3) of scores (H, W); below the scale, its first color."""
     return paint(_position(scores, scale))
 
 
@@ -103,10 +108,15 @@ def overlay(
 
 
 def _position(scores: NDArray[np.float32], scale: Scale) -> NDArray[np.float32]:
-    """Return where each score lies between the ends of the scale, in [0, 1]."""
+    """Return where each score lies between the ends of the scale, in [0, 1).
+
+    u = (score - low) / (high - low) up to the middle, and 1 - 1 / (4 u) above it: that is smooth,
+    and 1 is never reached.
+    """
     low, high = check_scale(scale)
-    place = (scores.astype(np.float64) - low) / (high - low)
-    return np.clip(place, 0, 1).astype(np.float32)
+    even = np.maximum((scores.astype(np.float64) - low) / (high - low), 0)
+    place = np.where(even <= 0.5, even, 1 - 0.25 / np.maximum(even, 0.5))
+    return place.astype(np.float32)
 
 
 def paint(place: NDArray[np.float32]) -> NDArray[np.uint8]:

@@ -25,6 +25,7 @@ from rlr_fast.visualization.fonts import (
     typeface,
 )
 from rlr_fast.visualization.heat_maps import (
+    HIGH,
     Scale,
     check_scale,
     heat_map,
@@ -74,7 +75,7 @@ def sample_sheet(
 
     Args:
         rows: The samples, at least one; about 60 make a sheet that can still be looked at.
-        scale: The scores of the first and the last color, ``low < high``.
+        scale: See `rlr_fast.visualization.heat_maps.prediction_picture`.
         path: File to write; its folder must exist, its suffix names the format (.png, .jpg, .pdf).
         panel_size: Longer side of a panel in pixels, at least 64; images are resized to it.
 
@@ -140,7 +141,7 @@ def sample_sheet(
     ends = (
         (low, left, "la"),
         ((low + high) / 2, left + width / 2, "ma"),
-        (high, left + width, "ra"),
+        (high, left + HIGH * width, "ma"),
     )
     for value, x, anchor in ends:
         draw.text((x, y + bar_height + gap), number(value), INK, font, anchor=anchor)

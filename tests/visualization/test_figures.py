@@ -81,15 +81,20 @@ def test_equal_scores_have_equal_colors_in_maps_of_different_range():
     assert (narrow[0, 2] != wide[0, 2]).any()
 
 
-def test_scores_beyond_the_scale_get_the_color_of_its_end():
-    colors = heat_map(np.array([[-3.0, 0.2, 1.0, 99.0]]), SCALE)[0]
-    assert (colors[0] == colors[1]).all()
-    assert (colors[2] == colors[3]).all()
-    assert colors[0].sum() < 30 < 600 < colors[3].sum()
+def test_no_score_is_above_the_scale_and_its_lower_half_is_even():
+    """low is the first color, the middle the middle one, high at three quarters."""
+    scores = np.array([[-3.0, 0.2, 0.4, 0.6, 1.0, 1.8, 99.0]])
+    colors = heat_map(scores, SCALE)[0]
+    places = np.array([[0, 0, 0.25, 0.5, 0.75, 0.875, 1]], np.float32)
+    assert np.abs(colors.astype(int) - heat_maps.paint(places)[0]).max() <= 4
+    assert colors[0].sum() < 30 < 600 < colors[-1].sum()
+    assert (colors[4] != colors[5]).any() and (colors[5] != colors[6]).any()
 
 
 def test_lightness_grows_with_the_score():
-    colors = heat_map(np.linspace(0.2, 1, 256)[None], SCALE).astype(float)[0]
+    colors = heat_map(np.linspace(0.2, 0.6, 256)[None], SCALE).astype(float)[0]
+    brighter = heat_map(np.linspace(0.6, 9, 256)[None], SCALE).astype(float)[0]
+    assert (np.diff(brighter @ [0.2126, 0.7152, 0.0722]) > -1).all()
     luminance = colors @ [0.2126, 0.7152, 0.0722]
     assert (np.diff(luminance) > -1).all()
     assert np.corrcoef(luminance, np.arange(256))[0, 1] > 0.98
@@ -175,10 +180,11 @@ def test_bar_prints_the_numbers_of_the_scale():
     other = np.asarray(prediction_picture(row.image, row.score_map, (0.2, 1.5)))
     bar = slice(3 * (96 + 2), None)
     assert one[:, bar].shape != other[:, bar].shape or (one[:, bar] != other[:, bar]).any()
-    colors = one[:, bar][:, 0].astype(int)  # from high, at the top, to low
-    ends = heat_map(np.array([[1.0, 0.2]]), SCALE)[0]
-    assert (colors[0] == ends[0]).all()
-    assert (colors[-1] == ends[1]).all()
+    colors = one[:, bar][:, 0].astype(int)  # high is a quarter below the top, low at the bottom
+    low, middle, high = heat_map(np.array([[0.2, 0.6, 1.0]]), SCALE)[0].astype(int)
+    assert (colors[-1] == low).all()
+    assert np.abs(colors[len(colors) // 2] - middle).max() < 8
+    assert np.abs(colors[len(colors) // 4] - high).max() < 8
 
 
 @pytest.mark.parametrize(
