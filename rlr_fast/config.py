@@ -293,8 +293,8 @@ class TrainConfig:
     Attributes:
         epochs: Passes over the training set.
         batch_size: Images per step, over all processes together.
-        optimizer: Adam, or Muon for the matrices of the blocks and Adam for all else; on the same
-            learning rate, Muon takes a fifth of the steps to the same loss.
+        optimizer: Adam, or Muon for the matrices of the blocks and Adam for all else, which took a
+            fifth of the passes over photographs to the same loss.
         lr: Learning rate.
         schedule: Learning rate over time: constant, step (a tenth for the last fifth), or cosine.
         clip_grad: Largest gradient norm of a level; 0 is no clipping.
