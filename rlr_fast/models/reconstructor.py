@@ -119,7 +119,8 @@ class Reconstructor(nn.Module):
         if patch < 1 or grid[0] % patch or grid[1] % patch:
             raise ValueError(
                 f"patches must divide the height and width of their level's grid, got a patch of "
-                f"{patch} for a grid of {grid[0]}x{grid[1]}: take patches of 1 or another image size"
+                f"{patch} for a grid of {grid[0]}x{grid[1]}: take patches of 1, or an image size "
+                "whose grid they divide"
             )
         self.channels, self.hidden, self.heads = channels, hidden, heads
         self.grid, self.window, self.patch = grid, window, patch

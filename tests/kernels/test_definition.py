@@ -7,6 +7,7 @@ import torch
 from attention_cases import DEVICE, EXACT, LCA, MLKA, ON_GPU, OPERATORS, make_inputs, results
 from kernel_cases import check, small_raster_tiles
 
+from rlr_fast.config import window_pair
 from rlr_fast.kernels._choice import forced
 from rlr_fast.kernels._launch import Geometry
 
@@ -36,7 +37,8 @@ def test_kernels_equal_definition(operator, grid, window, batch, mode):
 @pytest.mark.parametrize("window", [3, 7, 11, 13, 15, 17, (1, 17), (17, 3)], ids=str)
 def test_lca_equals_definition_for_every_size_of_window(window):
     """None is clipped to a smaller one: its halo has its own parts, or is too large to keep."""
-    check(LCA, make_inputs(LCA, (9, 9), 2, 1), (9, 9), window)
+    height, width = (max(5, side // 2 + 1) for side in window_pair(window))
+    check(LCA, make_inputs(LCA, (height, width), 2, 1), (height, width), window)
 
 
 @pytest.mark.parametrize("window", [11, (1, 17), (17, 3)], ids=str)
