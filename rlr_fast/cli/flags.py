@@ -171,7 +171,9 @@ BackboneWeights = Annotated[
 ]
 Scale = Annotated[
     tuple[float, float],
-    Parameter(help="Scores of the first and last color; by default from the run's normal images."),
+    Parameter(
+        help="Scores of the first color and of three quarters; by default from the run's images."
+    ),
 ]
 Alpha = Annotated[
     float,

@@ -55,9 +55,11 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """Take a step by the gradients, which every matrix has."""
+        """Take a step by the gradients; a matrix without one stays as it is."""
         for group in self.param_groups:
-            weights = group["params"]
+            weights = [weight for weight in group["params"] if weight.grad is not None]
+            if not weights:
+                continue
             for weight in weights:
                 if not self.state[weight]:
                     self.state[weight]["momentum"] = torch.zeros_like(weight)

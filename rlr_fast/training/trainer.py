@@ -65,6 +65,10 @@ def _optimizers(model: RLRModel, recipe: TrainConfig) -> list[torch.optim.Optimi
     return [torch.optim.Adam(others, lr=recipe.lr, fused=True), Muon(matrices, recipe.lr)]
 
 
+def _parameter_count(optimizer: torch.optim.Optimizer) -> int:
+    return sum(len(group["params"]) for group in optimizer.param_groups)
+
+
 class Trainer:
     """Trains one model on features, from the run's last checkpoint to its last epoch.
 
@@ -327,15 +331,15 @@ class Trainer:
         def copy(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
-        states = [
-            state
-            for optimizer in self.optimizers
-            for _, state in sorted(optimizer.state_dict()["state"].items())
-        ]
+        states = {
+            first + index: state
+            for first, optimizer in self._numbered_optimizers()
+            for index, state in optimizer.state_dict()["state"].items()
+        }
         return Checkpoint(
             epoch=self.epoch,
             model=copy(self.model.checkpoint_state()),
-            optimizer={index: copy(tensors) for index, tensors in enumerate(states)},
+            optimizer={number: copy(tensors) for number, tensors in states.items()},
             progress={"steps": self.epoch * self.steps, "scaler": self.scaler.state_dict()},
             metadata=self.model.checkpoint_metadata(),
             history=list(self.history),
@@ -347,12 +351,18 @@ class Trainer:
             return
         self.model.check_backbone(dict(saved.metadata), self.out)
         self.model.load_checkpoint_state(dict(saved.model))
-        first = 0
-        for optimizer in self.optimizers:
+        for first, optimizer in self._numbered_optimizers():
             whole = optimizer.state_dict()
-            count = sum(len(group["params"]) for group in whole["param_groups"])
-            whole["state"] = {i: dict(saved.optimizer[first + i]) for i in range(count)}
-            optimizer.load_state_dict(whole)
-            first += count
+            numbers = range(first, first + _parameter_count(optimizer))
+            # A parameter without a gradient, such as an unused reference, has no state.
+            states = {n - first: dict(saved.optimizer[n]) for n in numbers if n in saved.optimizer}
+            optimizer.load_state_dict(whole | {"state": states})
         self.scaler.load_state_dict(saved.progress["scaler"])
         self.epoch, self.history = saved.epoch, list(saved.history)
+
+    def _numbered_optimizers(self) -> Iterator[tuple[int, torch.optim.Optimizer]]:
+        """Yield each optimizer behind the number that its first parameter has in a checkpoint."""
+        first = 0
+        for optimizer in self.optimizers:
+            yield first, optimizer
+            first += _parameter_count(optimizer)

@@ -82,11 +82,18 @@ def test_the_saved_model_is_the_trained_one(dataset, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "setting", [{}, {"schedule": "cosine", "clip_grad": 1.0}, {"optimizer": "muon"}], ids=str
+    ("setting", "attention"),
+    [
+        ({}, ("mlka", "lca")),
+        ({"schedule": "cosine", "clip_grad": 1.0}, ("mlka", "lca")),
+        ({"optimizer": "muon"}, ("mlka", "lca")),
+        ({"optimizer": "muon"}, ("self",)),  # the reference has no gradient, so no state
+    ],
+    ids=str,
 )
-def test_resumed_run_ends_with_the_same_bits(dataset, tmp_path, monkeypatch, setting):
+def test_resumed_run_ends_with_the_same_bits(dataset, tmp_path, monkeypatch, setting, attention):
     recipe = dataclasses.replace(BRIEF, epochs=4, **setting)
-    config = dataclasses.replace(SMALL, standardize=True)
+    config = dataclasses.replace(SMALL, standardize=True, attention=attention)
     run(dataset, tmp_path / "whole", tmp_path, config, recipe)
     save = Trainer._save
 
