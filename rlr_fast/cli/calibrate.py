@@ -35,12 +35,13 @@ def calibrate(
         tile: As predict will be told to.
         overlap: As predict will be told to.
     """
-    from rlr_fast.cli.common import check_class, given_tiles, report_failures
+    from rlr_fast.cli.common import check_class, report_failures
     from rlr_fast.data import read_dataset
     from rlr_fast.data.layouts import find_class
     from rlr_fast.inference.batches import load_model
     from rlr_fast.inference.calibrate import calibrate, calibration_images
     from rlr_fast.inference.conformal import smallest_alpha
+    from rlr_fast.inference.tiling import optional_tiles
     from rlr_fast.models.checkpoint import check_checkpoint
     from rlr_fast.training.calibration import (
         CALIBRATION_FILE,
@@ -51,7 +52,7 @@ def calibrate(
     from rlr_fast.training.run_dir import read_run
 
     how = InferenceExecution(**execution)
-    tiles = given_tiles(tile, overlap)
+    tiles = optional_tiles(tile, overlap)
     check_checkpoint(checkpoint)
     run = Path(checkpoint)
     if not run.is_dir():

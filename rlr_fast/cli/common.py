@@ -10,7 +10,6 @@ from typing import Any
 
 from rlr_fast.config import suggest
 from rlr_fast.inference.decisions import ALPHA, CALIBRATE, Decider
-from rlr_fast.inference.tiling import Sides, Tiles, checked_tiles
 from rlr_fast.models.checkpoint import CheckpointError, check_checkpoint
 from rlr_fast.training.calibration import color_scale, read_calibration, trained_classes
 
@@ -47,19 +46,6 @@ def given_scale(scale: tuple[float, float] | None, checkpoint: str) -> tuple[flo
     if not low < high:
         raise ValueError(f"--scale: LOW must be below HIGH, got {low} {high}")
     return scale
-
-
-def given_tiles(tile: Sides | None, overlap: Sides | None) -> Tiles | None:
-    """Return how pictures are cut, None for whole ones.
-
-    Raises:
-        ValueError: A flag breaks its rule, or one needs the other.
-    """
-    if tile is not None:
-        return checked_tiles(tile, overlap)
-    if overlap is not None:
-        raise ValueError("--overlap needs --tile")
-    return None
 
 
 def check_class(name: str, known: Collection[str], run: str | Path) -> None:

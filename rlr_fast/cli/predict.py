@@ -54,17 +54,17 @@ def predict(
         check_out,
         given_decider,
         given_scale,
-        given_tiles,
         report_failures,
     )
     from rlr_fast.data.check import counted
     from rlr_fast.inference.batches import load_model
     from rlr_fast.inference.predict import classify_files, find_images, predict
+    from rlr_fast.inference.tiling import optional_tiles
     from rlr_fast.training.calibration import scoring_identity, trained_classes
     from rlr_fast.training.progress import progress_bar
 
     how = InferenceExecution(**execution)
-    tiles = given_tiles(tile, overlap)
+    tiles = optional_tiles(tile, overlap)
     files = find_images(paths, out)
     colors = None if no_pictures else given_scale(scale, checkpoint)
     check_out(out)

@@ -396,7 +396,7 @@ def test_mistakes_in_the_file_are_told(content, message, trained, tmp_path, caps
         ([*PREDICT, "--tile", "-8"], "must be a side, or height x width"),
         ([*PREDICT, "--tile", "1x2x3"], "must be a side, or height x width"),
         ([*PREDICT, "--tile", "big"], "--tile: must be a side, or height x width"),
-        ([*PREDICT, "--overlap", "8"], "--overlap needs --tile"),
+        ([*PREDICT, "--overlap", "8"], "overlap needs a tile"),
         ([*PREDICT, "--batch-size", "0"], "batch_size must be positive, got batch_size=0"),
         ([*PREDICT, "--precision", "fp8"], "fp8"),
         ([*PREDICT, "--precision", "fp16", "--device", "cpu"], "fp16 needs a CUDA device"),
