@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # What a GPU is worth ten minutes for, the most valuable first. Results come as they are made, into
 # $OUT, else benchmarks/results: each part has its own time limit and leaves a record and a log.
-# An H100 with 16 host threads took 28 s for check, 28 for headline without flex_attention, 18 for
-# microbenchmarks, 41 for tests, 38 for training without --compile, 86 for 329 candidates of tiles.
+# An H100 or H200 with 16 host threads took 30 s for check, 91 for headline, 10 for kernels, 18 for
+# microbenchmarks, 41 for tests, 30 for training without --compile, 97 for suite, 86 for 329
+# candidates of tiles.
 #   benchmarks/gpu_session.sh                     the first parts
 #   benchmarks/gpu_session.sh check headline      these parts: check headline kernels tests training
 #                                                 compiled microbenchmarks large suite tiles
