@@ -26,6 +26,19 @@ from rlr_fast.data import DataSet, read_dataset
 collect_ignore_glob = [] if importlib.util.find_spec("triton") else ["kernels/*"]
 
 
+# What takes longest comes first, so that no process is left alone with it at the end.
+_LONG = ("ptx", "training", "kernels", "benchmarks", "paper")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config.option, "loadscopereorder"):  # xdist: the files with most tests come first
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.parent.name not in _LONG)
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import BRIEF, SMALL, save_picture
+from conftest import BRIEF, SMALL, make_tree, save_picture
 from PIL import Image
 
 from rlr_fast import RLRConfig, TrainConfig
@@ -43,6 +43,21 @@ def run(dataset, out, tmp_path, table=TABLE, config=SMALL, recipe=SHORT, **optio
     execution = TrainExecution(device="cpu", cache_dir=tmp_path / "cache")
     options = {"seeds": 1, "quiet": True, "tell": lambda line: None} | options
     return run_table(table, config, recipe, dataset, out, execution, **options)
+
+
+@pytest.fixture(scope="module")
+def once(tmp_path_factory):
+    """A folder with a small data set and a table of which one of two runs is finished."""
+    root = tmp_path_factory.mktemp("table")
+    run(read_dataset(make_tree(root / "data")), root / "out", root, only=["on"])
+    return root
+
+
+@pytest.fixture
+def finished(once, tmp_path):
+    """The data of a copy of it in ``tmp_path``; the table is in ``out``."""
+    shutil.copytree(once, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "data"
 
 
 def content(out):
@@ -222,13 +237,14 @@ def test_an_interrupted_table_ends_as_an_uninterrupted_one(dataset, tmp_path, mo
         ),
     ],
 )
-def test_a_damaged_result_is_named_and_measured_again(change, message, dataset, tmp_path, caplog):
-    run(dataset, tmp_path / "out", tmp_path, only=["on"])
+def test_a_damaged_result_is_named_and_measured_again(
+    change, message, once, finished, tmp_path, caplog
+):
     before = (tmp_path / "out/table.json").read_text()
     file = tmp_path / "out/runs/on-seed0/metrics.json"
     changed = change(json.loads(file.read_text()))
     file.write_text(changed if isinstance(changed, str) else json.dumps(changed))
-    run(dataset, tmp_path / "out", tmp_path, only=["on"])
+    run(read_dataset(once / "data"), tmp_path / "out", tmp_path, only=["on"])
     assert (tmp_path / "out/table.json").read_text() == before
     [told] = [r.getMessage() for r in caplog.records if r.name == folder.__name__]
     assert str(file) in told and re.search(message, told)
@@ -279,21 +295,18 @@ def test_only_some_rows_and_more_seeds_later(dataset, tmp_path):
     ],
     ids=["model", "recipe", "table", "row", "equal-rows"],
 )
-def test_other_settings_are_refused_before_any_run(dataset, tmp_path, change, error, message):
+def test_other_settings_are_refused_before_any_run(finished, tmp_path, change, error, message):
     out = tmp_path / "out"
-    record = run(dataset, out, tmp_path, only=["on"])
-    assert not record.failed
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     with pytest.raises(error, match=message):
-        run(dataset, out, tmp_path, **change)
+        run(read_dataset(finished), out, tmp_path, **change)
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
-def test_other_test_images_are_refused(tree, tmp_path):
-    run(read_dataset(tree), tmp_path / "out", tmp_path, only=["on"])
-    (tree / "bolt/test/good/000.png").unlink()
+def test_other_test_images_are_refused(finished, tmp_path):
+    (finished / "bolt/test/good/000.png").unlink()
     with pytest.raises(TrainingError, match="test_images was 8, now 7"):
-        run(read_dataset(tree), tmp_path / "out", tmp_path)
+        run(read_dataset(finished), tmp_path / "out", tmp_path)
 
 
 def paint_over(path):
@@ -312,9 +325,8 @@ def paint_over(path):
     ],
     ids=["mask", "test", "train"],
 )
-def test_other_pixels_are_refused_before_any_run(tree, tmp_path, monkeypatch, file, what):
-    run(read_dataset(tree), tmp_path / "out", tmp_path, only=["on"])
-    paint_over(tree / file)
+def test_other_pixels_are_refused_before_any_run(finished, tmp_path, monkeypatch, file, what):
+    paint_over(finished / file)
     # Of equal sizes: the names and sizes of the images tell nothing.
     data = json.loads((tmp_path / "out/settings.json").read_text())["data"]
     tests = {"images": data["test_images"], "files_digest": data["test_files_digest"]}
@@ -326,14 +338,13 @@ def test_other_pixels_are_refused_before_any_run(tree, tmp_path, monkeypatch, fi
     with pytest.raises(
         TrainingError, match=f"out was made with other settings or data: {what}. Choose"
     ):
-        run(read_dataset(tree), tmp_path / "out", tmp_path)
+        run(read_dataset(finished), tmp_path / "out", tmp_path)
 
 
-def test_changed_sizes_are_told_without_digests(tree, tmp_path):
-    run(read_dataset(tree), tmp_path / "out", tmp_path, only=["on"])
-    save_picture(tree / "cloth/test/good/000.png", 7, (64, 64))
+def test_changed_sizes_are_told_without_digests(finished, tmp_path):
+    save_picture(finished / "cloth/test/good/000.png", 7, (64, 64))
     with pytest.raises(TrainingError, match="data: the test images have other names or"):
-        run(read_dataset(tree), tmp_path / "out", tmp_path)
+        run(read_dataset(finished), tmp_path / "out", tmp_path)
 
 
 def test_a_table_of_an_older_version_goes_on_and_gets_a_record_of_files(tree, tmp_path):
@@ -353,9 +364,9 @@ def test_a_table_of_an_older_version_goes_on_and_gets_a_record_of_files(tree, tm
         run(read_dataset(tree), out, tmp_path)
 
 
-def test_a_table_elsewhere_of_equal_data_goes_on(tree, tmp_path):
-    run(read_dataset(tree), tmp_path / "out", tmp_path, only=["on"])
-    shutil.copytree(tree, tmp_path / "moved", copy_function=shutil.copyfile)  # at times of its own
+def test_a_table_elsewhere_of_equal_data_goes_on(finished, tmp_path):
+    # Each file at a time of its own.
+    shutil.copytree(finished, tmp_path / "moved", copy_function=shutil.copyfile)
     assert not run(read_dataset(tmp_path / "moved"), tmp_path / "out", tmp_path).failed
 
 
@@ -429,15 +440,14 @@ def test_a_folder_that_cannot_be_locked_is_told(dataset, tmp_path, monkeypatch, 
     assert "let no other command work there" in caplog.text
 
 
-def test_a_full_disk_names_the_table_and_what_to_do(dataset, tmp_path, monkeypatch):
-    run(dataset, tmp_path / "out", tmp_path, only=["on"])
+def test_a_full_disk_names_the_table_and_what_to_do(finished, tmp_path, monkeypatch):
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(TrainingError, match=r"No space .*table\.json.* the same command goes on"):
-        run(dataset, tmp_path / "out", tmp_path, only=["on"])
+        run(read_dataset(finished), tmp_path / "out", tmp_path, only=["on"])
 
 
 def test_a_full_disk_in_training_asks_for_no_flag_that_the_command_lacks(
