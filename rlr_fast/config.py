@@ -298,12 +298,14 @@ class TrainConfig:
         lr: Learning rate.
         schedule: Learning rate over time: constant, step (a tenth for the last fifth), or cosine.
         clip_grad: Largest gradient norm of a level; 0 is no clipping.
+        loss_power: Power p, at least 1, of the distances d in the loss, the mean of d^p; 1 is
+            eq. 13-14. With 2 a token counts by its own distance, so that the hard ones decide.
         precision: Precision of the forward and backward pass; fp16 needs a GPU. Weights stay in
             fp32.
         seed: Seed of weights, order of images and noise.
         score_fit: Whether level_offsets and level_weights stay fixed, or are scaled after training:
             so that the median of the training tokens' distances is 0 and their 99 % quantile 1 in
-            each level.
+            each level, times the side of its grid over the finest level's.
         calibration_share: Share of each class's normal images kept out of training, to calibrate
             decisions on; none of a class of fewer than 50, or that has images in validation/good,
             which are taken instead.
@@ -318,6 +320,7 @@ class TrainConfig:
     lr: float = 1e-4
     schedule: Schedule = "constant"
     clip_grad: float = 0.0
+    loss_power: float = 1.0
     precision: Precision = "fp32"
     seed: int = 0
     score_fit: ScoreFit = "fixed"
@@ -329,6 +332,7 @@ class TrainConfig:
         _require(self.lr > 0, "lr", "positive", self.lr)
         _require_number("lr", self.lr)
         _require_number("clip_grad", self.clip_grad, 0)
+        _require_number("loss_power", self.loss_power, 1)
         check_seed(self.seed)
         _require_choice("optimizer", self.optimizer, Optimizer)
         _require_choice("schedule", self.schedule, Schedule)
@@ -470,11 +474,12 @@ PRESETS: dict[str, Preset] = {
             top_share=0.005,
         ),
         TrainConfig(
-            epochs=12,
+            epochs=24,
             batch_size=8,
             optimizer="muon",
-            lr=3e-3,
+            lr=6e-3,
             schedule="cosine",
+            loss_power=2.0,
             score_fit="scaled",
             calibration_share=0.2,
         ),

@@ -24,8 +24,9 @@ def level_scales(
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return ``level_offsets`` and ``level_weights`` that put the levels on one scale.
 
-    A level's distances d become ``(d - median) / (q99 - median)`` over normal tokens, so that the
-    level with the widest spread does not decide the score alone.
+    A level's distances d become ``s (d - median) / (q99 - median)`` over normal tokens, so that the
+    level with the widest spread does not decide the score alone. s is the side of its grid over
+    that of the finest level: a coarse level smears what it finds, and counts the less for it.
 
     Args:
         model: The trained model.
@@ -41,11 +42,12 @@ def level_scales(
                 part.append(distances.float().flatten().cpu())
         share = [_thinned(torch.cat(part)) if part else torch.empty(0) for part in parts]
     shares = processes.all_gather(share)
+    sides = [math.sqrt(height * width) for height, width in model.backbone.grids]
     offsets, weights = [], []
-    for level in zip(*shares, strict=True):
+    for side, level in zip(sides, zip(*shares, strict=True), strict=True):
         low, high = map(float, np.quantile(torch.cat(level).double().numpy(), _QUANTILES))
         offsets.append(low)
-        weights.append(1 / (high - low) if high > low else 1.0)
+        weights.append(side / max(sides) / (high - low if high > low else 1.0))
     return tuple(offsets), tuple(weights)
 
 

@@ -243,6 +243,9 @@ class Trainer:
             torch.compiler.cudagraph_mark_step_begin()
         with autocast(self.device, self.recipe.precision):
             distances = self.distances(tokens, noise)
+        power = self.recipe.loss_power
+        if power != 1:
+            distances = [d**power for d in distances]
         losses = [d.mean(1).sum() / self._count(step) for d in distances]
         if self.model.config.diversity > 0:  # by the images: the parts of a step add up to one
             losses.append(self.model.diversity_loss() * (len(tokens[0]) / self._count(step)))

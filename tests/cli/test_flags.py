@@ -23,8 +23,8 @@ MODEL = """--backbone --backbone-weights --out-indices --image-size --neighborho
     --no-standardize --hidden --heads --windows --patches --blocks --ffn-ratio --attention
     --residual --no-residual --alpha --fusion --references --diversity --perturbation --smoothing
     --level-offsets --level-weights --top-share"""
-RECIPE = """--epochs --batch-size --optimizer --lr --schedule --clip-grad --precision --seed
-    --score-fit --calibration-share"""
+RECIPE = """--epochs --batch-size --optimizer --lr --schedule --clip-grad --loss-power --precision
+    --seed --score-fit --calibration-share"""
 MACHINE = "--device --backend --workers --quiet"
 DATA = "--layout --classes --config"
 TRAINING = f"""{MODEL} {RECIPE} {MACHINE} {DATA} --preset --out --cache --cache-dir --compile

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import math
 import os
 import signal
 import subprocess
@@ -79,6 +80,25 @@ def test_the_saved_model_is_the_trained_one(dataset, tmp_path):
     model = RLRModel.from_pretrained(tmp_path / "run")
     assert same(model.checkpoint_state(), weights(tmp_path / "run"))
     assert not same(model.checkpoint_state(), RLRModel(SMALL).checkpoint_state())
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 2])
+def test_loss_is_the_mean_of_the_distances_to_their_power(dataset, tmp_path, micro_batch_size):
+    images = sum(map(len, dataset.train.values()))
+    still = dict(epochs=1, batch_size=images, lr=1e-30, loss_power=3.0)  # the weights stay
+    config = dataclasses.replace(SMALL, perturbation=0.0)
+    recipe = dataclasses.replace(BRIEF, **still)
+    result = run(
+        dataset, tmp_path / "run", tmp_path, config, recipe, micro_batch_size=micro_batch_size
+    )
+    model = RLRModel.from_pretrained(result.out)
+    paths = [sample.path for group in dataset.train.values() for sample in group]
+    with torch.no_grad():
+        distances = model.distances(
+            model.tokens(torch.stack([load_image(path, config.image_size) for path in paths]))
+        )
+    expected = sum(level.double().pow(3).mean() for level in distances)
+    assert result.history[0]["loss"] == pytest.approx(float(expected), rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -308,7 +328,9 @@ def test_standardization_is_that_of_the_training_set(dataset, tmp_path):
         )
 
 
-def test_scaled_levels_have_normal_distances_from_0_to_1(dataset, tmp_path):
+def test_scaled_levels_have_normal_distances_from_0_to_their_share_of_the_finest_side(
+    dataset, tmp_path
+):
     recipe = dataclasses.replace(BRIEF, score_fit="scaled")
     scaled, fixed = tmp_path / "scaled", tmp_path / "fixed"
     run(dataset, scaled, tmp_path, recipe=recipe)
@@ -321,9 +343,14 @@ def test_scaled_levels_have_normal_distances_from_0_to_1(dataset, tmp_path):
     with torch.no_grad():
         maps = model(images).level_maps
     config = model.config
-    for level, offset, weight in zip(maps, config.level_offsets, config.level_weights, strict=True):
+    sides = [math.sqrt(height * width) for height, width in model.backbone.grids]
+    assert sides[0] > sides[1]
+    for level, offset, weight, side in zip(
+        maps, config.level_offsets, config.level_weights, sides, strict=True
+    ):
         low, high = ((level - offset) * weight).quantile(torch.tensor([0.5, 0.99])).tolist()
-        assert low == pytest.approx(0, abs=0.02) and high == pytest.approx(1, abs=0.05)
+        assert low == pytest.approx(0, abs=0.02)
+        assert high == pytest.approx(side / sides[0], rel=0.05)
     again = run(dataset, scaled, tmp_path, recipe=recipe, resume=True)
     assert RLRModel.from_pretrained(again.out).config == config
 
