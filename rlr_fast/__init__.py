@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rlr_fast.config import RLRConfig, TrainConfig
     from rlr_fast.functional import local_cross_attention, masked_learnable_key_attention
+    from rlr_fast.inference.scorer import Scorer
     from rlr_fast.models.attention import LocalCrossAttention, MaskedLearnableKeyAttention
     from rlr_fast.models.rlr import RLRModel, RLROutput
 
@@ -19,6 +20,7 @@ __all__ = [
     "RLRConfig",
     "RLRModel",
     "RLROutput",
+    "Scorer",
     "TrainConfig",
     "local_cross_attention",
     "masked_learnable_key_attention",
@@ -31,6 +33,7 @@ _MODULES = {
     "RLRConfig": "rlr_fast.config",
     "RLRModel": "rlr_fast.models.rlr",
     "RLROutput": "rlr_fast.models.rlr",
+    "Scorer": "rlr_fast.inference.scorer",
     "TrainConfig": "rlr_fast.config",
     "local_cross_attention": "rlr_fast.functional",
     "masked_learnable_key_attention": "rlr_fast.functional",

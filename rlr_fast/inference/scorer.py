@@ -1,0 +1,183 @@
+"""A trained model as one callable, for clusters that map a function over batches of a table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+from rlr_fast.config import InferenceExecution
+from rlr_fast.data.images import resize_image
+from rlr_fast.inference.batches import load_model, score_batches
+from rlr_fast.inference.conformal import check_alpha
+from rlr_fast.inference.decisions import CALIBRATE, Decider
+from rlr_fast.inference.scored_files import score_files
+from rlr_fast.models.rlr import RLRModel
+from rlr_fast.training.calibration import read_calibration, scoring_identity, trained_classes
+
+
+class Scorer:
+    """Scores and decides batches: a dict of arrays in, a dict of arrays out.
+
+    It is small and can be pickled: each process that calls it loads the model for itself, once.
+    Ray Data's ``map_batches`` takes one as it is.
+
+    A batch has one of two columns, B rows each: ``path``, of image files, or ``image``, RGB of
+    uint8, an array (B, h, w, 3) or B arrays (h, w, 3) of any sizes. A column ``class`` names the
+    class of each, which decides by its own calibration images; without one the only class of the
+    run is taken, or all of them pooled. The columns that come back are
+
+    - all of the batch but ``image``,
+    - ``score``: (B,) float64, the image scores of ``rlr-fast predict``; NaN for a file that cannot
+      be read,
+    - ``failure``: (B,), for paths: what is wrong with a file, else None,
+    - with ``alpha``: ``p_value`` and ``threshold``, (B,) float64, and ``anomalous``, (B,) of True
+      or False; NaN, NaN and None for a class without calibration images, and for a failure;
+      threshold and decision alone where its images are too few for alpha,
+    - with ``maps``: ``score_map``, (B, H, W) float32 of the model's image size.
+
+    Args:
+        run: Folder of a run, or name of a repository on the hub.
+        execution: Device, precision, threads that decode, and images scored at once, which need
+            not be those of a batch.
+        alpha: Decide at this false-alarm rate; None gives scores alone.
+        pool: Decide by the calibration images of all classes.
+        maps: Return score maps.
+        backbone_weights: Where to take the backbone's weights from now.
+
+    Raises:
+        ValueError: ``alpha`` is out of its range or the run has no calibration.
+        CheckpointError: The calibration is damaged.
+    """
+
+    def __init__(
+        self,
+        run: str | Path,
+        execution: InferenceExecution = InferenceExecution(),
+        *,
+        alpha: float | None = None,
+        pool: bool = False,
+        maps: bool = False,
+        backbone_weights: str | None = None,
+    ) -> None:
+        self.run, self.execution, self.maps = str(run), execution, maps
+        self.backbone_weights = backbone_weights
+        known = trained_classes(Path(run))
+        self._only = next(iter(known)) if len(known) == 1 else None
+        self._decider: Decider | None = None
+        if alpha is not None:
+            calibration = read_calibration(Path(run))
+            if calibration is None:
+                raise ValueError(f"{run} has no calibration: {CALIBRATE}")
+            self._decider = Decider(calibration, check_alpha(alpha), pool, known)
+        elif pool:
+            raise ValueError("pool decides images and needs alpha, got pool=True and alpha=None")
+        self._model: RLRModel | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is pickled: all but the model."""
+        return vars(self) | {"_model": None}
+
+    def __call__(self, batch: Mapping[str, ArrayLike]) -> dict[str, NDArray[Any]]:
+        """Score a batch.
+
+        Raises:
+            ValueError: The batch has not one of ``path`` and ``image``, columns differ in length,
+                or an image is not RGB of uint8. Or scores would not be those of the calibration.
+            CheckpointError: A file of the run is missing or damaged.
+            BackboneWeightsError: The backbone's weights cannot be had.
+        """
+        source, rows = _check(batch)
+        model = self._loaded()
+        scores = np.full(rows, np.nan)
+        failures = np.full(rows, None, dtype=object)
+        maps: dict[int, NDArray[np.float32]] = {}
+        if source == "path":
+            paths = [Path(str(path)) for path in np.asarray(batch["path"])]
+            done = 0
+            for scored, failed in score_files(model, paths, self.execution):
+                for image in scored:
+                    scores[image.index] = image.score
+                    maps[image.index] = image.score_map.numpy()
+                done += len(scored) + len(failed)
+                lost = [i for i in range(done) if i not in maps and failures[i] is None]
+                failures[lost] = failed
+        else:
+            for index, score, score_map in self._arrays(model, batch["image"], rows):
+                scores[index], maps[index] = score, score_map
+        result = {name: np.asarray(values) for name, values in batch.items() if name != "image"}
+        result["score"] = scores
+        if source == "path":
+            result["failure"] = failures
+        if self._decider is not None:
+            result |= self._decided(self._decider, scores, maps, batch.get("class"))
+        if self.maps:
+            empty = np.full(model.config.image_size, np.nan, dtype=np.float32)
+            result["score_map"] = np.stack([maps.get(i, empty) for i in range(rows)])
+        return result
+
+    def _loaded(self) -> RLRModel:
+        if self._model is None:
+            model = load_model(self.run, self.execution, self.backbone_weights).eval()
+            if self._decider is not None:
+                self._decider.check_scoring(scoring_identity(model, self.execution.precision))
+            self._model = model
+        return self._model
+
+    def _arrays(
+        self, model: RLRModel, images: ArrayLike, rows: int
+    ) -> Iterator[tuple[int, float, NDArray[np.float32]]]:
+        """Yield place, score and score map of images in memory."""
+        resized = [
+            resize_image(torch.from_numpy(_rgb(image, i)).permute(2, 0, 1), model.config.image_size)
+            for i, image in enumerate(images)  # type: ignore[arg-type]
+        ]
+        size = self.execution.batch_size
+        batches = ((i, torch.stack(resized[i : i + size])) for i in range(0, rows, size))
+        for first, outcome in score_batches(model, batches, self.execution.precision):
+            for k, score in enumerate(outcome.scores):
+                yield first + k, score, outcome.maps[k]
+
+    def _decided(
+        self,
+        decider: Decider,
+        scores: NDArray[np.float64],
+        maps: Mapping[int, NDArray[np.float32]],
+        classes: ArrayLike | None,
+    ) -> dict[str, NDArray[Any]]:
+        names = [self._only] * len(scores) if classes is None else list(np.asarray(classes))
+        p_value, limit = np.full((2, len(scores)), np.nan)
+        anomalous = np.full(len(scores), None, dtype=object)
+        for i, score_map in maps.items():
+            rule = decider.rule(None if names[i] is None else str(names[i]))
+            if rule is not None:
+                decision = rule.decide(float(scores[i]), score_map)
+                p_value[i], anomalous[i] = decision.p_value, decision.anomalous
+                limit[i] = np.nan if decision.threshold is None else decision.threshold
+        return {"p_value": p_value, "threshold": limit, "anomalous": anomalous}
+
+
+def _check(batch: Mapping[str, ArrayLike]) -> tuple[str, int]:
+    """Return the column to score, and the number of rows."""
+    found = [name for name in ("path", "image") if name in batch]
+    if len(found) != 1:
+        raise ValueError(
+            f"batch must have either a column 'path' or one 'image', got {sorted(batch)}"
+        )
+    lengths = {name: len(values) for name, values in batch.items()}  # type: ignore[arg-type]
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"columns of batch must have one length, got {lengths}")
+    return found[0], lengths[found[0]]
+
+
+def _rgb(image: ArrayLike, index: int) -> NDArray[np.uint8]:
+    pixels = np.asarray(image)
+    if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8 or not pixels.size:
+        raise ValueError(
+            f"image must be (h, w, 3) of uint8, got {pixels.shape} of {pixels.dtype} in row {index}"
+        )
+    return np.array(pixels, order="C")  # writable, as PyTorch asks for
