@@ -27,7 +27,7 @@ Cache = Literal["auto", "gpu", "ram", "disk", "none"]
 REFERENCE_VALUES = ("cross", "lca")
 
 # Fields of `RLRConfig` that turn distances into scores: they may change after training.
-SCORE_FIELDS = ("level_offsets", "level_weights", "smoothing", "top_share")
+SCORE_FIELDS = ("level_offsets", "level_weights", "smoothing", "surround", "top_share")
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
@@ -170,6 +170,8 @@ class RLRConfig:
         level_offsets: Subtracted from the token distances of each level before their mean.
         level_weights: Weight of each level in the score map; all 1 is the plain mean of eq. 16.
         smoothing: Sigma, in pixels at 256 px, of the Gaussian before the image score; 0 is off.
+        surround: Sigma of a wider Gaussian, whose map is subtracted before the image score, so that
+            a defect counts by what it exceeds its surroundings; 0 is off.
         top_share: Share of the pixels whose mean is the image score; 0 is their maximum.
 
     Raises:
@@ -198,6 +200,7 @@ class RLRConfig:
     level_offsets: tuple[float, ...] = (0.0,)
     level_weights: tuple[float, ...] = (1.0,)
     smoothing: float = 4.0
+    surround: float = 0.0
     top_share: float = 0.0
 
     def __post_init__(self) -> None:
@@ -261,6 +264,13 @@ class RLRConfig:
             any(self.level_weights), "level_weights", "positive for a level", self.level_weights
         )
         _require_number("smoothing", self.smoothing, 0)
+        _require_number("surround", self.surround, 0)
+        _require(
+            self.surround == 0 or self.surround > self.smoothing,
+            "surround",
+            f"0 or more than smoothing={self.smoothing:g}",
+            self.surround,
+        )
         _require(0 <= self.top_share <= 1, "top_share", "from 0 to 1", self.top_share)
 
     @staticmethod
@@ -471,6 +481,7 @@ PRESETS: dict[str, Preset] = {
             windows=((5, 5), (5, 5)),
             patches=(2, 1),
             blocks=2,
+            surround=32.0,
             top_share=0.005,
         ),
         TrainConfig(

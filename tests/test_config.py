@@ -78,6 +78,8 @@ def test_single_values_are_repeated_for_every_level():
         ("perturbation", -1.0),
         ("alpha", float("nan")),
         ("smoothing", float("inf")),
+        ("surround", -1.0),
+        ("surround", 4.0),
         ("level_offsets", (0.0, 1.0)),
         ("level_offsets", float("nan")),
         ("level_weights", (1.0, -1.0, 1.0)),

@@ -186,8 +186,13 @@ def evaluate(
 def protocol(model: RLRModel, data: DataSet) -> dict[str, Any]:
     """Return how the metrics are measured: what must stand beside the numbers."""
     config, size = model.config, model.config.image_size
-    sigma = dict.fromkeys(f"{config.smoothing * s / 256:.3g}" for s in size)
-    smoothed = f" after a Gaussian, sigma {' x '.join(sigma)} px" if config.smoothing else ""
+
+    def sigma(of: float) -> str:
+        return f"sigma {' x '.join(dict.fromkeys(f'{of * s / 256:.3g}' for s in size))} px"
+
+    smoothed = f" after a Gaussian, {sigma(config.smoothing)}" if config.smoothing else ""
+    if config.surround:
+        smoothed += f", less the score map after one of {sigma(config.surround)}"
     highest = f"mean of the highest {config.top_share:.3%}" if config.top_share else "maximum"
     return {
         "setting": "one model for all classes",

@@ -162,6 +162,7 @@ class RLRModel(
             self.config.level_offsets,
             self.config.level_weights,
             self.config.top_share,
+            self.config.surround,
         ).to(self.device)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

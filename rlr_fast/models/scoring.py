@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from scipy.fft import dct, idct
 from scipy.ndimage import gaussian_filter1d
 from torch import Tensor, nn
 
@@ -59,8 +60,12 @@ def perturb(tokens: Tensor, strength: float, noise: Tensor) -> Tensor:
     return tokens + noise * scale
 
 
+# Pixels of sigma from which the cosine transform of a picture is the faster filter.
+_WIDE = 8
+
+
 def smooth(values: NDArray[Any], smoothing: float, size: int, axis: int) -> NDArray[Any]:
-    """Smooth along one axis by the Gaussian before the image score's maximum.
+    """Smooth along one axis by a Gaussian of the image score.
 
     Its sigma is ``smoothing * size / 256`` pixels; borders are mirrored, it is cut at 4 sigma.
 
@@ -72,9 +77,19 @@ def smooth(values: NDArray[Any], smoothing: float, size: int, axis: int) -> NDAr
     """
     if smoothing == 0:
         return values
-    smoothed: NDArray[Any] = gaussian_filter1d(
-        values, smoothing * size / 256, axis=axis, mode="reflect"
-    )
+    sigma = smoothing * size / 256
+    smoothed: NDArray[Any]
+    if sigma <= _WIDE or values.shape[axis] <= size:
+        smoothed = gaussian_filter1d(values, sigma, axis=axis, mode="reflect")
+    else:  # its time does not grow with sigma: mirrored borders are those of the cosine transform
+        length = values.shape[axis]
+        reach = np.arange(1, int(4 * sigma + 0.5) + 1)
+        weights = np.exp(-0.5 * (reach / sigma) ** 2)
+        waves = np.cos(np.pi / length * np.outer(np.arange(length), reach))
+        gain = (1 + 2 * waves @ weights) / (1 + 2 * weights.sum())
+        shape = [-1 if i == axis % values.ndim else 1 for i in range(values.ndim)]
+        spectrum = dct(values, axis=axis) * gain.astype(values.dtype).reshape(shape)
+        smoothed = idct(spectrum, axis=axis)
     return smoothed
 
 
@@ -94,8 +109,8 @@ class ScoreMap(nn.Module):
 
     Each level's map is upsampled bilinearly (corners aligned); the score map is the mean over the
     levels of ``weight * (distance - offset)``, which is eq. 16 where weights are 1 and offsets 0.
-    The image score is the mean of the highest pixels after a Gaussian whose sigma grows with the
-    image, see `smooth` and `top_mean`.
+    The image score is the mean of the highest pixels after a Gaussian, less what a wider Gaussian
+    makes of the score map; their sigmas grow with the image, see `smooth` and `top_mean`.
 
     Args:
         image_size: (H, W) of the score map.
@@ -103,6 +118,7 @@ class ScoreMap(nn.Module):
         offsets: Of the levels' distances; one stands for all levels.
         weights: Of the levels; one stands for all levels.
         top_share: Share of the pixels that the image score is the mean of; 0 is their maximum.
+        surround: Sigma of the wider Gaussian, in pixels at 256 px; 0 subtracts nothing.
     """
 
     def __init__(
@@ -112,16 +128,17 @@ class ScoreMap(nn.Module):
         offsets: Sequence[float] = (0.0,),
         weights: Sequence[float] = (1.0,),
         top_share: float = 0.0,
+        surround: float = 0.0,
     ) -> None:
         super().__init__()
         self.image_size = image_size
         self.offsets, self.weights, self.top_share = offsets, weights, top_share
-        # The filter with its border rule as a matrix an axis: two small products, on any device.
-        for name, size in zip(("blur_y", "blur_x"), image_size, strict=True):
-            matrix = smooth(np.eye(size), smoothing, size, axis=0)
-            self.register_buffer(name, torch.from_numpy(matrix).float(), persistent=False)
-        self.blur_y: Tensor
-        self.blur_x: Tensor
+        # A filter with its border rule as a matrix an axis: two small products, on any device.
+        self.filters = ["blur"] if surround == 0 else ["blur", "surround"]
+        for filter_name, sigma in zip(self.filters, (smoothing, surround), strict=False):
+            for axis, size in zip("yx", image_size, strict=True):
+                matrix = torch.from_numpy(smooth(np.eye(size), sigma, size, axis=0)).float()
+                self.register_buffer(f"{filter_name}_{axis}", matrix, persistent=False)
 
     def forward(self, level_maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Return ``score_map`` (B, 1, H, W) and ``score`` (B,) of ``level_maps`` [(B, 1, h, w)]."""
@@ -139,6 +156,10 @@ class ScoreMap(nn.Module):
         ]
         score_map = torch.stack(maps).mean(0)
         with torch.autocast(score_map.device.type, enabled=False):
-            smoothed = self.blur_y @ score_map.float() @ self.blur_x.T
+            smoothed, *surround = (
+                getattr(self, f"{name}_y") @ score_map.float() @ getattr(self, f"{name}_x").T
+                for name in self.filters
+            )
+            contrast = smoothed - surround[0] if surround else smoothed
         height, width = self.image_size
-        return score_map, top_mean(smoothed.flatten(1), self.top_share, height * width)
+        return score_map, top_mean(contrast.flatten(1), self.top_share, height * width)

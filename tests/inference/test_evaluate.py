@@ -69,6 +69,14 @@ def test_the_image_score_is_told_in_words(small, dataset, size, smoothing, words
     assert protocol(RLRModel(config), dataset)["image_score"] == f"maximum of {words}"
 
 
+def test_the_surround_is_told(small, dataset):
+    config = dataclasses.replace(small, image_size=(64, 128), smoothing=4.0, surround=32.0)
+    assert protocol(RLRModel(config), dataset)["image_score"].endswith(
+        "the score map after a Gaussian, sigma 1 x 2 px, less the score map after one of sigma "
+        "8 x 16 px"
+    )
+
+
 def test_the_share_of_the_highest_pixels_is_told(small, dataset):
     words = protocol(RLRModel(dataclasses.replace(small, top_share=0.005)), dataset)["image_score"]
     assert words.startswith("mean of the highest 0.500% of the score map after a Gaussian")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import scipy.ndimage
 import torch
 import torch.nn.functional as F
 
-from rlr_fast.models.scoring import ScoreMap, distance, perturb
+from rlr_fast.models.scoring import ScoreMap, distance, perturb, smooth
 
 
 def test_distance_is_mean_squared_error_plus_one_minus_cosine():
@@ -51,6 +52,29 @@ def test_image_score_is_the_maximum_after_scipys_gaussian(size):
     for b in range(2):
         smooth = scipy.ndimage.gaussian_filter(full[b, 0].double().numpy(), sigma)
         assert score[b].item() == pytest.approx(smooth.max(), rel=1e-5)
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1])
+@pytest.mark.parametrize("sigma", [9.0, 40.0, 200.0])
+def test_a_wide_gaussian_is_scipys(sigma, axis):
+    values = np.random.default_rng(0).random((300, 270), dtype=np.float32)
+    smoothed = smooth(values, sigma, 256, axis)
+    expected = scipy.ndimage.gaussian_filter1d(values.astype(float), sigma, axis, mode="reflect")
+    assert smoothed.dtype == np.float32
+    np.testing.assert_allclose(smoothed, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 4.0])
+def test_image_score_is_what_exceeds_the_surround(smoothing):
+    full, score = ScoreMap((24, 40), smoothing, surround=32.0)([torch.rand(2, 1, 6, 5)])
+    for b in range(2):
+        near, wide = (
+            scipy.ndimage.gaussian_filter(
+                full[b, 0].double().numpy(), [s * 24 / 256, s * 40 / 256], mode="reflect"
+            )
+            for s in (smoothing, 32.0)
+        )
+        assert score[b].item() == pytest.approx((near - wide).max(), rel=1e-4)
 
 
 def test_levels_are_shifted_and_weighed_before_their_mean():
