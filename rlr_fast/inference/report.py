@@ -42,7 +42,7 @@ def model_facts(model: RLRModel, checkpoint: str, data: str, precision: str) -> 
         "Checkpoint": Path(checkpoint).name or checkpoint,
         "Data": data,
         "Backbone": config.backbone,
-        "Image size": f"{height} × {width} pixels (height × width)",
+        "Image size (height × width)": f"{height} × {width} pixels",
         "Levels": levels,
         "Digest of the weights": str(digest),
         "Precision": precision,

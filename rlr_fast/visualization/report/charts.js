@@ -72,10 +72,10 @@ class Histogram {
     svg("path", { class: "axis", d: `M${PLOT.left},${PLOT.top} V${PLOT.bottom} H${PLOT.right}` }, this.bars);
     svg("text", { x: PLOT.left - 6, y: PLOT.top + 8, "text-anchor": "end" }, this.bars, most);
     svg("text", { x: PLOT.left - 6, y: PLOT.bottom, "text-anchor": "end" }, this.bars, 0);
-    for (let i = 0; i <= 5; i += 1) {
-      const score = this.low + (i / 5) * (this.high - this.low);
-      const anchor = i === 0 ? "start" : i === 5 ? "end" : "middle";
-      const place = { x: this.x(score), y: PLOT.bottom + 16, "text-anchor": anchor };
+    for (const score of ticks(this.low, this.high, 7)) {
+      const x = this.x(score);
+      svg("path", { class: "axis", d: `M${x},${PLOT.bottom} v4` }, this.bars);
+      const place = { x, y: PLOT.bottom + 17, "text-anchor": "middle" };
       svg("text", place, this.bars, number(score));
     }
     const middle = { x: (PLOT.left + PLOT.right) / 2, y: PLOT.bottom + 34, "text-anchor": "middle" };

@@ -27,7 +27,8 @@ function countErrors(rows, flagged) {
     }
   }
   sum.caught = sum.anomalous - sum.misses;
-  sum.precision = sum.flagged ? sum.caught / sum.flagged : null;
+  // Among images with a defect alone, all that is flagged is right: that tells nothing.
+  sum.precision = sum.normal && sum.flagged ? sum.caught / sum.flagged : null;
   sum.recall = sum.anomalous ? sum.caught / sum.anomalous : null;
   return sum;
 }
@@ -48,7 +49,7 @@ function curves(rows) {
     roc.push([alarms / good, caught / bad]);
     pr.push([caught / bad, caught / (caught + alarms)]);
   });
-  return { roc: good && bad ? roc : null, pr: bad ? pr : null };
+  return { roc: good && bad ? roc : null, pr: good && bad ? pr : null };
 }
 
 function median(values) {
@@ -61,6 +62,7 @@ function startOf(rows, promised, alpha) {
   if (promised !== null) {
     return {
       value: promised,
+      short: `calibrated at ${percent(alpha)}`,
       basis: `calibrated: of normal images at most ${percent(alpha)} score above it`,
     };
   }
@@ -68,13 +70,25 @@ function startOf(rows, promised, alpha) {
   if (normal.length) {
     return {
       value: normal.reduce((a, b) => Math.max(a, b)),
+      short: "highest normal score",
       basis: "the highest score of the normal images here, which promises nothing",
     };
   }
   return {
     value: median(rows.map((row) => row.score)),
+    short: "median",
     basis: "the median of the scores here, which promises nothing",
   };
+}
+
+// Round numbers between two, about `count` of them.
+function ticks(low, high, count) {
+  const rough = (high - low) / count;
+  const power = 10 ** Math.floor(Math.log10(rough));
+  const step = [1, 2, 5, 10].find((factor) => factor * power >= rough) * power;
+  const first = Math.ceil(low / step);
+  const last = Math.floor(high / step);
+  return Array.from({ length: last - first + 1 }, (_, i) => (first + i) * step);
 }
 
 function bins(rows, low, high, count) {

@@ -1,6 +1,7 @@
 // A grid of which only what is seen is in the document, and one image large.
 
-const TILE = { width: 184, height: 250, gap: 10, picture: 168 };
+// Pixels: least width of a tile, what it has around its picture, and the gap between tiles.
+const TILE = { width: 184, border: 16, caption: 70, gap: 10 };
 const OVERSCAN = 2; // rows of tiles above and below what is seen
 const PRINTED = 60; // tiles on paper
 const VIEWS = ["Picture", "Heat map", "Overlay", "Mask"];
@@ -128,9 +129,13 @@ class Gallery {
   }
 
   render() {
-    const step = TILE.height + TILE.gap;
-    const width = this.root.clientWidth;
-    this.columns = Math.max(1, Math.floor((width + TILE.gap) / (TILE.width + TILE.gap)));
+    const all = this.root.clientWidth + TILE.gap;
+    this.columns = Math.max(1, Math.floor(all / (TILE.width + TILE.gap)));
+    const width = Math.floor(all / this.columns) - TILE.gap;
+    if (width !== this.width) this.clear(); // their pictures have another size
+    this.width = width;
+    const step = width - TILE.border + TILE.caption + TILE.gap;
+    this.step = step;
     this.root.style.height = `${Math.ceil(this.rows.length / this.columns) * step}px`;
     const top = -this.root.getBoundingClientRect().top;
     const first = Math.max(0, Math.floor(top / step) - OVERSCAN) * this.columns;
@@ -153,7 +158,7 @@ class Gallery {
         this.root.insertBefore(tile, after ?? null);
         this.tiles.set(place, tile);
       }
-      const x = (place % this.columns) * (TILE.width + TILE.gap);
+      const x = (place % this.columns) * (width + TILE.gap);
       tile.style.transform = `translate(${x}px,${Math.floor(place / this.columns) * step}px)`;
     }
   }
@@ -163,7 +168,11 @@ class Gallery {
     const { text, flagged } = this.verdict(row);
     const tile = make("button", { type: "button", className: flagged ? "tile flagged" : "tile" });
     const box = make("span", { className: "box" });
-    box.append(frame(row, this.view, TILE.picture, TILE.picture, this.truth));
+    const side = this.width - TILE.border;
+    tile.style.width = `${this.width}px`;
+    tile.style.height = `${this.step - TILE.gap}px`;
+    box.style.height = `${side}px`;
+    box.append(frame(row, this.view, side, side, this.truth));
     const verdict = make("span", { className: "verdict" });
     verdict.append(make("span", { textContent: text }), make("span", { textContent: number(row.score) }));
     const kind = row.defect === null ? row.categoryName : `${row.categoryName} · ${row.defect}`;
@@ -199,14 +208,14 @@ class Gallery {
     const tile = this.tiles.get(place);
     tile.focus({ preventScroll: true });
     const box = tile.getBoundingClientRect();
-    const covered = 70; // by the bar that stays at the top
+    const covered = document.querySelector(".sticky").offsetHeight + TILE.gap;
     if (box.top < covered) scrollBy(0, box.top - covered);
     else if (box.bottom > innerHeight) scrollBy(0, box.bottom - innerHeight + TILE.gap);
   }
 
   key(event) {
     if (event.altKey || event.ctrlKey || event.metaKey) return;
-    const page = Math.max(1, Math.floor(innerHeight / (TILE.height + TILE.gap))) * this.columns;
+    const page = Math.max(1, Math.floor(innerHeight / this.step)) * this.columns;
     const last = this.rows.length - 1;
     const moves = {
       ArrowLeft: this.active - 1,

@@ -50,14 +50,19 @@ function verdict(row) {
 
 // Tables of rows of texts, the first one the headings.
 function fill(table, headings, lines, last) {
-  const head = make("tr", {}, ...headings.map((text) => make("th", { scope: "col", textContent: text })));
+  const kind = (text) => (text === "where it starts" ? "text" : "");
+  const head = make(
+    "tr",
+    {},
+    ...headings.map((text) => make("th", { scope: "col", textContent: text, className: kind(text) })),
+  );
   const body = lines.map((cells, i) => {
     const row = make("tr", { className: last && i === lines.length - 1 ? "total" : "" });
     cells.forEach((cell, j) => {
       const element = j === 0 ? make("th", { scope: "row" }) : make("td");
       if (cell instanceof Node) element.append(cell);
       else element.textContent = cell;
-      if (headings[j] === "where it starts") element.className = "text";
+      element.className = kind(headings[j]);
       row.append(element);
     });
     return row;
@@ -118,7 +123,7 @@ function showMetrics() {
     ...Object.keys(headings).map((key) => (values[key] === null ? "–" : (100 * values[key]).toFixed(1))),
   ];
   const lines = Object.entries(classes).map(([name, values]) => line(name, values));
-  fill(byId("metrics-table"), ["in percent", ...Object.values(headings)], [...lines, line("mean", mean)], true);
+  fill(byId("metrics-table"), ["class", ...Object.values(headings)], [...lines, line("mean", mean)], true);
   if (!data.decisions) return;
   byId("decisions").hidden = false;
   const { alpha, pool, all } = data.decisions;
@@ -210,13 +215,16 @@ function showCounts() {
     );
   }
   pairs(byId("counts"), cards);
+  const left = own().length < rows.filter((row) => all || row.category === state.category).length;
+  byId("not-counted").hidden = !left;
   if (labeled) {
     // Classes with their own thresholds are no point of one curve.
     const rate = sum.normal ? sum.alarms / sum.normal : null;
     const point = each ? null : [rate, sum.recall];
-    drawCurve(byId("roc"), state.curves.roc, point, ["false alarms", "recall"], "needs both kinds of images");
+    const nothing = sum.normal ? "no image with a defect" : "no normal image counts";
+    drawCurve(byId("roc"), state.curves.roc, point, ["false alarms", "recall"], nothing);
     const at = each || sum.precision === null ? null : [sum.recall, sum.precision];
-    drawCurve(byId("pr"), state.curves.pr, at, ["recall", "precision"], "needs images with a defect");
+    drawCurve(byId("pr"), state.curves.pr, at, ["recall", "precision"], nothing);
   }
 }
 
@@ -236,7 +244,7 @@ function showThresholds() {
     const button = make("button", { type: "button", className: "plain", textContent: nameOf(category) });
     button.addEventListener("click", () => setCategory(category));
     const chosen = counted(rows, category, state.withCalibrated);
-    return [button, number(thresholds.get(category)), starts.get(category).basis, ...cells(chosen)];
+    return [button, number(thresholds.get(category)), starts.get(category).short, ...cells(chosen)];
   });
   const all = counted(rows, ALL, state.withCalibrated);
   if (categories.length > 1) lines.push(["in all", "", "", ...cells(all)]);
@@ -255,7 +263,7 @@ if (labeled) {
   Object.assign(DECISIONS, {
     alarms: ["◇ false alarms", (row) => row.bad === false && flagged(row)],
     misses: ["✕ misses", (row) => row.bad === true && !flagged(row)],
-    errors: ["✕ ◇ misses and false alarms", (row) => row.bad !== flagged(row)],
+    errors: ["✕ ◇ both errors", (row) => row.bad !== flagged(row)],
   });
 }
 
