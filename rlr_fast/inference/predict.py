@@ -210,8 +210,9 @@ def predict(
                 if low is not None and relative and rule is not None:
                     own = rule.scale(low[0])
                 if report is not None:
-                    limit = None if rule is None else rule.threshold
-                    report.set_threshold(file.category, limit)
+                    if rule is not None:
+                        pooled = rule.name is None
+                        report.set_threshold(file.category, rule.threshold, pooled)
                     row = (file.path, file.category, image, decision, own)
                     jobs.submit(partial(add_prediction, report, *row), pixels)
                 if scale is not None:

@@ -116,7 +116,7 @@ def add_class(
     known = np.zeros(len(samples), dtype=bool)
     p_values: Sequence[float | None] = [None] * len(samples)
     if rule is not None:
-        report.set_threshold(category, rule.threshold)
+        report.set_threshold(category, rule.threshold, pooled=rule.name is None)
         known = calibrated_on(rule, [sample.path for sample in samples])
         p_values = [float(p) for p in rule.p_values(scores)]
 

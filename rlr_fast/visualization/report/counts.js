@@ -59,11 +59,14 @@ function median(values) {
 
 // Where the threshold of a class starts, and what may be said of that.
 function startOf(rows, promised, alpha) {
-  if (promised !== null) {
+  if ((promised?.value ?? null) !== null) {
+    const rate = `new normal images at most ${percent(alpha)} are expected to score above it`;
     return {
-      value: promised,
-      short: `calibrated at ${percent(alpha)}`,
-      basis: `calibrated: of normal images at most ${percent(alpha)} score above it`,
+      value: promised.value,
+      short: `calibrated at ${percent(alpha)}${promised.pooled ? ", pooled" : ""}`,
+      basis: promised.pooled
+        ? `calibrated on all classes pooled: over their mix, and not in each, of ${rate}`
+        : `calibrated: of ${rate}`,
     };
   }
   const normal = rows.filter((row) => row.bad === false).map((row) => row.score);

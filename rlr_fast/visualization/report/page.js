@@ -5,7 +5,7 @@ const read = (id) => JSON.parse(byId(id).textContent);
 
 const data = read("data");
 const labeled = data.kind === "evaluation";
-const promises = new Map(data.thresholds);
+const promises = new Map(data.thresholds.map(([name, value, pooled]) => [name, { value, pooled }]));
 const rows = read("rows")
   .map(([id, path, link, category, defect, score, pValue, calibrated, height, width, ...pictures]) => ({
     id, path, link, category, defect, score, pValue, height, width,
@@ -24,7 +24,7 @@ const choices = categories.length === 1 ? categories : [ALL, ...categories];
 const starts = new Map(
   categories.map((category) => {
     const own = rows.filter((row) => row.category === category);
-    return [category, startOf(own, promises.get(category) ?? null, data.alpha)];
+    return [category, startOf(own, promises.get(category), data.alpha)];
   }),
 );
 const thresholds = new Map([...starts].map(([category, start]) => [category, start.value]));
@@ -86,7 +86,7 @@ function showHead() {
   const notes = [...data.notes];
   if (data.stopped) notes.unshift("This report ends early: an error or an interruption stopped the command.");
   if (!rows.length) notes.unshift("There is no image in this report.");
-  const open = categories.filter((category) => (promises.get(category) ?? null) === null);
+  const open = categories.filter((category) => (promises.get(category)?.value ?? null) === null);
   if (open.length) {
     const which = open.length === categories.length ? "" : ` of ${open.map(nameOf).join(", ")}`;
     notes.push(

@@ -121,7 +121,7 @@ class ReportWriter:
         self.notes: list[str] = []
         self._out, self._kind, self.scale, self._facts = out, kind, scale, dict(facts)
         self._normal, self._embed_limit = normal, embed_limit
-        self._thresholds: dict[str | None, float | None] = {}
+        self._thresholds: dict[str | None, tuple[float | None, bool]] = {}
         self._tables = color_tables(scale)
         self._count = self._embedded = 0
         self._relative = False
@@ -132,9 +132,17 @@ class ReportWriter:
         self._file = open(self._partial, "w", encoding="utf-8", newline="")  # noqa: SIM115
         self._file.write(before + "[")
 
-    def set_threshold(self, category: str | None, threshold: float | None) -> None:
-        """Say above which score an image of a class is called anomalous; None where not decided."""
-        self._thresholds[category] = threshold
+    def set_threshold(
+        self, category: str | None, threshold: float | None, pooled: bool = False
+    ) -> None:
+        """Say above which score an image of a class is called anomalous.
+
+        Args:
+            category: The class; None for images whose class is not known.
+            threshold: Image score; None where nothing is decided.
+            pooled: Whether it rests on all classes, so that its rate holds over their mix alone.
+        """
+        self._thresholds[category] = threshold, pooled
 
     def add(self, index: int, image: ReportImage) -> None:
         """Write the row of an image.
@@ -208,11 +216,11 @@ class ReportWriter:
     def _remove_old(self) -> None:
         """Remove an earlier report: its rows and pictures would belong to other scores."""
         (self._out / REPORT_FILE).unlink(missing_ok=True)
-        for file in (self._out / REPORT_FOLDER).glob("[0-9][0-9][0-9][0-9]/[0-9]*.[jm]*"):
+        for file in (self._out / REPORT_FOLDER).glob("[0-9]" * 4 + "/" + "[0-9]" * 7 + ".[jm]*"):
             file.unlink()
 
     def _finish(self, stopped: bool) -> None:
-        thresholds = [[name, limit] for name, limit in self._thresholds.items()]
+        thresholds = [[name, *limit] for name, limit in self._thresholds.items()]
         facts = {
             "kind": self._kind,
             "facts": list(self._facts.items()),
