@@ -18,6 +18,7 @@ _log = logging.getLogger(__name__)
 
 # Exit code of --fail-on-anomaly, whatever else there is to tell.
 _ANOMALY = 3
+_PATHS_TOLD = 3  # at the top of a report
 
 
 def predict(
@@ -102,7 +103,10 @@ def predict(
     with contextlib.ExitStack() as stack:
         page = None
         if report and colors is not None:
-            facts = model_facts(model, checkpoint, ", ".join(map(str, paths)), how.precision)
+            told = ", ".join(map(str, paths[:_PATHS_TOLD]))
+            if len(paths) > _PATHS_TOLD:
+                told += f" and {len(paths) - _PATHS_TOLD} more"
+            facts = model_facts(model, checkpoint, told, how.precision)
             if tiles is not None:
                 facts["Tiles"] = "{} × {} pixels, {} × {} shared".format(*tiles[0], *tiles[1])
             out.mkdir(parents=True, exist_ok=True)

@@ -131,7 +131,7 @@ class Gallery {
   render() {
     const all = this.root.clientWidth + TILE.gap;
     this.columns = Math.max(1, Math.floor(all / (TILE.width + TILE.gap)));
-    const width = Math.floor(all / this.columns) - TILE.gap;
+    const width = this.printing ? TILE.width : Math.floor(all / this.columns) - TILE.gap;
     if (width !== this.width) this.clear(); // their pictures have another size
     this.width = width;
     const step = width - TILE.border + TILE.caption + TILE.gap;
@@ -208,7 +208,9 @@ class Gallery {
     const tile = this.tiles.get(place);
     tile.focus({ preventScroll: true });
     const box = tile.getBoundingClientRect();
-    const covered = document.querySelector(".sticky").offsetHeight + TILE.gap;
+    const bar = document.querySelector(".sticky");
+    const stays = getComputedStyle(bar).position === "sticky";
+    const covered = (stays ? bar.offsetHeight : 0) + TILE.gap;
     if (box.top < covered) scrollBy(0, box.top - covered);
     else if (box.bottom > innerHeight) scrollBy(0, box.bottom - innerHeight + TILE.gap);
   }
