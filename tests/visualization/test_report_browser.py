@@ -284,25 +284,30 @@ def test_filters_and_orders_show_the_right_tiles(show):
 
 def test_keys_switch_the_view_of_all_and_of_an_opened_image(show):
     browser = show(labeled(40))
+    choose(browser, "#order", "as the files")
     views = f"return [...new Set({TILES}.map((e) => e.querySelector('.frame').dataset.view))]"
     for key in "2341":
         browser.press(key)
         assert browser.run(views) == [key]
     browser.run(f"{TILES}[0].focus({{preventScroll: true}})")
-    first = shown(browser)
+    order = range(40)
     browser.press("right", "enter")
     browser.settle()
     opened = "const d = document.querySelector('dialog'); return [d.open, d.dataset.id]"
-    assert browser.run(opened) == [True, str(first[1])]
+    assert browser.run(opened) == [True, str(order[1])]
     browser.press("3")
     stage = "return document.querySelector('#stage .frame').dataset.view"
     assert (browser.run(stage), browser.run(views)) == ("3", ["1"])
     browser.press("right", "right", "left")
-    assert browser.run(opened) == [True, str(first[2])]
+    assert browser.run(opened) == [True, str(order[2])]
+    browser.press(*["right"] * 50)  # past the last one, and back
+    browser.settle()
+    browser.press(*["left"] * 37)
+    assert browser.run(opened) == [True, str(order[2])]
     browser.press("escape")
     browser.settle()
     assert browser.run(opened)[0] is False
-    assert browser.run("return document.activeElement.dataset.id") == str(first[2])
+    assert browser.run("return document.activeElement.dataset.id") == str(order[2])
     browser.press("2")
     browser.run("document.querySelector('#text-filter').focus()")
     browser.press("4")

@@ -184,20 +184,25 @@ class Gallery {
     );
     tile.dataset.place = place;
     tile.dataset.id = row.id;
-    tile.tabIndex = place === this.active ? 0 : -1;
-    tile.setAttribute("role", "listitem");
+    this.mark(tile, place === this.active);
+    tile.setAttribute("role", "option");
     tile.setAttribute("aria-setsize", this.rows.length);
     tile.setAttribute("aria-posinset", place + 1);
     tile.setAttribute("aria-label", `${row.name}, ${kind}, ${text}, score ${number(row.score)}`);
     return tile;
   }
 
+  mark(tile, active) {
+    tile.tabIndex = active ? 0 : -1;
+    tile.setAttribute("aria-selected", active);
+  }
+
   activate(place) {
     const before = this.tiles.get(this.active);
-    if (before) before.tabIndex = -1;
+    if (before) this.mark(before, false);
     this.active = place;
     const tile = this.tiles.get(place);
-    if (tile) tile.tabIndex = 0;
+    if (tile) this.mark(tile, true);
   }
 
   // Scroll to a tile and give it the focus.
@@ -295,9 +300,8 @@ class Viewer {
     const file = this.part("viewer-file");
     file.hidden = row.link === null;
     if (row.link !== null) file.href = row.link;
-    this.part("previous").disabled = this.place === 0;
-    this.part("next").disabled = this.place === this.rows.length - 1;
-    // A button that is switched off would take the focus, and the keys, with it.
-    if (!this.dialog.contains(document.activeElement)) this.part("close").focus();
+    // Not `disabled`: that would take the focus, and the keys, from the dialog.
+    this.part("previous").setAttribute("aria-disabled", this.place === 0);
+    this.part("next").setAttribute("aria-disabled", this.place === this.rows.length - 1);
   }
 }
