@@ -336,6 +336,8 @@ def test_maps_are_painted_in_the_colors_of_the_heat_maps(show):
         browser.run(f"return Promise.all({TILES}.flatMap((e) => [...e.querySelectorAll('img')])"
                     ".map((i) => i.decode())).then(() => true)")  # fmt: skip
         browser.settle()
+        while browser.run("return document.querySelector('.fresh') !== null"):
+            browser.settle()  # tiles get their colors when scrolling rests
         window = browser.picture()
         for level, (x, y) in zip(levels, browser.run(place), strict=True):
             wanted = paint(np.full((1, 1), level, np.float32))[0, 0].astype(int)
@@ -413,6 +415,16 @@ def test_ten_thousand_images_scroll_with_few_tiles(show):
         return place.closest(".tile")?.dataset.place"""
     assert int(browser.run(place)) > 9_900
     assert shown(browser)[-1] == order[-1]
+    browser.press("3")
+    browser.run("scrollTo(0, 0.5 * document.documentElement.scrollHeight)")
+    for _ in range(100):
+        browser.settle()
+        if not browser.run("return document.querySelectorAll('.fresh').length"):
+            break
+    shades = (
+        "return [...document.querySelectorAll('.tile .over')].every((e) => e.checkVisibility())"
+    )
+    assert browser.run(shades), "the colors come when scrolling rests"
     browser.run(f"{TILES}[0].focus()")
     browser.press("home", "end")
     browser.settle()

@@ -132,12 +132,15 @@ class Histogram {
   }
 }
 
-// A curve in the unit square, and the point of the threshold on it; null says why there is none.
-function drawCurve(root, points, point, names, nothing) {
+const SQUARE = { left: 40, right: 250, top: 12, bottom: 216 };
+const squareX = (value) => SQUARE.left + value * (SQUARE.right - SQUARE.left);
+const squareY = (value) => SQUARE.bottom - value * (SQUARE.bottom - SQUARE.top);
+
+// A curve in the unit square; `nothing` says why there is none.
+function drawCurve(root, points, names, nothing) {
   root.replaceChildren();
-  const [left, right, top, bottom] = [40, 250, 12, 216];
-  const x = (value) => left + value * (right - left);
-  const y = (value) => bottom - value * (bottom - top);
+  const { left, right, top, bottom } = SQUARE;
+  const [x, y] = [squareX, squareY];
   svg("path", { class: "axis", d: `M${left},${top} V${bottom} H${right}` }, root);
   for (const value of [0, 0.5, 1]) {
     svg("text", { x: x(value), y: bottom + 15, "text-anchor": "middle" }, root, value);
@@ -152,12 +155,18 @@ function drawCurve(root, points, point, names, nothing) {
   }
   const way = points.map(([a, b]) => `${x(a).toFixed(2)},${y(b).toFixed(2)}`).join(" L");
   svg("path", { class: "curve-line", d: `M${way}` }, root);
-  if (point && point[0] !== null && point[1] !== null) {
-    const mark = svg("circle", { class: "point", r: 5.5, cx: x(point[0]), cy: y(point[1]) }, root);
-    mark.dataset.x = point[0];
-    mark.dataset.y = point[1];
-  }
+}
+
+// Put the threshold's point on a curve, or take it away: null.
+function drawPoint(root, point, names) {
+  root.querySelector(".point")?.remove();
   root.setAttribute("role", "img");
-  const told = point ? `; at the threshold ${percent(point[0])} and ${percent(point[1])}` : "";
-  root.setAttribute("aria-label", `${names[1]} over ${names[0]}${told}`);
+  root.setAttribute("aria-label", `${names[1]} over ${names[0]}`);
+  if (!root.querySelector(".curve-line") || !point || point.includes(null)) return;
+  const [x, y] = point;
+  const mark = svg("circle", { class: "point", r: 5.5, cx: squareX(x), cy: squareY(y) }, root);
+  mark.dataset.x = x;
+  mark.dataset.y = y;
+  const told = `at the threshold ${percent(y)} and ${percent(x)}`;
+  root.setAttribute("aria-label", `${names[1]} over ${names[0]}; ${told}`);
 }

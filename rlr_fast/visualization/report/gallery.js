@@ -4,6 +4,7 @@
 const TILE = { width: 184, border: 16, caption: 70, gap: 10 };
 const OVERSCAN = 2; // rows of tiles above and below what is seen
 const PRINTED = 60; // tiles on paper
+const REST = 120; // milliseconds without scrolling
 const VIEWS = ["Picture", "Heat map", "Overlay", "Mask"];
 
 function make(name, properties = {}, ...children) {
@@ -85,7 +86,13 @@ class Gallery {
         this.render();
       });
     };
-    addEventListener("scroll", later, { passive: true });
+    this.moving = 0;
+    const scrolled = () => {
+      clearTimeout(this.moving);
+      this.moving = setTimeout(() => this.rest(), REST);
+      later();
+    };
+    addEventListener("scroll", scrolled, { passive: true });
     addEventListener("resize", later);
     addEventListener("beforeprint", () => this.print(true));
     addEventListener("afterprint", () => this.print(false));
@@ -115,6 +122,12 @@ class Gallery {
     this.clear();
     this.render();
     if (focused) this.tiles.get(this.active)?.focus({ preventScroll: true });
+  }
+
+  // Colors are costly to paint without a GPU: tiles that scrolling brings get them when it rests.
+  rest() {
+    this.moving = 0;
+    for (const tile of this.root.querySelectorAll(".fresh")) tile.classList.remove("fresh");
   }
 
   clear() {
@@ -167,6 +180,7 @@ class Gallery {
     const row = this.rows[place];
     const { text, flagged } = this.verdict(row);
     const tile = make("button", { type: "button", className: flagged ? "tile flagged" : "tile" });
+    tile.classList.toggle("fresh", this.moving !== 0);
     const box = make("span", { className: "box" });
     const side = this.width - TILE.border;
     tile.style.width = `${this.width}px`;

@@ -171,9 +171,8 @@ function reset() {
   later();
 }
 
-function own() {
-  return counted(rows, state.category, state.withCalibrated);
-}
+const ROC = ["false alarms", "recall"];
+const PR = ["recall", "precision"];
 
 // What a new choice of class or rows changes: bars, curves, and all that a threshold changes.
 function showScores() {
@@ -188,7 +187,16 @@ function showScores() {
   if (labeled) {
     caption.append(make("i", { className: "normal" }), "normal", make("i", { className: "defect" }), "with a defect");
   }
-  state.curves = labeled ? curves(own()) : null;
+  state.counted = counted(rows, state.category, state.withCalibrated);
+  byId("not-counted").hidden = state.counted.length === chosen.length;
+  if (labeled) {
+    const { roc, pr } = curves(state.counted);
+    const nothing = state.counted.some((row) => row.bad === false)
+      ? "no image with a defect"
+      : "no normal image counts";
+    drawCurve(byId("roc"), roc, ROC, nothing);
+    drawCurve(byId("pr"), pr, PR, nothing);
+  }
   showCounts();
 }
 
@@ -204,7 +212,7 @@ function showCounts() {
   byId("basis").textContent = all
     ? each ? "Each class has its own threshold; moving the line sets one for all." : "One threshold for all classes."
     : `${moved ? "Moved. It started at " : "It stands at "}${number(starts.get(state.category).value)}: ${starts.get(state.category).basis}.`;
-  const sum = countErrors(own(), flagged);
+  const sum = countErrors(state.counted, flagged);
   const cards = [["Flagged", share(sum.flagged, sum.total), "flagged"]];
   if (labeled) {
     cards.push(
@@ -215,16 +223,11 @@ function showCounts() {
     );
   }
   pairs(byId("counts"), cards);
-  const left = own().length < rows.filter((row) => all || row.category === state.category).length;
-  byId("not-counted").hidden = !left;
   if (labeled) {
     // Classes with their own thresholds are no point of one curve.
     const rate = sum.normal ? sum.alarms / sum.normal : null;
-    const point = each ? null : [rate, sum.recall];
-    const nothing = sum.normal ? "no image with a defect" : "no normal image counts";
-    drawCurve(byId("roc"), state.curves.roc, point, ["false alarms", "recall"], nothing);
-    const at = each || sum.precision === null ? null : [sum.recall, sum.precision];
-    drawCurve(byId("pr"), state.curves.pr, at, ["recall", "precision"], nothing);
+    drawPoint(byId("roc"), each ? null : [rate, sum.recall], ROC);
+    drawPoint(byId("pr"), each ? null : [sum.recall, sum.precision], PR);
   }
 }
 
