@@ -8,7 +8,7 @@ import json
 from importlib.resources import files
 from typing import Any
 
-_SCRIPTS = ("counts.js", "charts.js", "gallery.js", "page.js")
+_SCRIPTS = ("counts.js", "charts.js", "gallery.js", "head.js", "page.js")
 _ROWS, _FACTS = "@ROWS@", "@FACTS@"
 
 
