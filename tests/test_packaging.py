@@ -27,6 +27,23 @@ def test_every_package_is_named():
     assert named == found
 
 
+def test_every_file_that_a_package_reads_is_installed():
+    text = (ROOT / "pyproject.toml").read_text()
+    table = re.search(r"^\[tool.setuptools.package-data\]\n(.*?)\n\n", text, re.M | re.S)
+    assert table is not None
+    patterns = {
+        ROOT / package.replace(".", "/"): re.findall(r'"([^"]+)"', values)
+        for package, values in re.findall(r'^"?([\w.]+)"? = \[(.*)\]', table[1], re.M)
+    }
+    listed = {file for folder, globs in patterns.items() for g in globs for file in folder.glob(g)}
+    others = {
+        file
+        for file in (ROOT / "rlr_fast").rglob("*")
+        if file.is_file() and file.suffix not in (".py", ".pyc", ".md")
+    }
+    assert others == listed
+
+
 @pytest.mark.parametrize(
     ("system", "machine", "wanted"),
     [

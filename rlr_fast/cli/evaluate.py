@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from rlr_fast.cli import flags
 from rlr_fast.config import InferenceExecution
 
@@ -16,6 +18,7 @@ def evaluate(
     pool: flags.Pool = False,
     figures: flags.Switch = False,
     per_defect: flags.Positive = 1,
+    report: flags.Report = False,
     scale: flags.Scale | None = None,
     config: flags.Config | None = None,
     layout: flags.Layout = "auto",
@@ -35,9 +38,11 @@ def evaluate(
     from rlr_fast.data.files import write_atomically
     from rlr_fast.inference.batches import load_model
     from rlr_fast.inference.evaluate import FigureOptions, evaluate
+    from rlr_fast.inference.report import model_facts
     from rlr_fast.training.calibration import scoring_identity
     from rlr_fast.training.distributed import processes
     from rlr_fast.training.progress import progress_bar
+    from rlr_fast.visualization.report import REPORT_FILE, ReportWriter, check_report
 
     with processes() as group:
         with group.together():
@@ -45,9 +50,13 @@ def evaluate(
             images = read_dataset(data, layout, classes)
             images.require_test()
             check_out(out)
-            sheets = None
-            if figures:
-                sheets = FigureOptions(out / "figures", given_scale(scale, checkpoint), per_defect)
+            sheets = colors = None
+            if report:
+                check_report(out)
+            if figures or report:
+                colors = given_scale(scale, checkpoint)
+            if figures and colors is not None:
+                sheets = FigureOptions(out / "figures", colors, per_defect)
             model = load_model(checkpoint, how, backbone_weights)
             decider = None
             if group.is_main:
@@ -61,13 +70,30 @@ def evaluate(
                 )
                 out.mkdir(parents=True, exist_ok=True)
         total = sum(len(samples) for samples in images.test.values())
-        with progress_bar("eval", total, quiet or not group.is_main) as bar:
+        with contextlib.ExitStack() as stack:
+            page = None
+            if group.is_main and report and colors is not None:
+                about = f"{images.root}, layout {images.layout}, test images"
+                facts = model_facts(model, checkpoint, about, how.precision)
+                page = stack.enter_context(ReportWriter(out, "evaluation", colors, facts))
+                page.alpha = None if decider is None else decider.alpha
+            bar = stack.enter_context(progress_bar("eval", total, quiet or not group.is_main))
             result = evaluate(
-                model, images, how, figures=sheets, decider=decider, progress=bar.update
+                model,
+                images,
+                how,
+                figures=sheets,
+                decider=decider,
+                report=page,
+                progress=bar.update,
             )
+            if group.is_main:  # before the report is closed, which may meet a full disk
+                bar.close()
+                print(result.table(), flush=True)
+                write_atomically(out / "metrics.json", result.to_json())
         if not group.is_main:
             return 0
-    print(result.table(), flush=True)
-    write_atomically(out / "metrics.json", result.to_json())
     print(f"\n{out / 'metrics.json'}")
+    if report:
+        print(out / REPORT_FILE)
     return report_failures(result.failures)

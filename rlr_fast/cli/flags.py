@@ -196,4 +196,5 @@ Config = Annotated[
     Path, Parameter(help="YAML file of flags, such as 'workers: 2'; flags given here win.")
 ]
 Switch = Annotated[bool, Parameter(show_default=False)]
+Report = Annotated[Switch, Parameter(help="Write report.html, a page for a browser.", negative=())]
 Quiet = Annotated[Switch, Parameter(help="Show no progress bars.")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import sys
@@ -17,6 +18,7 @@ _log = logging.getLogger(__name__)
 
 # Exit code of --fail-on-anomaly, whatever else there is to tell.
 _ANOMALY = 3
+_PATHS_TOLD = 3  # at the top of a report
 
 
 def predict(
@@ -31,6 +33,7 @@ def predict(
     fail_on_anomaly: Annotated[flags.Switch, Parameter(negative=())] = False,
     masks: Annotated[flags.Switch, Parameter(negative=())] = False,
     no_pictures: Annotated[flags.Switch, Parameter(negative=())] = False,
+    report: flags.Report = False,
     tile: flags.Sides | None = None,
     overlap: flags.Sides | None = None,
     scale: flags.Scale | None = None,
@@ -59,15 +62,19 @@ def predict(
     from rlr_fast.data.check import counted
     from rlr_fast.inference.batches import load_model
     from rlr_fast.inference.predict import classify_files, find_images, predict
+    from rlr_fast.inference.report import model_facts
     from rlr_fast.inference.tiling import optional_tiles
     from rlr_fast.training.calibration import scoring_identity, trained_classes
     from rlr_fast.training.progress import progress_bar
+    from rlr_fast.visualization.report import REPORT_FILE, ReportWriter, check_report
 
     how = InferenceExecution(**execution)
     tiles = optional_tiles(tile, overlap)
     files = find_images(paths, out)
-    colors = None if no_pictures else given_scale(scale, checkpoint)
+    colors = None if no_pictures and not report else given_scale(scale, checkpoint)
     check_out(out)
+    if report:
+        check_report(out)
     known = trained_classes(Path(checkpoint))
     if category is not None:
         check_class(category, known, checkpoint)
@@ -93,24 +100,39 @@ def predict(
             "over their mix alone; --class names a class",
             counted(unknown, "image"),
         )
-    with progress_bar("predict", len(files), quiet) as bar:
+    with contextlib.ExitStack() as stack:
+        page = None
+        if report and colors is not None:
+            told = ", ".join(map(str, paths[:_PATHS_TOLD]))
+            if len(paths) > _PATHS_TOLD:
+                told += f" and {len(paths) - _PATHS_TOLD} more"
+            facts = model_facts(model, checkpoint, told, how.precision)
+            if tiles is not None:
+                facts["Tiles"] = "{} × {} pixels, {} × {} shared".format(*tiles[0], *tiles[1])
+            out.mkdir(parents=True, exist_ok=True)
+            page = stack.enter_context(ReportWriter(out, "prediction", colors, facts))
+            page.alpha = None if decider is None else decider.alpha
+        bar = stack.enter_context(progress_bar("predict", len(files), quiet))
         result = predict(
             model,
             files,
             out,
-            colors,
+            None if no_pictures else colors,
             how,
             tile=tile,
             overlap=overlap,
             decider=decider,
             masks=masks,
             relative=scale is None,
+            report=page,
             progress=bar.update,
         )
     found = ""
     if decider is not None and result.decided:
         found = f", {result.anomalous} of {result.decided} anomalous at alpha {decider.alpha:g}"
     print(f"{len(result.scores)} of {len(files)} images scored{found}: {result.results}")
+    if report:
+        print(out / REPORT_FILE)
     if result.drift:
         print(
             "rlr-fast: not like the images of the calibration, or full of defects: "

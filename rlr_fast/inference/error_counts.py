@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from rlr_fast.data.files import file_digest
 from rlr_fast.inference.decisions import Rule
@@ -65,15 +65,21 @@ def count_errors(
     """
     if rule.threshold is None:
         return None
-    known = set(rule.scores.files)
     above, anomalous = rule.p_values(scores) <= rule.alpha, np.asarray(labels)
     normal = ~anomalous
-    for i, file in enumerate(files):
-        normal[i] = normal[i] and file_digest(file) not in known
+    normal[normal] = ~calibrated_on(
+        rule, [file for file, is_normal in zip(files, normal, strict=True) if is_normal]
+    )
     counts = (normal, above & normal, anomalous, ~above & anomalous)
     return ErrorCounts(
         len(rule.scores.image), rule.threshold, *(int(part.sum()) for part in counts)
     )
+
+
+def calibrated_on(rule: Rule, files: Sequence[Path]) -> NDArray[np.bool_]:
+    """Return of each image (n,) whether a copy of it is among those that a rule rests on."""
+    known = set(rule.scores.files)
+    return np.array([file_digest(file) in known for file in files], dtype=bool)
 
 
 @dataclass(frozen=True)

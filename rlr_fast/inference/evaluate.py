@@ -28,11 +28,13 @@ from rlr_fast.data import (
 from rlr_fast.inference.batches import check_placed, score_batches
 from rlr_fast.inference.decisions import Decider
 from rlr_fast.inference.error_counts import DecisionErrors, ErrorCounts, count_errors
-from rlr_fast.inference.metrics import class_metrics, format_table, mean_metrics
+from rlr_fast.inference.metrics import HEADINGS, class_metrics, format_table, mean_metrics
+from rlr_fast.inference.report import add_class
 from rlr_fast.models.environment import environment
 from rlr_fast.models.rlr import RLRModel
 from rlr_fast.training.distributed import Processes, processes
 from rlr_fast.visualization import SheetRow, sample_sheet
+from rlr_fast.visualization.report import ReportWriter
 
 
 @dataclass(frozen=True)
@@ -58,13 +60,9 @@ class Evaluation:
 
     def to_json(self) -> str:
         """Return the content of ``metrics.json``; a metric that is not defined is null."""
-
-        def plain(metrics: dict[str, float]) -> dict[str, float | None]:
-            return {k: v if np.isfinite(v) else None for k, v in metrics.items()}
-
         values: dict[str, Any] = {
-            "mean": plain(self.mean),
-            "classes": {name: plain(metrics) for name, metrics in self.classes.items()},
+            "mean": _plain(self.mean),
+            "classes": {name: _plain(metrics) for name, metrics in self.classes.items()},
             "protocol": self.protocol,
             "environment": self.environment,
             "failures": self.failures,
@@ -77,6 +75,22 @@ class Evaluation:
         """Return the figures as a text table, in percent; below it the errors of decisions."""
         table = format_table(self.classes, self.mean)
         return table if self.decisions is None else f"{table}\n\n{self.decisions.table()}"
+
+    def tell(self, report: ReportWriter) -> None:
+        """Give a report the figures and failures."""
+        report.failures = self.failures
+        report.metrics = {
+            "headings": HEADINGS,
+            "classes": {name: _plain(metrics) for name, metrics in self.classes.items()},
+            "mean": _plain(self.mean),
+        }
+        if self.decisions is not None:
+            report.decisions = self.decisions.to_dict()
+
+
+def _plain(metrics: dict[str, float]) -> dict[str, float | None]:
+    """Return metrics as JSON has them: null for one that is not defined."""
+    return {k: v if np.isfinite(v) else None for k, v in metrics.items()}
 
 
 @dataclass(frozen=True)
@@ -101,6 +115,7 @@ def evaluate(
     *,
     figures: FigureOptions | None = None,
     decider: Decider | None = None,
+    report: ReportWriter | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Evaluation:
     """Score the test images of every class and compare with the ground truth.
@@ -119,6 +134,8 @@ def evaluate(
             model's, which may not contradict it.
         figures: Write a sheet of sample images per class.
         decider: Also count false alarms and misses at its thresholds.
+        report: Gets a row per image, and metrics, decisions and failures at the end; the caller
+            closes it. Of several processes the first one's counts.
         progress: Called with the number of images done since the last call.
 
     Raises:
@@ -141,6 +158,7 @@ def evaluate(
         classes: dict[str, dict[str, float]] = {}
         errors: dict[str, ErrorCounts] = {}
         failures: list[str] = []
+        done = 0  # images of earlier classes
         dealt = 0  # batches of earlier classes: the turn goes on, or the first would have most
         for name in data.classes:
             samples = data.test[name]
@@ -169,7 +187,14 @@ def evaluate(
                     _write_sheet(name, scored, figures, model.config.image_size)
                 except OSError as error:  # a full disk must not cost the metrics
                     failures.append(f"cannot write the figures of {name}: {error}")
-        return group.broadcast(
+            if report is not None:
+                rows = (scored.samples, scored.scores, scored.maps, scored.masks)
+                try:
+                    add_class(report, done, *rows, decider, execution.workers)
+                except OSError as error:
+                    failures.append(f"cannot write the report of {name}: {error}")
+                done += len(scored.samples)
+        result = group.broadcast(
             lambda: Evaluation(
                 classes,
                 mean_metrics(classes),
@@ -181,6 +206,9 @@ def evaluate(
                 else None,
             )
         )
+        if report is not None:
+            result.tell(report)
+        return result
 
 
 def protocol(model: RLRModel, data: DataSet) -> dict[str, Any]:

@@ -21,11 +21,13 @@ from rlr_fast.data.threads import BackgroundWriter, default_workers
 from rlr_fast.inference.batches import check_placed
 from rlr_fast.inference.conformal import MIN_DRIFT_IMAGES, drift
 from rlr_fast.inference.decisions import Decider, Decision, Rule
+from rlr_fast.inference.report import add_prediction
 from rlr_fast.inference.results import RESULTS_FILE, ResultsWriter
 from rlr_fast.inference.scored_files import ScoredImage, score_files
 from rlr_fast.inference.tiling import Sides, optional_tiles
 from rlr_fast.models.rlr import RLRModel
 from rlr_fast.visualization import Scale, prediction_picture
+from rlr_fast.visualization.report import REPORT_FOLDER, ReportWriter
 
 PICTURES_FOLDER = "pictures"
 MASKS_FOLDER = "masks"
@@ -70,8 +72,8 @@ class Prediction:
 def find_images(paths: Sequence[str | Path], out: Path | None = None) -> list[ImageFile]:
     """List the image files among ``paths``: files as they are, folders with all their subfolders.
 
-    Pictures and masks that an earlier prediction wrote in ``out`` are left out, and so are, which
-    is logged, the masks of a data set in a folder.
+    Pictures, masks and a report's small pictures that an earlier prediction wrote in ``out`` are
+    left out, and so are, which is logged, the masks of a data set in a folder.
 
     Raises:
         ValueError: A path does not exist, or there is no image in a folder.
@@ -81,8 +83,8 @@ def find_images(paths: Sequence[str | Path], out: Path | None = None) -> list[Im
     for path in map(Path, paths):
         if path.is_dir():
             folders = [path, *sorted(p for p in path.rglob("*") if p.is_dir())]
-            written = () if out is None else (out / PICTURES_FOLDER, out / MASKS_FOLDER)
-            ours = [folder.resolve() for folder in written]
+            written = () if out is None else (PICTURES_FOLDER, MASKS_FOLDER, REPORT_FOLDER)
+            ours = [(out / name).resolve() for name in written if out is not None]
             masks = {folder for folder in folders[1:] if holds_masks(folder)}
             for folder in sorted(masks):
                 _log.warning("the masks in %s are not scored", folder)
@@ -137,6 +139,7 @@ def predict(
     decider: Decider | None = None,
     masks: bool = False,
     relative: bool = False,
+    report: ReportWriter | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Prediction:
     """Score files; write ``results.csv`` and ``results.jsonl`` as scores come, and ``pictures/``.
@@ -160,6 +163,7 @@ def predict(
             in the size of the image's file; none where there is no such threshold.
         relative: Draw the pictures of images that have a pixel threshold above the low end of
             ``scale``: that end is 0, and the threshold ½.
+        report: Gets a row per image, the thresholds and the failures; the caller closes it.
         progress: Called with the number of files done since the last call.
 
     Returns:
@@ -199,23 +203,40 @@ def predict(
                 decided.append((image, rule, decision))
             table.flush()
             for image, rule, decision in decided:
-                name, pixels = files[image.index].picture, image.score_map.numel()
+                file, pixels = files[image.index], image.score_map.numel()
+                name = file.picture
+                low = scale if report is None else report.scale
+                own = None
+                if low is not None and relative and rule is not None:
+                    own = rule.scale(low[0])
+                if report is not None:
+                    if rule is not None:
+                        pooled = rule.name is None
+                        report.set_threshold(file.category, rule.threshold, pooled)
+                    row = (file.path, file.category, image, decision, own)
+                    jobs.submit(partial(add_prediction, report, *row), pixels)
                 if scale is not None:
-                    own = rule.scale(scale[0]) if relative and rule is not None else None
                     target = out / PICTURES_FOLDER / name
                     jobs.submit(partial(_draw, image, scale, own, target), pixels)
                 if masks and decision is not None and decision.mask is not None:
                     target = out / MASKS_FOLDER / name
                     jobs.submit(partial(_write_mask, decision.mask, image.size, target), pixels)
+            if report is not None:
+                report.failures = failures
             if progress is not None:
                 progress(len(scored) + len(failed))
+    told = _drift(groups.values())
+    if report is not None and told:
+        report.notes.append(
+            "Not like the images of the calibration, or full of defects: " + ", ".join(told)
+        )
     return Prediction(
         scores,
         failures,
         out / RESULTS_FILE,
         verdicts[True] + verdicts[False],
         verdicts[True],
-        _drift(groups.values()),
+        told,
     )
 
 

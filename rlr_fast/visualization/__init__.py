@@ -1,4 +1,4 @@
-"""Pictures: score maps, sample sheets, sheets of reconstructions, loss curves.
+"""Pictures: score maps, sample sheets, sheets of reconstructions, loss curves, a page of them.
 
 May import `data`, `models` and what lies below them: training draws its curve, evaluation its
 sheets and prediction its maps, so the drawing lies below those who draw.

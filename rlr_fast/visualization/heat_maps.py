@@ -86,7 +86,7 @@ def _vertical_bar(height: int, scale: Scale) -> Image.Image:
 
 def heat_map(scores: NDArray[np.float32], scale: Scale) -> NDArray[np.uint8]:
     """Return the colors (H, W, 3) of scores (H, W); below the scale, its first color."""
-    return paint(_position(scores, scale))
+    return paint(position(scores, scale))
 
 
 def overlay(
@@ -99,15 +99,20 @@ def overlay(
     the low scores of a normal image, full from the middle of the scale. The dark rim that this
     leaves around a defect sets it off from an image of any color.
     """
-    place = _position(scores, scale)
-    ramp = np.minimum(2 * place, 1)
-    opacity = (_OPACITY * ramp * ramp * (3 - 2 * ramp))[:, :, None]
+    place = position(scores, scale)
     below, above = picture.astype(np.float32), paint(place).astype(np.float32)
-    mixed: NDArray[np.float32] = below + opacity * (above - below)
+    mixed: NDArray[np.float32] = below + opacity(place)[:, :, None] * (above - below)
     return np.rint(mixed).astype(np.uint8)
 
 
-def _position(scores: NDArray[np.float32], scale: Scale) -> NDArray[np.float32]:
+def opacity(place: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return how much of an overlay covers the picture at positions in the scale, in [0, 0.7]."""
+    ramp = np.minimum(2 * place, 1)
+    covered: NDArray[np.float32] = _OPACITY * ramp * ramp * (3 - 2 * ramp)
+    return covered
+
+
+def position(scores: NDArray[np.float32], scale: Scale) -> NDArray[np.float32]:
     """Return where each score lies between the ends of the scale, in [0, 1).
 
     u = (score - low) / (high - low) up to the middle, and 1 - 1 / (4 u) above it: that is smooth,

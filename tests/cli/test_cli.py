@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -205,6 +206,73 @@ def test_predict_in_tiles(trained, tmp_path, capsys):
     argv += ["--out", str(tmp_path / "out"), "--quiet", "--tile", "32x40", "--overlap", "8"]
     assert main([*argv, "--batch-size", "2", "--precision", "bf16"]) == 0
     assert "4 of 4 images scored" in capsys.readouterr().out
+
+
+def report_of(out):
+    """Return the rows of a report and what else it holds."""
+    text = (out / "report.html").read_text(encoding="utf-8")
+    parts = (re.search(f'id="{name}">(.*?)</script>', text, re.S) for name in ("rows", "data"))
+    return [json.loads(part[1]) for part in parts]
+
+
+def test_eval_writes_a_report_of_its_own_figures(trained, calibrated, tmp_path, capsys):
+    broken = tmp_path / "data"
+    shutil.copytree(trained / "data", broken)
+    (broken / "cloth/test/hole/001.png").write_bytes(b"no image")
+    argv = ["eval", str(broken), "--checkpoint", str(calibrated), "--out", str(tmp_path / "out")]
+    assert main([*argv, "--quiet", "--report", "--alpha", "0.34"]) == 1
+    assert str(tmp_path / "out/report.html") in capsys.readouterr().out
+    rows, data = report_of(tmp_path / "out")
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert data["metrics"]["classes"] == metrics["classes"]
+    assert data["metrics"]["mean"] == metrics["mean"] and data["decisions"] == metrics["decisions"]
+    assert data["failures"] == metrics["failures"] and len(data["failures"]) == 1
+    assert [row[0] for row in rows] != [] and sorted(row[0] for row in rows) == list(range(7))
+    labels = {(row[3], row[4], row[7], row[12] is not None) for row in rows}
+    assert labels == {
+        (name, defect, int(defect == "good"), defect != "good")  # the calibration's are the good
+        for name in ("bolt", "cloth")
+        for defect in ("good", "hole")
+    }
+    limits = {name: each["threshold"] for name, each in metrics["decisions"]["classes"].items()}
+    assert data["thresholds"] == [[name, limit, False] for name, limit in limits.items()]
+    assert data["alpha"] == 0.34
+    for row in rows:
+        assert (row[5] > limits[row[3]]) == (row[6] <= 0.34)
+        assert (tmp_path / "out" / row[2]).resolve() == Path(row[1]).resolve()
+
+
+def test_predict_writes_a_report_of_its_table(trained, calibrated, tmp_path, capsys):
+    out, data = tmp_path / "out", str(trained / "data/bolt/test")
+    argv = ["predict", data, "--out", str(out), "--quiet", "--report", "--no-pictures"]
+    assert main([*argv, "--checkpoint", str(trained / "run")]) == 0
+    rows, told = report_of(out)
+    table = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert sorted((r[1], r[5]) for r in rows) == sorted((t["path"], t["score"]) for t in table)
+    assert told["thresholds"] == [] and told["alpha"] is None
+    assert all(row[12] is None for row in rows) and not told["relative"]
+    assert not (out / "pictures").exists()
+    argv += ["--checkpoint", str(calibrated), "--alpha", "0.34"]
+    assert main([*argv, "--tile", "32x40", "--overlap", "8"]) == 2  # of other scores
+    assert main(argv) == 0
+    rows, told = report_of(out)
+    table = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert told["thresholds"] == [["bolt", table[0]["threshold"], False]]
+    assert {r[1]: r[6] for r in rows} == {t["path"]: t["p_value"] for t in table}
+    assert all(row[12] is not None for row in rows)
+    facts = dict(told["facts"])
+    assert facts["Backbone"] == "tf_efficientnet_lite0" and facts["Checkpoint"] == "calibrated"
+
+
+@pytest.mark.parametrize("verb", ["predict", "eval"])
+def test_a_report_that_cannot_be_written_is_refused_before_any_work(
+    verb, trained, tmp_path, capsys
+):
+    (tmp_path / "report.html").mkdir()
+    argv = (verb, trained / "data", "--checkpoint", trained / "run", "--out", tmp_path, "--report")
+    told = refused(capsys, *argv)
+    assert "--report writes a file" in told and told.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
 
 
 @pytest.mark.parametrize("verb", ["predict", "eval"])

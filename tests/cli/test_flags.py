@@ -30,7 +30,7 @@ DATA = "--layout --classes --config"
 TRAINING = f"""{MODEL} {RECIPE} {MACHINE} {DATA} --preset --out --cache --cache-dir --compile
     --grad-checkpointing --micro-batch-size --piece"""
 INFERENCE = "--checkpoint --backbone-weights --batch-size --precision --compile"
-SCORING = f"{MACHINE} {INFERENCE} --config --out --scale --alpha --pool"
+SCORING = f"{MACHINE} {INFERENCE} --config --out --scale --alpha --pool --report"
 # Every flag that a command or a file in use may hold: none of them may go, or change its name.
 FLAGS = {
     "demo": f"{MACHINE} --config --out --seed",

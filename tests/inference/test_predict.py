@@ -76,6 +76,13 @@ def test_pictures_of_an_earlier_prediction_are_not_scored(model, tmp_path):
     assert [f.path.name for f in files] == ["a.png"]
 
 
+def test_small_pictures_of_an_earlier_report_are_not_scored(tmp_path):
+    save_picture(tmp_path / "images/a.png", 1)
+    save_picture(tmp_path / "images/report/0000/0000000.jpg", 1)
+    files = find_images([tmp_path / "images"], tmp_path / "images")
+    assert [f.path.name for f in files] == ["a.png"]
+
+
 def test_files_of_one_name_do_not_share_a_picture(model, tmp_path):
     for name in ("a/x.png", "b/x.png", "a/x.bmp"):
         save_picture(tmp_path / name, 1)
