@@ -308,8 +308,9 @@ class TrainConfig:
         lr: Learning rate.
         schedule: Learning rate over time: constant, step (a tenth for the last fifth), or cosine.
         clip_grad: Largest gradient norm of a level; 0 is no clipping.
-        loss_power: Power p, at least 1, of the distances d in the loss, the mean of d^p; 1 is
-            eq. 13-14. With 2 a token counts by its own distance, so that the hard ones decide.
+        loss_power: Power p, at least 1, of the loss of a level and step, the power mean of its
+            tokens' distances d, (mean d^p)^(1/p); 1 is eq. 13-14. With 2 a token counts by its own
+            distance, so that the hard ones decide.
         precision: Precision of the forward and backward pass; fp16 needs a GPU. Weights stay in
             fp32.
         seed: Seed of weights, order of images and noise.

@@ -115,6 +115,11 @@ def train(
     with processes() as group:
         with group.together():
             device = start_device(execution)
+            if config.diversity > 0 and recipe.loss_power != 1:
+                raise ValueError(
+                    "loss_power must be 1 beside the diversity of references, got "
+                    f"loss_power={recipe.loss_power:g} and diversity={config.diversity:g}"
+                )
             whole, data = data, hold_out(data, recipe.calibration_share, recipe.seed)
             _check_request(recipe, data, device, group)
             record = {

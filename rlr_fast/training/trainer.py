@@ -187,6 +187,8 @@ class Trainer:
         losses = self._gradients(step, tokens)
         self.processes.all_reduce_gradients(self.parameters)
         self.processes.all_reduce(losses)
+        if self.recipe.loss_power != 1:
+            losses = self._power_means(losses)
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         norms = torch.stack([self._clip(group) for group in self.level_parameters])
@@ -194,6 +196,19 @@ class Trainer:
             self.scaler.step(optimizer)
         self.scaler.update()
         self.pending.append((losses, norms))
+
+    def _power_means(self, means: Tensor) -> Tensor:
+        """Turn mean powers of distances into power means, in their gradients as well.
+
+        The mean is that of the whole step, which no part of it knows before its gradients are made.
+        """
+        power = self.recipe.loss_power
+        losses = means ** (1 / power)
+        factors = losses / (power * means.clamp_min(torch.finfo(means.dtype).tiny))
+        for parameters, factor in zip(self.level_parameters, factors, strict=True):
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            torch._foreach_mul_(gradients, factor)
+        return losses
 
     def _gradients(self, step: int, tokens: list[Tensor]) -> Tensor:
         """Leave this process's part of the gradients; return its part of each term of the loss.

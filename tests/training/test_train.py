@@ -82,8 +82,15 @@ def test_the_saved_model_is_the_trained_one(dataset, tmp_path):
     assert not same(model.checkpoint_state(), RLRModel(SMALL).checkpoint_state())
 
 
+def test_powers_of_the_loss_beside_diversity_are_refused(dataset, tmp_path):
+    config = dataclasses.replace(SMALL, references=2, diversity=0.1)
+    with pytest.raises(ValueError, match="loss_power must be 1 beside the diversity"):
+        run(dataset, tmp_path / "run", tmp_path, config, dataclasses.replace(BRIEF, loss_power=2.0))
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("micro_batch_size", [None, 2])
-def test_loss_is_the_mean_of_the_distances_to_their_power(dataset, tmp_path, micro_batch_size):
+def test_loss_is_the_power_mean_of_the_distances(dataset, tmp_path, micro_batch_size):
     images = sum(map(len, dataset.train.values()))
     still = dict(epochs=1, batch_size=images, lr=1e-30, loss_power=3.0)  # the weights stay
     config = dataclasses.replace(SMALL, perturbation=0.0)
@@ -93,12 +100,14 @@ def test_loss_is_the_mean_of_the_distances_to_their_power(dataset, tmp_path, mic
     )
     model = RLRModel.from_pretrained(result.out)
     paths = [sample.path for group in dataset.train.values() for sample in group]
-    with torch.no_grad():
-        distances = model.distances(
-            model.tokens(torch.stack([load_image(path, config.image_size) for path in paths]))
-        )
-    expected = sum(level.double().pow(3).mean() for level in distances)
-    assert result.history[0]["loss"] == pytest.approx(float(expected), rel=1e-4)
+    images = torch.stack([load_image(path, config.image_size) for path in paths])
+    expected = sum(
+        d.double().pow(3).mean() ** (1 / 3) for d in model.distances(model.tokens(images))
+    )
+    gradients = torch.autograd.grad(expected, list(model.levels.parameters()))
+    norm = torch.stack([gradient.double().norm() for gradient in gradients]).norm()
+    assert result.history[0]["loss"] == pytest.approx(expected.item(), rel=1e-4)
+    assert result.history[0]["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
 
 
 @pytest.mark.parametrize(
