@@ -134,8 +134,9 @@ class ScoreMap(nn.Module):
         self.image_size = image_size
         self.offsets, self.weights, self.top_share = offsets, weights, top_share
         # A filter with its border rule as a matrix an axis: two small products, on any device.
-        self.filters = ["blur"] if surround == 0 else ["blur", "surround"]
-        for filter_name, sigma in zip(self.filters, (smoothing, surround), strict=False):
+        sigmas = {"blur": smoothing} | ({"surround": surround} if surround else {})
+        self.filters = tuple(sigmas)
+        for filter_name, sigma in sigmas.items():
             for axis, size in zip("yx", image_size, strict=True):
                 matrix = torch.from_numpy(smooth(np.eye(size), sigma, size, axis=0)).float()
                 self.register_buffer(f"{filter_name}_{axis}", matrix, persistent=False)

@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from rlr_fast.config import SCORE_FIELDS, RLRConfig
 from rlr_fast.data import ImageFailure, Sample, iterate_images
 from rlr_fast.data.files import file_digest, write_atomically
 from rlr_fast.data.records import read_record
@@ -117,7 +118,13 @@ def read_calibration(checkpoint: Path) -> Calibration | None:
         CheckpointError: The file is damaged.
     """
     file = _read(checkpoint)
-    return None if file is None else file.calibration
+    if file is None or file.calibration is None:
+        return None
+    # One made before a setting existed had its default.
+    defaults = json.loads(RLRConfig().to_json())
+    scoring = file.calibration.scoring
+    since = {name: defaults[name] for name in SCORE_FIELDS if name not in scoring}
+    return replace(file.calibration, scoring=scoring | since)
 
 
 def trained_classes(checkpoint: Path) -> dict[str, float]:

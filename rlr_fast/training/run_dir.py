@@ -139,7 +139,7 @@ def check_folder(out: Path, record: Mapping[str, Any], resume: bool, data: DataS
 def changed_settings(previous: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:
     """Say which settings of a run's record are others now, wherever the data lie."""
     # A run begun before a setting existed had its default.
-    defaults = {"model": {"patches": [1]}, "recipe": asdict(TrainConfig())}
+    defaults = {"model": {"patches": [1], "surround": 0.0}, "recipe": asdict(TrainConfig())}
     changed = []
     for part in _PARTS:
         settings = dict(previous[part])

@@ -14,10 +14,13 @@ from rlr_fast.data import load_image, read_dataset
 from rlr_fast.data.hold_out import hold_out
 from rlr_fast.models.checkpoint import CheckpointError
 from rlr_fast.training.calibration import (
+    Calibration,
+    ClassScores,
     color_scale,
     read_calibration,
     scoring_identity,
     trained_classes,
+    write_calibration,
 )
 from rlr_fast.training.train import train
 
@@ -95,6 +98,18 @@ def test_a_damaged_calibration_is_named(classes, message, tmp_path):
     (tmp_path / "calibration.json").write_text(json.dumps(values))
     with pytest.raises(CheckpointError, match=r"calibration\.json cannot be read: .*" + message):
         read_calibration(tmp_path)
+
+
+def test_a_calibration_from_before_a_setting_of_the_score_had_its_default(small, tmp_path):
+    model = RLRModel(small)
+    scoring = scoring_identity(model)
+    del scoring["surround"]
+    calibration = Calibration(scoring, {"bolt": ClassScores([1.0], [2.0], "validation", ["a"])})
+    write_calibration(tmp_path, calibration, {})
+    read = read_calibration(tmp_path)
+    assert read is not None and read.is_of(model)
+    model.set_score(surround=32.0)
+    assert not read.is_of(model)
 
 
 def test_a_run_without_the_file_has_no_calibration(tmp_path):
