@@ -18,8 +18,9 @@ Every size is (height, width) in pixels.
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -191,21 +192,21 @@ def load_sample_mask(sample: Sample, size: tuple[int, int]) -> torch.Tensor:
 
 
 def iterate_images(
-    items: Sequence[Sample | str | os.PathLike[str]],
+    items: Iterable[Sample | str | os.PathLike[str]],
     size: tuple[int, int] | None,
     batch_size: int,
     workers: int | None = None,
 ) -> Iterator[ImageBatch]:
     """Yield images in the order of `items`, decoded ahead by threads while the caller is busy.
 
-    A file that cannot be read does not end the iteration: it is told in `ImageBatch.failures`, and
-    the next one takes its place. So every batch has `batch_size` images but the last, which may
-    have fewer, or none where only failures were left. The threads are at most `batch_size` images
-    ahead of the caller, or two per thread if that is more; two pictures where they keep their own
-    size, since one can fill a gigabyte.
+    Every batch is of `batch_size` items but the last, which may have fewer. A file that cannot be
+    read does not end the iteration: it is told in `ImageBatch.failures`, and its batch has an image
+    less, or none. So which images are scored together depends on their places alone. The threads
+    are at most `batch_size` images ahead of the caller, or two per thread if that is more; two
+    pictures where they keep their own size, since one can fill a gigabyte.
 
     Args:
-        items: Samples or paths.
+        items: Samples or paths, taken from an iterator as they are needed.
         size: (H, W) of the images; None gives each the size of its file, one per batch.
         batch_size: Images in a batch; 1 where `size` is None.
         workers: Threads that decode; `default_workers` by default.
@@ -221,40 +222,26 @@ def iterate_images(
     workers = default_workers() if workers is None else workers
     if workers < 1:
         raise ValueError(f"workers must be positive, got {workers=}")
-    paths = [item.path if isinstance(item, Sample) else Path(item) for item in items]
+    paths = (item.path if isinstance(item, Sample) else Path(item) for item in items)
     # Checked before the first batch is asked for, hence two functions.
     return _iterate(paths, size, batch_size, workers)
 
 
 def _iterate(
-    paths: list[Path], size: tuple[int, int] | None, batch_size: int, workers: int
+    paths: Iterator[Path], size: tuple[int, int] | None, batch_size: int, workers: int
 ) -> Iterator[ImageBatch]:
-    indices: list[int] = []
-    images: list[torch.Tensor] = []
-    original_sizes: list[tuple[int, int]] = []
-    failures: list[ImageFailure] = []
-
-    def take_batch() -> ImageBatch:
-        none = torch.empty(0, 3, *(size or (0, 0)), dtype=torch.uint8)
-        stacked = torch.stack(images) if images else none
-        batch = ImageBatch(indices[:], stacked, original_sizes[:], failures[:])
-        for collected in (indices, images, original_sizes, failures):
-            collected.clear()
-        return batch
-
     ahead = _PICTURES_AHEAD if size is None else max(batch_size, 2 * workers)
-    decoded = map_ahead(lambda path: _loaded(path, size), paths, workers, ahead)
-    for index, result in enumerate(decoded):
-        if isinstance(result, UnreadableImageError):
-            failures.append(ImageFailure(index, result))
-            continue
-        indices.append(index)
-        images.append(result[0])
-        original_sizes.append(result[1])
-        if len(images) == batch_size:
-            yield take_batch()
-    if images or failures:
-        yield take_batch()
+    decoded = enumerate(map_ahead(lambda path: _loaded(path, size), paths, workers, ahead))
+    while batch := list(itertools.islice(decoded, batch_size)):
+        read = [(i, *result) for i, result in batch if isinstance(result, tuple)]
+        images = [image for _, image, _ in read]
+        none = torch.empty(0, 3, *(size or (0, 0)), dtype=torch.uint8)
+        yield ImageBatch(
+            [i for i, _, _ in read],
+            torch.stack(images) if images else none,
+            [original_size for _, _, original_size in read],
+            [ImageFailure(i, r) for i, r in batch if isinstance(r, UnreadableImageError)],
+        )
 
 
 def _loaded(

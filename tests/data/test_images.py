@@ -358,15 +358,15 @@ def ten_files(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [1, 4, None], ids=["one-thread", "four-threads", "default"])
-def test_iterate_keeps_order_and_fills_batches_past_failures(ten_files, workers):
-    batches = list(iterate_images(ten_files, (4, 5), 3, workers))
-    assert [batch.indices for batch in batches] == [[0, 1, 3], [4, 5, 6], [7, 8]]
+def test_batches_keep_order_and_place_past_failures(ten_files, workers):
+    batches = list(iterate_images(iter(ten_files), (4, 5), 3, workers))
+    assert [batch.indices for batch in batches] == [[0, 1], [3, 4, 5], [6, 7, 8], []]
     for batch in batches:
         assert batch.images.shape == (len(batch.indices), 3, 4, 5)
         assert batch.images.dtype == torch.uint8
         assert batch.images[:, 0, 0, 0].tolist() == batch.indices
         assert batch.original_sizes == [(4 + index, 5) for index in batch.indices]
-    assert [[failure.index for failure in batch.failures] for batch in batches] == [[2], [], [9]]
+    assert [[failure.index for failure in batch.failures] for batch in batches] == [[2], [], [], [9]]
     assert batches[0].failures[0].error.path == ten_files[2]
 
 
