@@ -23,8 +23,10 @@ from benchmarks.record import bench_device
 from rlr_fast import RLRConfig, RLRModel, TrainConfig
 from rlr_fast.config import Cache, TrainExecution
 from rlr_fast.data import DataSet, load_image, read_dataset
+from rlr_fast.inference.image_files import find_images
 from rlr_fast.inference.metrics import class_metrics
-from rlr_fast.inference.predict import find_images, predict
+from rlr_fast.inference.predict import predict
+from rlr_fast.inference.results import LINES_FILE, read_rows
 from rlr_fast.training.feature_cache import cached_features
 from rlr_fast.training.train import train
 
@@ -185,15 +187,16 @@ def test_predict(measure: Callable[..., None], setting: Setting, pictures: bool)
     files = find_images([setting.folder / "data"])
     scale = (0.0, 1.0) if pictures else None
 
-    def run() -> dict[Path, float]:
-        return predict(setting.model, files, setting.fresh(), scale).scores
+    def run() -> dict[str, float]:
+        results = predict(setting.model, files, setting.fresh(), scale).results
+        return {row["path"]: row["score"] for row, _ in read_rows(results.with_name(LINES_FILE))}
 
     def check() -> dict[str, float]:
         scores = run()
         with torch.inference_mode():
             expected = setting.model(setting.images).score.tolist()
         pairs = zip(setting.samples, expected, strict=False)
-        error = max(abs(scores[s.path] / e - 1) for s, e in pairs)
+        error = max(abs(scores[str(s.path)] / e - 1) for s, e in pairs)
         _require(error < 1e-3, f"a score errs by {error:.1e}")
         return {"score": error}
 

@@ -27,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         several processes. 3: an image is called anomalous (``predict --fail-on-anomaly``). 130:
         interrupted.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    level = logging.WARNING if tells() else logging.ERROR  # what one tells, the others meet too
+    logging.basicConfig(level=level, format="%(levelname)s: %(message)s")
     argv = list(sys.argv[1:] if argv is None else argv)
     app = build_app()
     words, _, _ = app.parse_commands(argv)

@@ -30,7 +30,8 @@ def demo(
     from rlr_fast.inference.batches import load_model
     from rlr_fast.inference.decisions import Decider
     from rlr_fast.inference.evaluate import FigureOptions, evaluate
-    from rlr_fast.inference.predict import classify_files, find_images, predict
+    from rlr_fast.inference.image_files import find_images
+    from rlr_fast.inference.predict import predict
     from rlr_fast.models.rlr import RLRModel
     from rlr_fast.training.calibration import color_scale, read_calibration, trained_classes
     from rlr_fast.training.progress import follow, progress_bar
@@ -74,7 +75,7 @@ def demo(
             progress=bar.update,
         )
     write_atomically(out / "metrics.json", evaluation.to_json())
-    pictures = classify_files(find_images([data_root / data.classes[0] / "test"]), data.classes)
+    pictures = find_images([data_root / data.classes[0] / "test"]).classified(data.classes)
     prediction = predict(
         model, pictures, out / "predictions", scale, scoring, decider=decider, relative=True
     )

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
+import signal
 import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
 from rlr_fast.cli import flags
 from rlr_fast.config import InferenceExecution
+
+if TYPE_CHECKING:
+    from rlr_fast.inference.decisions import Decider
+    from rlr_fast.inference.predict import Prediction
 
 _log = logging.getLogger(__name__)
 
@@ -34,6 +39,9 @@ def predict(
     masks: Annotated[flags.Switch, Parameter(negative=())] = False,
     no_pictures: Annotated[flags.Switch, Parameter(negative=())] = False,
     report: flags.Report = False,
+    resume: Annotated[flags.Switch, Parameter(negative=())] = False,
+    watch: Annotated[flags.Switch, Parameter(negative=())] = False,
+    settle: float = 1.0,
     tile: flags.Sides | None = None,
     overlap: flags.Sides | None = None,
     scale: flags.Scale | None = None,
@@ -49,90 +57,127 @@ def predict(
         fail_on_anomaly: Exit with code 3 if an image is called anomalous.
         masks: Write what lies above the pixel threshold of each image as PNG.
         no_pictures: Write no heat maps.
+        resume: Go on behind the last image of a stopped prediction with the same settings.
+        watch: Score images as they arrive in the folders, until Ctrl+C; images that have a row in
+            the table already are left out.
+        settle: With --watch, seconds for which a file must not have changed.
         tile: Score pictures at their own resolution, in tiles: a side in pixels, or 512x1024.
         overlap: Pixels that neighboring tiles share at least; by default an eighth of the tile.
     """
-    from rlr_fast.cli.common import (
-        check_class,
-        check_out,
-        given_decider,
-        given_scale,
-        report_failures,
-    )
+    from rlr_fast.cli.common import check_class, check_out, given_decider, given_scale
     from rlr_fast.data.check import counted
+    from rlr_fast.inference.arrivals import check_watched
     from rlr_fast.inference.batches import load_model
-    from rlr_fast.inference.predict import classify_files, find_images, predict
+    from rlr_fast.inference.image_files import find_images
+    from rlr_fast.inference.predict import check_report_run, predict
     from rlr_fast.inference.report import model_facts
     from rlr_fast.inference.tiling import optional_tiles
+    from rlr_fast.inference.watch import watch as watch_folders
     from rlr_fast.training.calibration import scoring_identity, trained_classes
+    from rlr_fast.training.distributed import processes
     from rlr_fast.training.progress import progress_bar
-    from rlr_fast.visualization.report import REPORT_FILE, ReportWriter, check_report
+    from rlr_fast.visualization.report import ReportWriter, check_report
 
-    how = InferenceExecution(**execution)
-    tiles = optional_tiles(tile, overlap)
-    files = find_images(paths, out)
-    colors = None if no_pictures and not report else given_scale(scale, checkpoint)
-    check_out(out)
-    if report:
-        check_report(out)
-    known = trained_classes(Path(checkpoint))
-    if category is not None:
-        check_class(category, known, checkpoint)
-    elif len(known) == 1:
-        [category] = known
-    if category is None:
-        files = classify_files(files, known)
+    with processes() as group:
+        with group.together():
+            how = InferenceExecution(**execution)
+            tiles = optional_tiles(tile, overlap)
+            if report:
+                check_report_run(resume, group.world_size)
+            if watch:
+                if report or resume or group.world_size > 1:
+                    raise ValueError(
+                        "--watch works in one process, always goes on with what --out holds, and "
+                        "makes no report: not with torchrun, --resume or --report"
+                    )
+                check_watched(paths, settle)
+            files = None if watch else find_images(paths, out)
+            colors = None if no_pictures and not report else given_scale(scale, checkpoint)
+            check_out(out)
+            if report:
+                check_report(out)
+            known = trained_classes(Path(checkpoint))
+            if category is not None:
+                check_class(category, known, checkpoint)
+            elif len(known) == 1:
+                [category] = known
+            if files is not None:
+                files = files.classified(known) if category is None else files.of_class(category)
+            categories = set(known) if category is None else {category}
+            model = load_model(checkpoint, how, backbone_weights)
+            decider = given_decider(
+                checkpoint,
+                scoring_identity(model, how.precision, *(tiles or (None, None))),
+                (categories or {None}) if files is None else files.categories,
+                alpha=alpha,
+                pool=pool,
+                needed=fail_on_anomaly or masks,
+            )
+        pictures = None if no_pictures else colors
+        options: dict[str, Any] = {
+            "tile": tile,
+            "overlap": overlap,
+            "decider": decider,
+            "masks": masks,
+            "relative": scale is None,
+        }
+        if files is None:
+            options |= {"classes": known, "category": category, "settle": settle}
+            options["told"] = None if quiet else _tell
+            with _terminated_as_interrupted():
+                result = watch_folders(model, paths, out, pictures, how, **options)
+            return _end(result, decider, fail_on_anomaly)
+        unknown = files.count(None)
+        if decider is not None and unknown and not pool and group.is_main:
+            _log.warning(
+                "%s in no folder of a class of the run: decided by all classes pooled, so alpha "
+                "holds over their mix alone; --class names a class",
+                counted(unknown, "image"),
+            )
+        with contextlib.ExitStack() as stack:
+            page = None
+            if report and colors is not None:
+                facts = model_facts(model, checkpoint, _told(paths), how.precision)
+                if tiles is not None:
+                    facts["Tiles"] = "{} × {} pixels, {} × {} shared".format(*tiles[0], *tiles[1])
+                out.mkdir(parents=True, exist_ok=True)
+                page = stack.enter_context(ReportWriter(out, "prediction", colors, facts))
+                page.alpha = None if decider is None else decider.alpha
+            shown = progress_bar("predict", len(files), quiet or not group.is_main)
+            options |= {"report": page, "resume": resume}
+            options["progress"] = stack.enter_context(shown).update
+            result = predict(model, files, out, pictures, how, **options)
+    return _end(result, decider, fail_on_anomaly, report) if group.is_main else 0
+
+
+def _told(paths: Sequence[Path]) -> str:
+    """Return the first of the paths in words."""
+    told = ", ".join(map(str, paths[:_PATHS_TOLD]))
+    return told + (f" and {len(paths) - _PATHS_TOLD} more" if len(paths) > _PATHS_TOLD else "")
+
+
+def _tell(row: Mapping[str, Any]) -> None:
+    """Tell what became of a file that was watched for."""
+    if row["failure"] is None:
+        print(f"{row['decision'] or 'scored'} {row['score']:.4g} {row['path']}", flush=True)
     else:
-        files = [dataclasses.replace(file, category=category) for file in files]
-    model = load_model(checkpoint, how, backbone_weights)
-    decider = given_decider(
-        checkpoint,
-        scoring_identity(model, how.precision, *(tiles or (None, None))),
-        {file.category for file in files},
-        alpha=alpha,
-        pool=pool,
-        needed=fail_on_anomaly or masks,
-    )
-    unknown = sum(file.category is None for file in files)
-    if decider is not None and unknown and not pool:
-        _log.warning(
-            "%s in no folder of a class of the run: decided by all classes pooled, so alpha holds "
-            "over their mix alone; --class names a class",
-            counted(unknown, "image"),
-        )
-    with contextlib.ExitStack() as stack:
-        page = None
-        if report and colors is not None:
-            told = ", ".join(map(str, paths[:_PATHS_TOLD]))
-            if len(paths) > _PATHS_TOLD:
-                told += f" and {len(paths) - _PATHS_TOLD} more"
-            facts = model_facts(model, checkpoint, told, how.precision)
-            if tiles is not None:
-                facts["Tiles"] = "{} × {} pixels, {} × {} shared".format(*tiles[0], *tiles[1])
-            out.mkdir(parents=True, exist_ok=True)
-            page = stack.enter_context(ReportWriter(out, "prediction", colors, facts))
-            page.alpha = None if decider is None else decider.alpha
-        bar = stack.enter_context(progress_bar("predict", len(files), quiet))
-        result = predict(
-            model,
-            files,
-            out,
-            None if no_pictures else colors,
-            how,
-            tile=tile,
-            overlap=overlap,
-            decider=decider,
-            masks=masks,
-            relative=scale is None,
-            report=page,
-            progress=bar.update,
-        )
+        print(f"left out: {row['failure']}", flush=True)
+
+
+def _end(
+    result: Prediction, decider: Decider | None, fail_on_anomaly: bool, report: bool = False
+) -> int:
+    """Tell what was done; return the exit code."""
+    from rlr_fast.cli.common import report_failures
+    from rlr_fast.visualization.report import REPORT_FILE
+
     found = ""
     if decider is not None and result.decided:
         found = f", {result.anomalous} of {result.decided} anomalous at alpha {decider.alpha:g}"
-    print(f"{len(result.scores)} of {len(files)} images scored{found}: {result.results}")
+    total = result.scored + len(result.failures)
+    print(f"{result.scored} of {total} images scored{found}: {result.results}")
     if report:
-        print(out / REPORT_FILE)
+        print(result.results.with_name(REPORT_FILE))
     if result.drift:
         print(
             "rlr-fast: not like the images of the calibration, or full of defects: "
@@ -141,3 +186,13 @@ def predict(
         )
     code = report_failures(result.failures)
     return _ANOMALY if fail_on_anomaly and result.anomalous else code
+
+
+@contextlib.contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Let SIGTERM, by which services are stopped, do what Ctrl+C does."""
+    earlier = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, earlier)

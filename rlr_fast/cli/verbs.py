@@ -80,7 +80,9 @@ _ALL = (
         "predict:predict",
         "Score images and decide them: a table, and a heat map of each image.",
         more="Exit code 3: an image is called anomalous (with --fail-on-anomaly).",
+        distributed=True,
         less_memory=_SCORING,
+        interrupted="; --resume goes on behind the last image",
     ),
     Verb(
         "decoder train",

@@ -30,12 +30,25 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         OSError: The file cannot be written; the old one is as it was.
     """
     data = content.encode() if isinstance(content, str) else content
+    with replacing(path) as partial, open(partial, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield the name to write a file under; it gets its own with the end of the block.
+
+    A reader, a kill of the process or a full disk meets the old content or the new. Only a block
+    that calls `os.fsync` says the same of a power cut.
+
+    Raises:
+        OSError: The file cannot be written; the old one is as it was.
+    """
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with open(partial, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        yield partial
         os.replace(partial, path)
     except OSError as error:
         if error.filename is None:  # a full disk names no file

@@ -73,8 +73,8 @@ class BackgroundWriter:
         self._jobs, self._cost = jobs, cost
         self._pending: deque[tuple[Future[None], float]] = deque()
 
-    def submit(self, job: Callable[[], None], cost: float = 0) -> None:
-        """Hand over a job, when there is room for it.
+    def submit(self, job: Callable[[], None], cost: float = 0) -> Future[None]:
+        """Hand over a job, when there is room for it; return what tells that it is done.
 
         Raises:
             Exception: Whatever an earlier job raised.
@@ -85,7 +85,9 @@ class BackgroundWriter:
             or sum(c for _, c in self._pending) + cost > self._cost
         ):
             self._pending.popleft()[0].result()
-        self._pending.append((self._pool.submit(job), cost))
+        future = self._pool.submit(job)
+        self._pending.append((future, cost))
+        return future
 
     @property
     def busy(self) -> bool:

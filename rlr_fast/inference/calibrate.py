@@ -14,7 +14,7 @@ from rlr_fast.data.contents import describe_images
 from rlr_fast.data.files import file_digest
 from rlr_fast.data.hold_out import hold_out
 from rlr_fast.inference.batches import check_placed
-from rlr_fast.inference.scored_files import score_files
+from rlr_fast.inference.scored_files import LeftOut, score_files
 from rlr_fast.inference.tiling import Tiles
 from rlr_fast.models.rlr import RLRModel
 from rlr_fast.training.calibration import (
@@ -114,15 +114,17 @@ def calibrate(
     scores: dict[str, list[tuple[float, float, str]]] = {name: [] for name in images}
     quantiles: list[torch.Tensor] = []
     failures: list[str] = []
-    for scored, failed in score_files(model, [path for _, path in files], execution, tiles):
-        failures += failed
-        for image in scored:
-            name, path = files[image.index]
-            highest = float(image.score_map.max())
-            scores[name].append((image.score, highest, file_digest(path)))
-            quantiles.append(pixel_quantiles(image.score_map))
+    for outcomes in score_files(model, (path for _, path in files), execution, tiles):
+        for outcome in outcomes:
+            if isinstance(outcome, LeftOut):
+                failures.append(outcome.reason)
+                continue
+            name, path = files[outcome.index]
+            highest = float(outcome.score_map.max())
+            scores[name].append((outcome.score, highest, file_digest(path)))
+            quantiles.append(pixel_quantiles(outcome.score_map))
         if progress is not None:
-            progress(len(scored) + len(failed))
+            progress(len(outcomes))
     empty = [name for name, of_class in scores.items() if not of_class]
     if empty:
         reason = next(iter(failures), "no files")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -168,6 +170,13 @@ class Decider:
             None where the class has no calibration images: the pooled ones are of others.
         """
         return self._pooled if category is None else self._rules.get(category)
+
+    def identity(self) -> dict[str, Any]:
+        """Return by name what decides, as JSON has it."""
+        rules = [(r.name, r.scores.image, r.scores.pixel, r.unit) for r in self._rules.values()]
+        content = json.dumps([*rules, (self._pooled.scores.image, self._pooled.scores.pixel)])
+        digest = hashlib.sha256(content.encode()).hexdigest()[:12]
+        return {"alpha": self.alpha, "pool": self.pool, "digest of the calibration": digest}
 
     def check_scoring(self, scoring: Mapping[str, Any]) -> None:
         """Refuse scores that are made otherwise than those of the calibration.

@@ -2,57 +2,48 @@
 
 from __future__ import annotations
 
-import logging
-from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Sequence
+import contextlib
+import hashlib
+import os
+from array import array
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
+from typing import Any
 
 from rlr_fast.config import InferenceExecution
-from rlr_fast.data import list_images
-from rlr_fast.data.images import resize_mask
-from rlr_fast.data.layouts import find_class, holds_masks
-from rlr_fast.data.threads import BackgroundWriter, default_workers
+from rlr_fast.data.files import lock_folder
 from rlr_fast.inference.batches import check_placed
 from rlr_fast.inference.conformal import MIN_DRIFT_IMAGES, drift
-from rlr_fast.inference.decisions import Decider, Decision, Rule
-from rlr_fast.inference.report import add_prediction
-from rlr_fast.inference.results import RESULTS_FILE, ResultsWriter
-from rlr_fast.inference.scored_files import ScoredImage, score_files
-from rlr_fast.inference.tiling import Sides, optional_tiles
+from rlr_fast.inference.decisions import Decider, Rule
+from rlr_fast.inference.image_files import ImageFile
+from rlr_fast.inference.results import RESULTS_FILE, ResultsWriter, Row
+from rlr_fast.inference.row_maker import RowMaker
+from rlr_fast.inference.shares import (
+    PARTS_FOLDER,
+    SETTINGS_FILE,
+    PartWriter,
+    Share,
+    open_results,
+    part_rows,
+    remove_parts,
+)
+from rlr_fast.inference.tiling import Sides, Tiles, optional_tiles
+from rlr_fast.models.precision import check_precision
 from rlr_fast.models.rlr import RLRModel
-from rlr_fast.visualization import Scale, prediction_picture
-from rlr_fast.visualization.report import REPORT_FOLDER, ReportWriter
-
-PICTURES_FOLDER = "pictures"
-MASKS_FOLDER = "masks"
-
-_log = logging.getLogger(__name__)
-
-# Pixels of the pictures that wait to be drawn and written, in all; one larger waits alone.
-_PIXELS_WAITING = 2**24
-
-
-@dataclass(frozen=True)
-class ImageFile:
-    """A file to score, the name of its picture in the output folder, and its class, if known."""
-
-    path: Path
-    picture: Path
-    category: str | None = None
+from rlr_fast.training.calibration import scoring_identity
+from rlr_fast.training.distributed import processes
+from rlr_fast.visualization import Scale
+from rlr_fast.visualization.report import ReportWriter
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What `predict` did.
+    """What `predict` did, and an earlier call that it went on with.
 
     Attributes:
-        scores: Image score of each file that could be read.
+        scored: Number of files with a score.
         failures: What is wrong with the others.
         results: The table, a row per file with the columns of `rlr_fast.inference.results.COLUMNS`.
         decided: Number of images that were called normal or anomalous.
@@ -61,70 +52,12 @@ class Prediction:
             `rlr_fast.inference.conformal.drift`.
     """
 
-    scores: dict[Path, float]
+    scored: int
     failures: list[str]
     results: Path
     decided: int = 0
     anomalous: int = 0
     drift: tuple[str, ...] = ()
-
-
-def find_images(paths: Sequence[str | Path], out: Path | None = None) -> list[ImageFile]:
-    """List the image files among ``paths``: files as they are, folders with all their subfolders.
-
-    Pictures, masks and a report's small pictures that an earlier prediction wrote in ``out`` are
-    left out, and so are, which is logged, the masks of a data set in a folder.
-
-    Raises:
-        ValueError: A path does not exist, or there is no image in a folder.
-    """
-    images: dict[Path, ImageFile] = {}
-    pictures: set[Path] = set()
-    for path in map(Path, paths):
-        if path.is_dir():
-            folders = [path, *sorted(p for p in path.rglob("*") if p.is_dir())]
-            written = () if out is None else (PICTURES_FOLDER, MASKS_FOLDER, REPORT_FOLDER)
-            ours = [(out / name).resolve() for name in written if out is not None]
-            masks = {folder for folder in folders[1:] if holds_masks(folder)}
-            for folder in sorted(masks):
-                _log.warning("the masks in %s are not scored", folder)
-            files = [
-                file
-                for folder in folders
-                if not any(map(folder.resolve().is_relative_to, ours))
-                if masks.isdisjoint((folder, *folder.parents))
-                for file in list_images(folder)
-            ]
-            if not files:
-                raise ValueError(f"paths: there is no image in {str(path)!r}")
-        elif path.exists():
-            files = [path]
-        else:
-            raise ValueError(f"paths: there is no {str(path)!r}")
-        for file in files:
-            place = file.relative_to(path.parent) if path.is_dir() else Path(file.name)
-            if file in images:
-                continue
-            picture = _picture_name(place)
-            if picture in pictures:  # files of one name from different folders
-                picture = _picture_name(Path(*file.resolve().parts[1:]))
-            pictures.add(picture)
-            images[file] = ImageFile(file, picture)
-    return list(images.values())
-
-
-def classify_files(files: Sequence[ImageFile], classes: Collection[str]) -> list[ImageFile]:
-    """Give each file the class in whose folder it lies, see `rlr_fast.data.layouts.find_class`.
-
-    Raises:
-        ValueError: The folders of a file name two classes.
-    """
-    return [replace(file, category=find_class(file.path, classes)) for file in files]
-
-
-def _picture_name(place: Path) -> Path:
-    """``a.png`` → ``a.png``, ``a.jpg`` → ``a.jpg.png``: no two files share a picture."""
-    return place if place.suffix == ".png" else place.with_name(place.name + ".png")
 
 
 def predict(
@@ -140,17 +73,24 @@ def predict(
     masks: bool = False,
     relative: bool = False,
     report: ReportWriter | None = None,
+    resume: bool = False,
     progress: Callable[[int], object] | None = None,
 ) -> Prediction:
     """Score files; write ``results.csv`` and ``results.jsonl`` as scores come, and ``pictures/``.
 
-    Threads decode images ahead, and draw and write pictures behind the model. What is scored when
-    an error or an interruption ends it stands in the table.
+    Threads decode images ahead, and draw and write pictures behind the model. A row is written when
+    its pictures are, so what an error, an interruption or a kill leaves is whole, and ``resume``
+    goes on behind it.
+
+    Started by torchrun, all processes call this together, with one ``out`` that all of them see.
+    The batches of files are dealt out to them. Each writes its rows into ``parts/``, the first one
+    joins them, and every process returns the same result. The batches are those of a single
+    process, so the rows are too, on devices of a kind.
 
     Args:
         model: A trained model, on its device.
-        files: From `find_images`.
-        out: Folder for the results.
+        files: From `rlr_fast.inference.image_files.find_images`.
+        out: Folder for the results; other processes that predict into it are refused.
         scale: Fixed color scale (low, high) of the pictures; None writes none.
         execution: Batch size, precision and threads, as many that decode images as that write
             pictures; device, backend and compilation are the model's, which may not contradict it.
@@ -163,106 +103,170 @@ def predict(
             in the size of the image's file; none where there is no such threshold.
         relative: Draw the pictures of images that have a pixel threshold above the low end of
             ``scale``: that end is 0, and the threshold ½.
-        report: Gets a row per image, the thresholds and the failures; the caller closes it.
+        report: Gets a row per image, the thresholds and the failures; the caller closes it. For
+            all files at once in one process.
+        resume: Keep what an earlier call with the same settings and files has left in ``out``.
         progress: Called with the number of files done since the last call.
 
     Returns:
-        Scores, failures, and what was decided; a file that cannot be read does not stop the others.
+        Counts, failures, and what was decided; a file that cannot be read does not stop the others.
 
     Raises:
-        ValueError: An argument breaks its rule; found before any work.
+        ValueError: An argument breaks its rule; found before any work. Or the earlier prediction
+            had other settings or files, or the processes were not given the same.
+        BlockingIOError: Another process works in ``out``.
         OSError: The results cannot be written.
+        PeerError: Another process met an error.
     """
-    check_placed(model, execution)
-    tiles = optional_tiles(tile, overlap)
-    workers = execution.workers or default_workers()
-    model.eval()
-    done = score_files(model, [f.path for f in files], execution, tiles)
-    out.mkdir(parents=True, exist_ok=True)
-    scores: dict[Path, float] = {}
-    failures: list[str] = []
-    verdicts: Counter[bool | None] = Counter()
-    groups: dict[int, list[tuple[Rule, float]]] = defaultdict(list)
-    with (
-        ResultsWriter(out) as table,
-        BackgroundWriter(workers, 2 * workers, _PIXELS_WAITING) as jobs,
-    ):
-        for scored, failed in done:
-            failures += failed
-            decided: list[tuple[ScoredImage, Rule | None, Decision | None]] = []
-            for image in scored:
-                file = files[image.index]
-                rule = None if decider is None else decider.rule(file.category)
-                decision = None
-                if rule is not None:
-                    decision = rule.decide(image.score, image.score_map.numpy())
-                    verdicts[decision.anomalous] += 1
-                    groups[id(rule.scores)].append((rule, image.score / rule.unit))
-                scores[file.path] = image.score
-                table.write(file.path, image.score, file.category, decision, image.size)
-                decided.append((image, rule, decision))
-            table.flush()
-            for image, rule, decision in decided:
-                file, pixels = files[image.index], image.score_map.numel()
-                name = file.picture
-                low = scale if report is None else report.scale
-                own = None
-                if low is not None and relative and rule is not None:
-                    own = rule.scale(low[0])
-                if report is not None:
-                    if rule is not None:
-                        pooled = rule.name is None
-                        report.set_threshold(file.category, rule.threshold, pooled)
-                    row = (file.path, file.category, image, decision, own)
-                    jobs.submit(partial(add_prediction, report, *row), pixels)
-                if scale is not None:
-                    target = out / PICTURES_FOLDER / name
-                    jobs.submit(partial(_draw, image, scale, own, target), pixels)
-                if masks and decision is not None and decision.mask is not None:
-                    target = out / MASKS_FOLDER / name
-                    jobs.submit(partial(_write_mask, decision.mask, image.size, target), pixels)
+    with processes() as group, contextlib.ExitStack() as stack:
+        with group.together():
+            check_placed(model, execution)
+            check_precision(execution.precision, model.device)
+            tiles = optional_tiles(tile, overlap)
             if report is not None:
-                report.failures = failures
-            if progress is not None:
-                progress(len(scored) + len(failed))
-    told = _drift(groups.values())
-    if report is not None and told:
-        report.notes.append(
-            "Not like the images of the calibration, or full of defects: " + ", ".join(told)
+                check_report_run(resume, group.world_size)
+        settings = prediction_settings(model, execution, tiles, decider, scale, relative, masks)
+        if group.world_size > 1:
+            group.agree(settings | {"digest of the files' names": _digest(files)})
+        execution = replace(execution, workers=group.workers(execution.workers))
+        maker = RowMaker(model, out, execution, tiles, decider, scale, relative, masks, report)
+        tally = Tally(decider)
+        table: ResultsWriter | None = None
+
+        def begin() -> int:
+            nonlocal table
+            stack.enter_context(lock_folder(out))
+            table, done = open_results(
+                out,
+                settings,
+                tally.add,
+                resume=resume,
+                files=files,
+                batch_size=execution.batch_size,
+            )
+            stack.enter_context(table)
+            if group.world_size > 1:
+                (out / PARTS_FOLDER).mkdir(exist_ok=True)
+            return done
+
+        done = group.broadcast(begin)
+        with group.together():
+            if not (out / SETTINGS_FILE).exists():
+                raise ValueError(f"all processes must see the same --out, {out} is not that of all")
+        if progress is not None and done:
+            progress(done)
+        first = -(-done // execution.batch_size)
+        share = Share(len(files), execution.batch_size, first, group.rank, group.world_size)
+        mine = (files[i] for i in share)
+        if table is not None and group.world_size == 1:
+            maker.run(mine, table.write, table.flush, progress)
+        else:
+            # An error ends this process, and with it the others: they need not wait for the rest.
+            with PartWriter(out, share) as part:
+                maker.run(mine, part.write, part.flush, progress)
+            group.all_gather(None)
+
+        def finish() -> Prediction:
+            assert table is not None
+            if group.world_size > 1:
+                for row in part_rows(out, execution.batch_size, len(files), done):
+                    table.write(row)
+                table.flush()
+                remove_parts(out)
+            return tally.prediction(out / RESULTS_FILE)
+
+        prediction = group.broadcast(finish)
+        if report is not None:
+            report.failures = prediction.failures
+            if prediction.drift:
+                report.notes.append(
+                    "Not like the images of the calibration, or full of defects: "
+                    + ", ".join(prediction.drift)
+                )
+        return prediction
+
+
+def check_report_run(resume: bool, processes: int) -> None:
+    """Refuse a report of a part of the files: the rows of all are needed in one process.
+
+    Raises:
+        ValueError: The prediction goes on with an earlier one, or several processes share it.
+    """
+    if resume or processes > 1:
+        what = "with --resume" if resume else "under torchrun"
+        raise ValueError(f"--report needs all files in one run of one process: not {what}")
+
+
+def prediction_settings(
+    model: RLRModel,
+    execution: InferenceExecution,
+    tiles: Tiles | None,
+    decider: Decider | None,
+    scale: Scale | None,
+    relative: bool,
+    masks: bool,
+) -> dict[str, Any]:
+    """Return by name what decides the row of a file and its pictures, as JSON has it."""
+    return scoring_identity(model, execution.precision, *(tiles or (None, None))) | {
+        "batch_size": execution.batch_size,
+        "decisions": None if decider is None else decider.identity(),
+        "scale": None if scale is None else list(scale),
+        "relative": relative,
+        "masks": masks,
+    }
+
+
+def _digest(files: Sequence[ImageFile]) -> str:
+    names = hashlib.sha256()
+    for file in files:
+        names.update(os.fsencode(f"{file.category}\0{file.path}\n"))
+    return names.hexdigest()[:12]
+
+
+class Tally:
+    """Counts what the rows of a prediction say.
+
+    Args:
+        decider: What they were decided by.
+    """
+
+    def __init__(self, decider: Decider | None) -> None:
+        self._decider = decider
+        self._scored = 0
+        self._failures: list[str] = []
+        self._decisions: Counter[str | None] = Counter()
+        self._groups: dict[int, tuple[Rule, array[float]]] = {}
+
+    def add(self, row: Row) -> None:
+        """Count a row."""
+        if row["failure"] is not None:
+            self._failures.append(row["failure"])
+            return
+        self._scored += 1
+        self._decisions[row["decision"]] += 1
+        rule = None if self._decider is None else self._decider.rule(row["class"])
+        if rule is not None:
+            _, scores = self._groups.setdefault(id(rule.scores), (rule, array("d")))
+            scores.append(row["score"] / rule.unit)
+
+    def prediction(self, results: Path) -> Prediction:
+        """Return the counts of a prediction whose table is ``results``."""
+        counts = self._decisions
+        return Prediction(
+            self._scored,
+            self._failures,
+            results,
+            counts["anomalous"] + counts["normal"],
+            counts["anomalous"],
+            self._drift(),
         )
-    return Prediction(
-        scores,
-        failures,
-        out / RESULTS_FILE,
-        verdicts[True] + verdicts[False],
-        verdicts[True],
-        told,
-    )
 
-
-def _drift(groups: Collection[list[tuple[Rule, float]]]) -> tuple[str, ...]:
-    """Say of which images, decided by one list of scores, the scores differ from these."""
-    tested = [group for group in groups if len(group) >= MIN_DRIFT_IMAGES]
-    told = []
-    for group in tested:
-        rule = group[0][0]
-        found = drift(rule.scores.image, [score for _, score in group], rule.alpha, len(tested))
-        if found is not None:
-            told.append(f"{rule.name or 'all classes'} ({found})")
-    return tuple(told)
-
-
-def _draw(image: ScoredImage, scale: Scale, own: Scale | None, target: Path) -> None:
-    """Write a picture on the scale, or relative to its own one, whose low is 0 and high 1."""
-    score_map = image.score_map
-    if own is not None:
-        score_map, scale = (score_map - own[0]) / (own[1] - own[0]), (0.0, 1.0)
-    picture = prediction_picture(image.image.permute(1, 2, 0).numpy(), score_map, scale)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Level 1 takes a quarter of the time of the default for a file a seventh larger.
-    picture.save(target, compress_level=1)
-
-
-def _write_mask(mask: NDArray[np.bool_], size: tuple[int, int], target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(resize_mask(mask, size).astype(np.uint8) * 255).save(target)
+    def _drift(self) -> tuple[str, ...]:
+        """Say of which images, decided by one list of scores, the scores differ from these."""
+        tested = [group for group in self._groups.values() if len(group[1]) >= MIN_DRIFT_IMAGES]
+        told = []
+        for rule, scores in tested:
+            found = drift(rule.scores.image, scores, rule.alpha, len(tested))
+            if found is not None:
+                told.append(f"{rule.name or 'all classes'} ({found})")
+        return tuple(told)

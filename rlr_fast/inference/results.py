@@ -5,10 +5,14 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlr_fast.inference.decisions import Decision
+from rlr_fast.inference.image_files import ImageFile
+from rlr_fast.inference.scored_files import ScoredImage
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -17,59 +21,108 @@ RESULTS_FILE = "results.csv"
 LINES_FILE = "results.jsonl"
 
 _BOX = ("x", "y", "width", "height")
-COLUMNS = ("path", "score", "class", "p_value", "threshold", "decision", *_BOX, "area")
+COLUMNS = ("path", "score", "class", "p_value", "threshold", "decision", *_BOX, "area", "failure")
 """Of ``results.csv``; what is not known is empty there, and null in ``results.jsonl``."""
 
+Row = dict[str, Any]
+"""Values by their columns."""
+
 _WORDS = {True: "anomalous", False: "normal", None: None}
+
+# A file's name need not be text; its bytes are kept.
+_TEXT: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape"}
+
+
+def image_row(file: ImageFile, image: ScoredImage, decision: Decision | None) -> Row:
+    """Return the row of a file that was scored."""
+    row = _row(file) | {"score": image.score}
+    if decision is not None:
+        row |= {
+            "p_value": decision.p_value,
+            "threshold": decision.threshold,
+            "decision": _WORDS[decision.anomalous],
+            **dict(zip(_BOX, decision.box(image.size) or (None,) * 4, strict=True)),
+            "area": decision.area,
+        }
+    return row
+
+
+def left_out_row(file: ImageFile, reason: str) -> Row:
+    """Return the row of a file that could not be scored."""
+    return _row(file) | {"failure": reason}
+
+
+def _row(file: ImageFile) -> Row:
+    return dict.fromkeys(COLUMNS) | {"path": str(file.path), "class": file.category}
+
+
+def line(row: Row) -> str:
+    """Return a row as a line of ``results.jsonl``."""
+    return json.dumps(row) + "\n"
+
+
+def read_rows(path: Path) -> Iterator[tuple[Row, int]]:
+    """Yield the rows of a file of lines, and how many bytes there are up to the end of each.
+
+    The first line that is not whole, as a kill or a power cut leaves it, is the end. So is that of
+    a file that does not exist.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    end = 0
+    try:
+        file = open(path, "rb")  # noqa: SIM115
+    except FileNotFoundError:
+        return
+    with file:
+        for text in file:
+            end += len(text)
+            try:
+                row = json.loads(text) if text.endswith(b"\n") else None
+            except ValueError:
+                return
+            if not isinstance(row, dict) or tuple(row) != COLUMNS:
+                return
+            yield row, end
 
 
 class ResultsWriter:
     """Writes the rows of images as they come; a context that closes the files.
 
     Args:
-        out: An existing folder; tables of an earlier prediction are overwritten.
+        out: An existing folder.
+        told: Called with every row, those that are kept first.
+        kept: Bytes of ``results.jsonl`` that are kept, whole rows of an earlier prediction; the
+            rest of the earlier tables is overwritten.
 
     Raises:
         OSError: The files cannot be written.
     """
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, told: Callable[[Row], object], kept: int = 0) -> None:
+        self._told = told
         with contextlib.ExitStack() as stack:
-            # A file's name need not be text; its bytes are kept.
-            text: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape"}
-            self._csv = stack.enter_context(open(out / RESULTS_FILE, "w", newline="", **text))
-            self._lines = stack.enter_context(open(out / LINES_FILE, "w", **text))
+            self._csv = stack.enter_context(open(out / RESULTS_FILE, "w", newline="", **_TEXT))
             self._table = csv.writer(self._csv)
             self._table.writerow(COLUMNS)
+            self._lines = stack.enter_context(open(out / LINES_FILE, "a", **_TEXT))
+            os.truncate(out / LINES_FILE, kept)
+            for row, _ in read_rows(out / LINES_FILE):
+                self._table.writerow(row.values())
+                told(row)
             self._files = stack.pop_all()
 
-    def write(
-        self,
-        path: Path,
-        score: float,
-        category: str | None,
-        decision: Decision | None,
-        size: tuple[int, int],
-    ) -> None:
-        """Write the row of an image whose file has ``size`` (height, width)."""
-        box = None if decision is None else decision.box(size)
-        values = {
-            "path": str(path),
-            "score": score,
-            "class": category,
-            "p_value": None if decision is None else decision.p_value,
-            "threshold": None if decision is None else decision.threshold,
-            "decision": None if decision is None else _WORDS[decision.anomalous],
-            **dict(zip(_BOX, box or (None,) * 4, strict=True)),
-            "area": None if decision is None else decision.area,
-        }
-        self._table.writerow(values.values())
-        self._lines.write(json.dumps(values) + "\n")
+    def write(self, row: Row) -> None:
+        """Write a row."""
+        self._lines.write(line(row))
+        self._table.writerow(row.values())
+        self._told(row)
 
     def flush(self) -> None:
         """Hand what is written to the system, so that an interruption does not lose it."""
-        self._csv.flush()
         self._lines.flush()
+        self._csv.flush()
 
     def __enter__(self) -> Self:
         return self

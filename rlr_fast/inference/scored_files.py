@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,14 +36,28 @@ class ScoredImage:
     size: tuple[int, int]
 
 
+@dataclass(frozen=True)
+class LeftOut:
+    """A file that could not be scored: its place in the list of files, and why, which names it."""
+
+    index: int
+    reason: str
+
+
 def score_files(
-    model: RLRModel, paths: list[Path], execution: InferenceExecution, tiles: Tiles | None = None
-) -> Iterator[tuple[list[ScoredImage], list[str]]]:
-    """Score image files in their order; yield those of a batch, and what is wrong with others.
+    model: RLRModel,
+    paths: Iterable[Path],
+    execution: InferenceExecution,
+    tiles: Tiles | None = None,
+) -> Iterator[list[ScoredImage | LeftOut]]:
+    """Score image files; yield those of a batch, in their order.
+
+    A batch is of ``execution.batch_size`` files, whether or not each can be read; with tiles of
+    one.
 
     Args:
         model: A trained model, on its device.
-        paths: The files.
+        paths: The files, taken from an iterator as they are needed.
         execution: Batch size, precision and threads that decode.
         tiles: Score every picture at its own resolution in tiles; None resizes them to the model's
             image size.
@@ -56,35 +71,33 @@ def score_files(
 
 
 def _whole(
-    model: RLRModel, paths: list[Path], execution: InferenceExecution
-) -> Iterator[tuple[list[ScoredImage], list[str]]]:
-    """Score pictures resized to the model's image size; yield those of a batch, and failures."""
+    model: RLRModel, paths: Iterable[Path], execution: InferenceExecution
+) -> Iterator[list[ScoredImage | LeftOut]]:
+    """Score pictures resized to the model's image size."""
     size = model.config.image_size
     batches = iterate_images(paths, size, execution.batch_size, execution.workers)
     scored = score_batches(model, ((b, b.images) for b in batches), execution.precision)
-    return (
-        (
-            [
-                ScoredImage(*values)
-                for values in zip(
-                    batch.indices,
-                    batch.images,
-                    torch.from_numpy(outcome.maps),
-                    outcome.scores,
-                    batch.original_sizes,
-                    strict=True,
-                )
-            ],
-            [str(failure.error) for failure in batch.failures],
-        )
-        for batch, outcome in scored
-    )
+
+    def outcomes() -> Iterator[list[ScoredImage | LeftOut]]:
+        for batch, (maps, scores) in scored:
+            images = map(
+                ScoredImage,
+                batch.indices,
+                batch.images,
+                torch.from_numpy(maps),
+                scores,
+                batch.original_sizes,
+            )
+            failed = (LeftOut(f.index, str(f.error)) for f in batch.failures)
+            yield sorted((*images, *failed), key=lambda outcome: outcome.index)
+
+    return outcomes()
 
 
 def _tiled(
-    model: RLRModel, paths: list[Path], tiles: Tiles, execution: InferenceExecution
-) -> Iterator[tuple[list[ScoredImage], list[str]]]:
-    """Score pictures one by one in tiles; yield as `_whole` does."""
+    model: RLRModel, paths: Iterable[Path], tiles: Tiles, execution: InferenceExecution
+) -> Iterator[list[ScoredImage | LeftOut]]:
+    """Score pictures one by one in tiles."""
     check_precision(execution.precision, model.device)
 
     def score(index: int, image: torch.Tensor) -> ScoredImage:
@@ -97,16 +110,20 @@ def _tiled(
         )
         return ScoredImage(index, image, *output, (image.shape[1], image.shape[2]))
 
-    def pictures() -> Iterator[tuple[list[ScoredImage], list[str]]]:
-        for batch in iterate_images(paths, None, 1, execution.workers):
-            scored, failed = [], [str(failure.error) for failure in batch.failures]
-            for index, image in zip(batch.indices, batch.images, strict=True):
-                misfit = tiles.misfit(*image.shape[1:])
-                if misfit is None:
-                    scored.append(score(index, image))
-                else:
-                    path = str(paths[index])
-                    failed.append(f"cannot score image {path!r} in tiles: {misfit}")
-            yield scored, failed
+    def outcomes() -> Iterator[list[ScoredImage | LeftOut]]:
+        files, names = itertools.tee(paths)
+        for batch, path in zip(
+            iterate_images(files, None, 1, execution.workers), names, strict=False
+        ):
+            if batch.failures:
+                yield [LeftOut(f.index, str(f.error)) for f in batch.failures]
+                continue
+            [index], [image] = batch.indices, batch.images
+            misfit = tiles.misfit(*image.shape[1:])
+            if misfit is None:
+                yield [score(index, image)]
+            else:
+                reason = f"cannot score image {str(path)!r} in tiles: {misfit}"
+                yield [LeftOut(index, reason)]
 
-    return pictures()
+    return outcomes()

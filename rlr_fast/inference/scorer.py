@@ -15,7 +15,7 @@ from rlr_fast.data.images import resize_image
 from rlr_fast.inference.batches import load_model, score_batches
 from rlr_fast.inference.conformal import check_alpha
 from rlr_fast.inference.decisions import CALIBRATE, Decider
-from rlr_fast.inference.scored_files import score_files
+from rlr_fast.inference.scored_files import LeftOut, score_files
 from rlr_fast.models.rlr import RLRModel
 from rlr_fast.training.calibration import read_calibration, scoring_identity, trained_classes
 
@@ -98,14 +98,13 @@ class Scorer:
         maps: dict[int, NDArray[np.float32]] = {}
         if source == "path":
             paths = [Path(str(path)) for path in np.asarray(batch["path"])]
-            done = 0
-            for scored, failed in score_files(model, paths, self.execution):
-                for image in scored:
-                    scores[image.index] = image.score
-                    maps[image.index] = image.score_map.numpy()
-                done += len(scored) + len(failed)
-                lost = [i for i in range(done) if i not in maps and failures[i] is None]
-                failures[lost] = failed
+            for outcomes in score_files(model, paths, self.execution):
+                for outcome in outcomes:
+                    if isinstance(outcome, LeftOut):
+                        failures[outcome.index] = outcome.reason
+                    else:
+                        scores[outcome.index] = outcome.score
+                        maps[outcome.index] = outcome.score_map.numpy()
         else:
             for index, score, score_map in self._arrays(model, batch["image"], rows):
                 scores[index], maps[index] = score, score_map

@@ -39,7 +39,8 @@ FLAGS = {
     "train": f"{TRAINING} --resume",
     "eval": f"{SCORING} {DATA} --figures --per-defect",
     "calibrate": f"{MACHINE} {INFERENCE} {DATA} --split --class --tile --overlap",
-    "predict": f"{SCORING} --no-pictures --tile --overlap --class --masks --fail-on-anomaly",
+    "predict": f"""{SCORING} --no-pictures --tile --overlap --class --masks --fail-on-anomaly
+        --resume --watch --settle""",
     "decoder train": f"""{MACHINE} {DATA} --checkpoint --out --backbone-weights --epochs
         --batch-size --lr --seed""",
     "figures": f"""{MACHINE} {DATA} --checkpoint --out --backbone-weights --decoder --level

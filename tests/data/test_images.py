@@ -366,7 +366,8 @@ def test_batches_keep_order_and_place_past_failures(ten_files, workers):
         assert batch.images.dtype == torch.uint8
         assert batch.images[:, 0, 0, 0].tolist() == batch.indices
         assert batch.original_sizes == [(4 + index, 5) for index in batch.indices]
-    assert [[failure.index for failure in batch.failures] for batch in batches] == [[2], [], [], [9]]
+    failed = [[failure.index for failure in batch.failures] for batch in batches]
+    assert failed == [[2], [], [], [9]]
     assert batches[0].failures[0].error.path == ten_files[2]
 
 

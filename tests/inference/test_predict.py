@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import json
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,9 +17,10 @@ from PIL import Image
 from rlr_fast import RLRModel
 from rlr_fast.config import InferenceExecution
 from rlr_fast.data import load_image
-from rlr_fast.inference import predict as predict_module
+from rlr_fast.inference import row_maker
 from rlr_fast.inference.decisions import Decider
-from rlr_fast.inference.predict import classify_files, find_images, predict
+from rlr_fast.inference.image_files import find_images
+from rlr_fast.inference.predict import predict
 from rlr_fast.inference.results import COLUMNS
 from rlr_fast.inference.tiling import predict_tiled
 from rlr_fast.training.calibration import Calibration, ClassScores
@@ -33,6 +35,13 @@ def model(small):
 def rows(path):
     with open(path, newline="", encoding="utf-8") as file:
         return list(csv.reader(file))
+
+
+def scores(result):
+    """File → score, of those that have one, as the table says."""
+    with open(result.results, newline="", encoding="utf-8") as file:
+        found = [row for row in csv.DictReader(file) if not row["failure"]]
+    return {Path(row["path"]): float(row["score"]) for row in found}
 
 
 def test_predict_writes_score_and_picture_of_each_file(model, tree, tmp_path):
@@ -56,29 +65,15 @@ def test_predict_skips_a_corrupt_file_among_fifty(model, tmp_path):
     broken = tmp_path / "images/17.png"
     broken.write_bytes(broken.read_bytes()[:30])
     result = predict(model, find_images([tmp_path / "images"]), tmp_path / "out", None)
-    assert len(result.scores) == 49 and broken not in result.scores
+    assert result.scored == len(scores(result)) == 49 and broken not in scores(result)
     assert len(result.failures) == 1 and str(broken) in result.failures[0]
-    assert len(rows(result.results)) == 50
-
-
-def test_masks_of_a_data_set_are_left_out_and_told(tree, caplog):
-    found = [file.path for file in find_images([tree])]
-    assert found and not any("ground_truth" in path.parts for path in found)
-    assert {path.parts[-3] for path in found} == {"train", "test"}
-    assert f"the masks in {tree / 'bolt/ground_truth'} are not scored" in caplog.text
-    assert len(find_images([tree / "bolt/ground_truth"])) == 2  # asked for
+    table = rows(result.results)
+    assert len(table) == 51 and table[18] == [str(broken), *[""] * 10, result.failures[0]]
 
 
 def test_pictures_of_an_earlier_prediction_are_not_scored(model, tmp_path):
     save_picture(tmp_path / "images/a.png", 1)
     predict(model, find_images([tmp_path / "images"]), tmp_path / "images", (0.0, 1.0))
-    files = find_images([tmp_path / "images"], tmp_path / "images")
-    assert [f.path.name for f in files] == ["a.png"]
-
-
-def test_small_pictures_of_an_earlier_report_are_not_scored(tmp_path):
-    save_picture(tmp_path / "images/a.png", 1)
-    save_picture(tmp_path / "images/report/0000/0000000.jpg", 1)
     files = find_images([tmp_path / "images"], tmp_path / "images")
     assert [f.path.name for f in files] == ["a.png"]
 
@@ -90,20 +85,6 @@ def test_files_of_one_name_do_not_share_a_picture(model, tmp_path):
     assert len(files) == 3
     predict(model, files, tmp_path / "out", (0.0, 1.0))
     assert len(list((tmp_path / "out").rglob("*.png"))) == 3
-
-
-def test_single_files_of_one_name_do_not_share_a_picture(tmp_path):
-    for name in ("a/x.png", "b/x.png"):
-        save_picture(tmp_path / name, 1)
-    files = find_images([tmp_path / "a/x.png", tmp_path / "b/x.png"])
-    assert len({f.picture for f in files}) == 2
-
-
-@pytest.mark.parametrize("path", ["missing.png", "empty"])
-def test_paths_without_images_are_named(path, tmp_path):
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=path):
-        find_images([tmp_path / path])
 
 
 @pytest.fixture
@@ -123,15 +104,15 @@ def test_a_picture_shows_the_image_its_map_and_both(model, five, tmp_path):
 def test_batch_size_changes_nothing_but_rounding(model, five, tmp_path):
     one = predict(model, five, tmp_path / "one", None, InferenceExecution(batch_size=1))
     three = predict(model, five, tmp_path / "three", None, InferenceExecution(batch_size=3))
-    assert list(one.scores) == list(three.scores) == [file.path for file in five]
-    assert list(one.scores.values()) == pytest.approx(list(three.scores.values()), rel=1e-5)
+    assert list(scores(one)) == list(scores(three)) == [file.path for file in five]
+    assert list(scores(one).values()) == pytest.approx(list(scores(three).values()), rel=1e-5)
 
 
 def test_bf16_is_near_fp32_and_not_the_same(model, five, tmp_path):
-    full = predict(model, five, tmp_path / "fp32", None).scores.values()
-    half = predict(
-        model, five, tmp_path / "bf16", None, InferenceExecution(precision="bf16")
-    ).scores.values()
+    full = scores(predict(model, five, tmp_path / "fp32", None)).values()
+    half = scores(
+        predict(model, five, tmp_path / "bf16", None, InferenceExecution(precision="bf16"))
+    ).values()
     assert list(full) != list(half) and list(full) == pytest.approx(list(half), rel=0.05)
 
 
@@ -144,7 +125,7 @@ def test_tiles_give_rows_and_pictures_of_full_size(model, tmp_path):
     for file in files:
         size = sizes[file.path.stem]
         expected = predict_tiled(model, load_image(file.path, size), (48, 64), 16)
-        assert result.scores[file.path] == pytest.approx(expected.score, rel=1e-5)
+        assert scores(result)[file.path] == pytest.approx(expected.score, rel=1e-5)
         shown = Image.open(tmp_path / "out/pictures" / file.picture)
         assert shown.height == size[0] and shown.width > 3 * size[1]
 
@@ -154,7 +135,7 @@ def test_a_picture_smaller_than_a_tile_is_a_failure_of_that_file(model, tmp_path
         save_picture(tmp_path / f"images/{name}.png", 1, size)
     files = find_images([tmp_path / "images"])
     result = predict(model, files, tmp_path / "out", None, tile=(48, 64))
-    assert [path.stem for path in result.scores] == ["large"]
+    assert [path.stem for path in scores(result)] == ["large"]
     assert len(result.failures) == 1 and "flat.png" in result.failures[0]
     assert "40 x 200 pixels, less than a tile of 48 x 64" in result.failures[0]
 
@@ -183,16 +164,23 @@ def test_bad_arguments_are_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_full_disk_is_an_error_and_the_scores_so_far_stay(model, five, tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
+def test_a_full_disk_is_an_error_and_what_has_its_picture_stays(model, five, tmp_path, monkeypatch):
+    draw, drawn = row_maker._draw, []
 
-    monkeypatch.setattr(predict_module, "_draw", full)
+    def full(*args):
+        drawn.append(args)
+        if len(drawn) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        draw(*args)
+
+    monkeypatch.setattr(row_maker, "_draw", full)
     with pytest.raises(OSError, match="No space left"):
         predict(
             model, five, tmp_path / "out", (0.0, 1.0), InferenceExecution(batch_size=1, workers=1)
         )
-    assert 1 < len(rows(tmp_path / "out/results.csv")) <= 6
+    assert len(rows(tmp_path / "out/results.csv")) == 3
+    assert len(list((tmp_path / "out/pictures").rglob("*.png"))) >= 2
+    assert not list((tmp_path / "out/pictures").rglob("*.partial"))
 
 
 def test_an_interruption_loses_neither_rows_nor_pictures(model, five, tmp_path):
@@ -224,7 +212,7 @@ def test_the_model_goes_on_while_a_picture_is_written(model, five, tmp_path, mon
         lambda *_: (seen.append(1), scored_again.set() if len(seen) == 2 else None)[1]
     )
     waited = []
-    monkeypatch.setattr(predict_module, "_draw", lambda *_: waited.append(scored_again.wait(30)))
+    monkeypatch.setattr(row_maker, "_draw", lambda *_: waited.append(scored_again.wait(30)))
     predict(model, five, tmp_path / "out", (0.0, 1.0), InferenceExecution(batch_size=1))
     assert waited == [True] * 5
 
@@ -232,10 +220,10 @@ def test_the_model_goes_on_while_a_picture_is_written(model, five, tmp_path, mon
 def test_fp16_needs_a_gpu(model, five, tmp_path, device):
     if device.type == "cuda":
         model.to(device)
-        full = predict(model, five, tmp_path / "fp32", None).scores.values()
-        half = predict(
-            model, five, tmp_path / "fp16", None, InferenceExecution(precision="fp16")
-        ).scores.values()
+        full = scores(predict(model, five, tmp_path / "fp32", None)).values()
+        half = scores(
+            predict(model, five, tmp_path / "fp16", None, InferenceExecution(precision="fp16"))
+        ).values()
         assert list(full) == pytest.approx(list(half), rel=0.05)
     else:
         with pytest.raises(ValueError, match="fp16 needs a CUDA device, got device='cpu'"):
@@ -255,7 +243,7 @@ def deciding(model, files, **classes):
 def test_rows_masks_and_pictures_say_what_was_decided(model, tree, tmp_path):
     for i in range(2):
         save_picture(tree / f"bolt/test/good/{i:03d}.png", i, (96, 160))
-    files = classify_files(find_images([tree / "bolt/test", tree / "cloth/test"]), ["bolt"])
+    files = find_images([tree / "bolt/test", tree / "cloth/test"]).classified(["bolt"])
     assert {f.category for f in files} == {"bolt", None}
     files = [f for f in files if f.category] + [
         dataclasses.replace(f, category="cloth") for f in files if not f.category
@@ -307,7 +295,7 @@ def test_rows_masks_and_pictures_say_what_was_decided(model, tree, tmp_path):
 def test_a_drift_is_told_once_per_class(model, tmp_path):
     for i in range(25):
         save_picture(tmp_path / "images/bolt" / f"{i}.png", i)
-    files = classify_files(find_images([tmp_path / "images"]), ["bolt"])
+    files = find_images([tmp_path / "images"]).classified(["bolt"])
     _, decider = deciding(model, files, bolt=(0.0, 0.0))
     result = predict(model, files, tmp_path / "out", None, decider=decider)
     assert result.drift == ("bolt (25 of 25 score above the threshold)",)

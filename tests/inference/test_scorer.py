@@ -16,7 +16,8 @@ from rlr_fast import RLRModel, Scorer
 from rlr_fast.config import InferenceExecution
 from rlr_fast.data import load_image
 from rlr_fast.inference.decisions import Decider
-from rlr_fast.inference.predict import classify_files, find_images, predict
+from rlr_fast.inference.image_files import find_images
+from rlr_fast.inference.predict import predict
 from rlr_fast.training.calibration import (
     Calibration,
     ClassScores,
@@ -53,7 +54,7 @@ def run(small, files, tmp_path):
 
 def table(run, files, tmp_path, alpha):
     """What prediction says of them, by column."""
-    found = classify_files(find_images([*files]), ["bolt"])
+    found = find_images([*files]).classified(["bolt"])
     decider = Decider(read_calibration(run), alpha)
     model = RLRModel.from_pretrained(run)
     written = predict(model, found, tmp_path / "out", None, CPU, decider=decider).results

@@ -23,12 +23,15 @@ import torch
 from conftest import make_tree, save_picture
 
 from rlr_fast import RLRConfig, RLRModel, TrainConfig, cli
-from rlr_fast.config import TrainExecution
+from rlr_fast.config import InferenceExecution, TrainExecution
 from rlr_fast.data import read_dataset
 from rlr_fast.functional import unsupported_reason
 from rlr_fast.inference.evaluate import evaluate
+from rlr_fast.inference.image_files import find_images
+from rlr_fast.inference.predict import predict
 from rlr_fast.models.environment import choose_device
 from rlr_fast.training import run_dir
+from rlr_fast.training.calibration import color_scale
 from rlr_fast.training.distributed import PeerError, Processes, processes
 from rlr_fast.training.train import train
 from rlr_fast.training.trainer import Trainer, step_shares
@@ -121,7 +124,29 @@ def work(folder: Path) -> None:
         )
         run("one image", *train_argv("one image", MODEL, WHOLE, folder / "data of one"))
         run("unreadable", *train_argv("unreadable", MODEL, WHOLE, folder / "unreadable data"))
-        run("predict", "predict", data, "--checkpoint", folder / "whole", "--out", folder / "p")
+        images = folder / "unreadable data"
+        predicted = ["predict", images, "--device", "cpu", "--quiet", "--batch-size", 3]
+        run("predict", *predicted, "--checkpoint", folder / "whole", "--out", folder / "predicted")
+        if group.is_main:  # as two killed processes leave it, the second behind the first
+            shutil.copytree(folder / "predicted", folder / "kept")
+            lines = (folder / "kept/results.jsonl").read_text().splitlines(keepends=True)
+            (folder / "kept/results.jsonl").write_text("".join(lines[:6]))
+            (folder / "kept/parts").mkdir()
+            (folder / "kept/parts/2-0-2.jsonl").write_text("".join(lines[6:9] + lines[12:14]))
+            (folder / "kept/parts/2-1-2.jsonl").write_text(lines[9][:20])
+        resumed = [
+            *predicted,
+            "--checkpoint",
+            folder / "whole",
+            "--out",
+            folder / "kept",
+            "--resume",
+        ]
+        run("resumed prediction", *resumed)
+        run("other model", *predicted, "--checkpoint", other, "--out", folder / "other model")
+        own = folder / f"own{rank}"
+        run("no common folder", *predicted, "--checkpoint", folder / "whole", "--out", own)
+        run("calibrate", "calibrate", data, "--checkpoint", folder / "whole")
         found["ddp"] = {b: ddp_difference(group, b) for b in ("tiled", "triton", "dense")}
         (folder / f"found{rank}.json").write_text(json.dumps(found))
         if rank == 1:
@@ -298,12 +323,42 @@ def test_metrics_of_two_processes_are_those_of_one(folder, found):
         ("other weights", "digest of the weights is "),
         ("one image", "1 training images cannot be shared among 2 processes"),
         ("unreadable", "no training image of cloth can be read"),
-        ("predict", "rlr-fast predict works in one process; start it without torchrun"),
+        ("other model", "digest of the weights is "),
+        ("calibrate", "rlr-fast calibrate works in one process; start it without torchrun"),
     ],
 )
 def test_an_error_ends_both_processes_with_one_message(folder, found, name, message):
     assert message in stopped(found, name)
     assert not (folder / name).exists()
+
+
+def test_a_prediction_of_two_processes_has_the_rows_of_one(folder, found, tmp_path):
+    model = RLRModel.from_pretrained(folder / "whole")
+    images = find_images([folder / "unreadable data"]).classified(["bolt", "cloth"])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    execution = InferenceExecution(batch_size=3)
+    result = predict(model, images, tmp_path, color_scale(folder / "whole"), execution)
+    torch.set_num_threads(threads)
+    assert len(result.failures) == 5
+    assert [process["predict"][0] for process in found] == [1, 0]  # files were left out
+    assert "13 of 18 images scored" in found[0]["predict"][1]
+    assert found[1]["predict"][1:] == ["", ""]
+    for name in ("results.csv", "results.jsonl"):
+        assert (folder / "predicted" / name).read_bytes() == (tmp_path / name).read_bytes()
+    drawn = {p.relative_to(tmp_path) for p in tmp_path.rglob("*.png")}
+    assert {p.relative_to(folder / "predicted") for p in folder.glob("predicted/**/*.png")} == drawn
+    assert not (folder / "predicted/parts").exists()
+
+
+def test_two_processes_go_on_with_a_prediction_that_was_stopped(folder, found):
+    assert [process["resumed prediction"][0] for process in found] == [1, 0]
+    for name in ("results.csv", "results.jsonl", "prediction.json"):
+        assert (folder / "kept" / name).read_bytes() == (folder / "predicted" / name).read_bytes()
+
+
+def test_processes_that_do_not_see_one_folder_are_refused(found):
+    assert "all processes must see the same --out" in stopped(found, "no common folder")
 
 
 def test_a_process_that_dies_without_a_word_ends_the_other(folder, found):
@@ -359,7 +414,7 @@ def test_processes_do_not_repeat_each_others_numbers(dataset, tmp_path):
 
 @pytest.mark.parametrize(
     "command",
-    ["demo", "data make d", "data check d", "predict p --checkpoint r --out o", "info"],
+    ["demo", "data make d", "data check d", "calibrate p --checkpoint r", "info"],
 )
 def test_verbs_for_one_process_refuse_torchrun(command, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
