@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
+import installed
 import pytest
 from packaging.requirements import Requirement
 
@@ -60,3 +65,45 @@ def test_triton_is_wanted_where_it_has_wheels(system, machine, wanted):
     marker = Requirement(line).marker
     assert marker is not None
     assert marker.evaluate({"platform_system": system, "platform_machine": machine}) == wanted
+
+
+def test_the_wheel_works_where_no_checkout_is(tmp_path):
+    sources = installed.copy_sources(tmp_path / "sources")
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    build = ["wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path, sources]
+    subprocess.run([*pip, *build], check=True)
+    [wheel] = tmp_path.glob("*.whl")
+    subprocess.run([*pip, "install", "--no-deps", "--target", tmp_path / "site", wheel], check=True)
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+    installed.use(sys.executable, tmp_path / "site", tmp_path / "empty", environment)
+
+
+# Of the standard library, what Windows does not have.
+POSIX = {"fcntl", "grp", "posix", "pty", "pwd", "resource", "termios", "tty", "syslog"}
+
+
+def test_nothing_that_one_system_lacks_is_imported():
+    for file in (ROOT / "rlr_fast").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert POSIX.isdisjoint(name.partition(".")[0] for name in names), file
+
+
+def test_without_triton_all_but_its_kernels_works():
+    """As on macOS and Windows, which have no Triton."""
+    program = """
+import sys
+sys.modules["triton"] = None
+import torch
+from rlr_fast import RLRConfig, RLRModel
+from rlr_fast.functional import unsupported_reason
+size = dict(image_size=(32, 32), out_indices=(2,), hidden=(16,), heads=(1,), windows=(3,), blocks=1)
+model = RLRModel(RLRConfig(backbone="tf_efficientnet_lite0", backbone_weights="random", **size))
+assert model.eval()(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).score.isfinite().all()
+print(unsupported_reason("triton", torch.device("cpu")))
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert "triton" in found.stdout.lower()
