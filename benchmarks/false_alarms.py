@@ -161,6 +161,8 @@ def read_results(path: Path) -> tuple[Scores, Scores]:
     defects: dict[str, list[float]] = {}
     with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
+            if row.get("failure"):
+                continue
             kind = normal if Path(row["path"]).parent.name == NORMAL else defects
             kind.setdefault(row["class"], []).append(float(row["score"]))
     return tuple({n: np.array(v) for n, v in kind.items()} for kind in (normal, defects))  # type: ignore[return-value]
@@ -173,11 +175,13 @@ def main() -> int:
     parser.add_argument("--run", type=Path, help="the run that predicted: units of its classes")
     parser.add_argument("--images", type=int, default=400, help="simulated images per class")
     parser.add_argument("--splits", type=int, default=1000)
+    parser.add_argument("--share", type=float, default=0.5, help="of the images, to calibrate")
     parser.add_argument("--alpha", type=float, nargs="+", default=ALPHAS)
     args = parser.parse_args()
     normal, defects = read_results(args.results) if args.results else (simulated(args.images), {})
     units = trained_classes(args.run) if args.run else {}
-    found = measure(normal, defects, args.alpha, units=units, splits=args.splits)
+    options = {"units": units, "splits": args.splits, "share": args.share}
+    found = measure(normal, defects, args.alpha, **options)
     print(table(found))
     return 0 if all(each.holds for each in found) else 1
 
