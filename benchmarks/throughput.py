@@ -27,6 +27,7 @@ from rlr_fast.data import read_dataset
 from rlr_fast.functional import resolve_backend
 from rlr_fast.training.distributed import Processes
 from rlr_fast.training.feature_cache import FeatureCache
+from rlr_fast.training.steps import Steps
 from rlr_fast.training.train import train
 from rlr_fast.training.trainer import Trainer
 
@@ -57,7 +58,7 @@ class Clock:
                 patch(torch.Tensor, "backward", "backward")
                 patch(torch.optim.Adam, "step", "optimizer")
             else:
-                patch(Trainer, "_step", "steps")
+                patch(Steps, "take", "steps")
             patched.append((Trainer, "_train_epoch", Trainer._train_epoch))
             Trainer._train_epoch = self._epochs(Trainer._train_epoch)  # type: ignore[method-assign]
             yield self

@@ -33,8 +33,8 @@ from rlr_fast.models.environment import choose_device
 from rlr_fast.training import run_dir
 from rlr_fast.training.calibration import color_scale
 from rlr_fast.training.distributed import PeerError, Processes, processes
+from rlr_fast.training.steps import Steps, step_shares
 from rlr_fast.training.train import train
-from rlr_fast.training.trainer import Trainer, step_shares
 
 CPU = torch.device("cpu")
 MODEL = RLRConfig(
@@ -401,13 +401,13 @@ def test_steps_have_a_whole_batch_and_every_image_once(counts, batch):
 
 
 def test_processes_do_not_repeat_each_others_numbers(dataset, tmp_path):
-    class Seeds(Trainer):
+    class Seeds(Steps):
         def __init__(self, rank: int) -> None:
             self.recipe, self.processes = STEPS, Processes(rank)
 
     drawn = [
         tuple(torch.randint(2**31, (4,), generator=torch.Generator().manual_seed(seed)).tolist())
-        for seed in (Seeds(rank)._seed(i) for rank in range(8) for i in range(-20, 20))
+        for seed in (Seeds(rank).seed(i) for rank in range(8) for i in range(-20, 20))
     ]
     assert len(set(drawn)) == len(drawn)
 

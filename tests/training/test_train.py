@@ -26,6 +26,7 @@ from rlr_fast.training import run_dir
 from rlr_fast.training.distributed import Processes
 from rlr_fast.training.feature_cache import cached_features
 from rlr_fast.training.run_dir import TrainingError, check_folder
+from rlr_fast.training.steps import Steps
 from rlr_fast.training.train import train
 from rlr_fast.training.trainer import Trainer
 
@@ -204,15 +205,15 @@ def test_kill_9_at_any_moment_then_resume_ends_with_the_same_bits(tree, tmp_path
 
 
 def test_loss_that_is_not_finite_stops_with_step_and_level(dataset, tmp_path, monkeypatch):
-    step = Trainer._step
+    take = Steps.take
 
-    def poison(self, index, tokens):
-        if index == 4:
+    def poison(self, step, tokens):
+        if step == 4:
             with torch.no_grad():
                 self.model.levels[1].token_out.bias.fill_(torch.nan)
-        step(self, index, tokens)
+        return take(self, step, tokens)
 
-    monkeypatch.setattr(Trainer, "_step", poison)
+    monkeypatch.setattr(Steps, "take", poison)
     with pytest.raises(TrainingError, match=r"loss of level 1 is not finite at step 4 \(epoch 2\)"):
         run(dataset, tmp_path / "run", tmp_path)
     assert all(v.isfinite().all() for v in weights(tmp_path / "run").values())
@@ -272,7 +273,7 @@ def test_resume_with_other_images_is_refused_and_keeps_the_record(dataset, tmp_p
 
 def test_a_run_that_finished_no_epoch_leaves_its_folder_free(dataset, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_step", lambda *_: 1 / 0)
+        patch.setattr(Steps, "take", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(dataset, tmp_path / "run", tmp_path)
     run(dataset, tmp_path / "run", tmp_path, recipe=dataclasses.replace(BRIEF, lr=2e-3))
@@ -382,10 +383,10 @@ def test_seed_decides_order_and_noise(dataset, tmp_path):
     drawn = set()
     for seed in range(8):
         recipe = dataclasses.replace(BRIEF, seed=seed)
-        trainer = Trainer.__new__(Trainer)
-        trainer.recipe, trainer.processes = recipe, Processes()
+        steps = Steps.__new__(Steps)
+        steps.recipe, steps.processes = recipe, Processes()
         for index in (-2, -1, 0, 1):
-            generator = torch.Generator().manual_seed(trainer._seed(index))
+            generator = torch.Generator().manual_seed(steps.seed(index))
             drawn.add(float(torch.randn(1, generator=generator, dtype=torch.float64)))
     assert len(drawn) == 32
 
@@ -414,21 +415,16 @@ def test_micro_batches_add_up_to_the_step(dataset, tmp_path):
         run(dataset, tmp_path / "none", tmp_path, micro_batch_size=0)
 
 
-def test_diversity_counts_once_per_step_over_micro_batches_and_processes(tmp_path):
+def test_diversity_counts_once_per_step_over_micro_batches_and_processes():
     config = dataclasses.replace(SMALL, perturbation=0.0, references=3, diversity=0.5)
     model = RLRModel(config)
     tokens = model.tokens(torch.rand(5, 3, *SMALL.image_size))
     names = [name for name, _ in model.levels.named_parameters()]
 
-    class Share(Processes):
-        def all_gather(self, value):
-            return [4, 1]
-
     def gradients(rank, part, size):
         recipe = dataclasses.replace(BRIEF, batch_size=5)
-        features = range(len(part[0]))
-        trainer = Trainer(model, recipe, features, tmp_path, Share(rank), micro_batch_size=size)
-        losses = trainer._gradients(0, part)
+        steps = Steps(model, recipe, [4, 1], Processes(rank), micro_batch_size=size)
+        losses = steps._gradients(0, part)
         return losses, {n: p.grad.clone() for n, p in model.levels.named_parameters()}
 
     # Micro-batches of 3 and 1 in the one process, of 1 in the other.
