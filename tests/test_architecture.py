@@ -19,7 +19,7 @@ FLOORS = (
     {"visualization"},
     {"training"},
     {"inference"},
-    {"paper"},
+    {"paper", "integrations"},
     {"cli"},
     {"__main__"},
 )

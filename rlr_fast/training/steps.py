@@ -56,6 +56,25 @@ def parameter_count(optimizer: torch.optim.Optimizer) -> int:
     return sum(len(group["params"]) for group in optimizer.param_groups)
 
 
+def number_seed(seed: int, rank: int, index: int) -> int:
+    """Return the seed of a step (index from 0) or of an epoch (index -1 - epoch).
+
+    Args:
+        seed: Of the recipe.
+        rank: Of the process.
+        index: Of the step or the epoch.
+    """
+    # Hashed: a CPU's generator takes the low 32 bits alone.
+    name = f"{seed} {rank} {index}".encode()
+    return int.from_bytes(hashlib.blake2b(name, digest_size=7).digest(), "little")
+
+
+def epoch_order(seed: int, rank: int, epoch: int, images: int) -> Tensor:
+    """Return the order in which an epoch takes a process's images, (images,)."""
+    generator = torch.Generator().manual_seed(number_seed(seed, rank, -1 - epoch))
+    return torch.randperm(images, generator=generator)
+
+
 class Steps:
     """Takes the steps of a training; each depends on the model, its number and its images alone.
 
@@ -105,8 +124,7 @@ class Steps:
 
     def order(self, epoch: int, images: int) -> Tensor:
         """Return the order in which an epoch takes this process's images, (images,)."""
-        generator = torch.Generator().manual_seed(self.seed(-1 - epoch))
-        return torch.randperm(images, generator=generator)
+        return epoch_order(self.recipe.seed, self.processes.rank, epoch, images)
 
     def take(self, step: int, tokens: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Take a step; nothing in it waits for the device.
@@ -223,8 +241,6 @@ class Steps:
             factor = 0.5 * (1 + math.cos(math.pi * progress))
         return self.recipe.lr * factor
 
-    def seed(self, index: int) -> int:
-        """Return this process's seed of a step (index from 0) or of an epoch (index -1 - epoch)."""
-        # Hashed: a CPU's generator takes the low 32 bits alone.
-        name = f"{self.recipe.seed} {self.processes.rank} {index}".encode()
-        return int.from_bytes(hashlib.blake2b(name, digest_size=7).digest(), "little")
+    def seed(self, step: int) -> int:
+        """Return this process's seed of a step's noise."""
+        return number_seed(self.recipe.seed, self.processes.rank, step)

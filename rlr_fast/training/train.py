@@ -144,7 +144,7 @@ def train(
             print(_calibration_plan(data, recipe.calibration_share), file=sys.stderr)
         features, samples, failures = _features(model, data, execution, quiet, progress, group)
         if config.standardize:
-            _fit_standardization(model, features, group)
+            fit_standardization(model, features, group)
         trainer = Trainer(
             model,
             recipe,
@@ -292,7 +292,7 @@ def _features(
 
 
 @torch.no_grad()
-def _fit_standardization(model: RLRModel, features: Features, processes: Processes) -> None:
+def fit_standardization(model: RLRModel, features: Features, processes: Processes) -> None:
     """Set each level's channel mean and deviation over all processes' tokens, in float64."""
     device = next(model.levels.parameters()).device
     modules = [cast(Standardize, module) for module in model.standardize]

@@ -26,7 +26,7 @@ from rlr_fast.training import run_dir
 from rlr_fast.training.distributed import Processes
 from rlr_fast.training.feature_cache import cached_features
 from rlr_fast.training.run_dir import TrainingError, check_folder
-from rlr_fast.training.steps import Steps
+from rlr_fast.training.steps import Steps, number_seed
 from rlr_fast.training.train import train
 from rlr_fast.training.trainer import Trainer
 
@@ -382,11 +382,8 @@ def test_seed_decides_order_and_noise(dataset, tmp_path):
     """Not only the initial weights: a CPU's generator takes few of a seed's bits."""
     drawn = set()
     for seed in range(8):
-        recipe = dataclasses.replace(BRIEF, seed=seed)
-        steps = Steps.__new__(Steps)
-        steps.recipe, steps.processes = recipe, Processes()
         for index in (-2, -1, 0, 1):
-            generator = torch.Generator().manual_seed(steps.seed(index))
+            generator = torch.Generator().manual_seed(number_seed(seed, 0, index))
             drawn.add(float(torch.randn(1, generator=generator, dtype=torch.float64)))
     assert len(drawn) == 32
 

@@ -1,0 +1,340 @@
+"""RLR as a model of anomalib, and a data module of several classes for it.
+
+Needs anomalib 2.7 or later (``pip install 'rlr_fast[anomalib]'``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas
+import torch
+from anomalib import LearningType
+from anomalib.data import AnomalibDataModule, AnomalibDataset, Batch, InferenceBatch
+from anomalib.data.utils import LabelName, TestSplitMode, ValSplitMode
+from anomalib.models.components import AnomalibModule
+from anomalib.pre_processing import PreProcessor
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Sampler
+from torchvision.transforms.v2 import Resize
+
+from rlr_fast.config import PRESETS, RLRConfig, TrainConfig, suggest
+from rlr_fast.data import Sample, read_dataset
+from rlr_fast.data.images import ImageFailure
+from rlr_fast.models.rlr import RLRModel
+from rlr_fast.training.distributed import Processes
+from rlr_fast.training.score_fit import level_scales
+from rlr_fast.training.steps import Steps, epoch_order
+from rlr_fast.training.train import fit_standardization
+
+if TYPE_CHECKING:
+    from anomalib.evaluator import Evaluator
+    from anomalib.visualization import Visualizer
+
+
+class Inference(nn.Module):
+    """What anomalib calls and exports: images in, scores and maps out.
+
+    Args:
+        rlr: The model.
+    """
+
+    def __init__(self, rlr: RLRModel) -> None:
+        super().__init__()
+        self.rlr = rlr
+
+    def forward(self, images: Tensor) -> InferenceBatch:
+        """Return image scores (B,) and score maps (B, 1, H, W) of RGB images in [0, 1]."""
+        output = self.rlr(images)
+        return InferenceBatch(pred_score=output.score, anomaly_map=output.score_map)
+
+
+class Rlr(AnomalibModule):
+    """RLR for anomalib's Engine and command: train, test, predict, export.
+
+    From the same seed, with `MultiCategory` and images of the model's size, the Engine trains the
+    weights that ``rlr-fast train --cache none --calibration-share 0`` trains. Images of another
+    size are resized by anomalib's bilinear filter, ours by Lanczos.
+
+    Args:
+        preset: Where the settings start, one of `rlr_fast.config.PRESETS`.
+        model: Fields of `RLRConfig` that differ.
+        recipe: Fields of `TrainConfig` that differ. The Engine trains for its ``epochs``; the data
+            module's ``train_batch_size`` must be its ``batch_size``.
+        pre_processor: See anomalib; by default images are resized to the model's image size.
+        post_processor: See anomalib.
+        evaluator: See anomalib.
+        visualizer: See anomalib.
+
+    Raises:
+        ValueError: There is no such preset, or a field breaks its rule.
+        BackboneWeightsError: The backbone's weights cannot be had.
+    """
+
+    def __init__(
+        self,
+        preset: str = "accurate",
+        model: dict[str, Any] | None = None,
+        recipe: dict[str, Any] | None = None,
+        pre_processor: nn.Module | bool = True,
+        post_processor: nn.Module | bool = True,
+        evaluator: Evaluator | bool = True,
+        visualizer: Visualizer | bool = True,
+    ) -> None:
+        if preset not in PRESETS:
+            raise ValueError(f"preset: there is no {preset!r}; {suggest(preset, PRESETS)}")
+        start = PRESETS[preset]
+        # Before the base class asks for the pre-processor.
+        self.config = RLRConfig.from_dict(start.model.to_dict() | (model or {}))
+        self.recipe = TrainConfig(**dataclasses.asdict(start.train) | (recipe or {}))
+        super().__init__(pre_processor, post_processor, evaluator, visualizer)
+        torch.manual_seed(self.recipe.seed)
+        self.model = Inference(RLRModel(self.config))
+        self.automatic_optimization = False
+        self._steps: Steps | None = None
+        self._optimizer_states: list[dict[str, Any]] | None = None
+
+    @classmethod
+    def from_run(cls, run: str | Path, **options: Any) -> Rlr:
+        """Return the model of a run, to test, predict or export.
+
+        Args:
+            run: Folder of a run, or name of a repository on the hub.
+            options: Of anomalib: pre_processor and the like.
+
+        Raises:
+            CheckpointError: A file is missing or damaged.
+        """
+        rlr: RLRModel = RLRModel.from_pretrained(run)
+        module = cls(model=rlr.config.to_dict(), **options)
+        module.model.rlr.load_checkpoint_state(rlr.checkpoint_state())
+        return module
+
+    @property
+    def rlr(self) -> RLRModel:
+        """The model; its ``save_pretrained`` writes what ``rlr-fast`` reads."""
+        rlr: RLRModel = self.model.rlr
+        return rlr
+
+    def configure_pre_processor(self, image_size: tuple[int, int] | None = None) -> PreProcessor:
+        """Return what resizes images to the model's image size; the model normalizes by itself."""
+        size = image_size or self.config.image_size
+        return PreProcessor(transform=Resize(size, antialias=True))
+
+    @property
+    def trainer_arguments(self) -> dict[str, Any]:
+        """The Engine's: as many epochs as the recipe has."""
+        return {
+            "max_epochs": self.recipe.epochs,
+            "num_sanity_val_steps": 0,
+        }
+
+    @property
+    def learning_type(self) -> LearningType:
+        """Normal images alone are learned from."""
+        return LearningType.ONE_CLASS
+
+    def configure_optimizers(self) -> None:
+        """Leave the optimizers to the steps."""
+
+    def on_train_start(self) -> None:
+        """Prepare the steps; fit the standardization to the training images, if there is one.
+
+        Raises:
+            ValueError: The batches are not the recipe's, or there are several processes.
+        """
+        loader = self.trainer.train_dataloader
+        if loader.batch_size != self.recipe.batch_size:
+            raise ValueError(
+                f"train_batch_size must be that of the recipe, {self.recipe.batch_size}, got "
+                f"{loader.batch_size}"
+            )
+        if self.trainer.world_size > 1:
+            raise ValueError("anomalib trains RLR in one process; torchrun ... rlr-fast in several")
+        features = _DatasetFeatures(self.rlr, loader.dataset)
+        self._steps = Steps(self.rlr, self.recipe, [len(features)], Processes())
+        if self._optimizer_states is not None:
+            for optimizer, state in zip(
+                self._steps.optimizers, self._optimizer_states, strict=True
+            ):
+                optimizer.load_state_dict(state)
+        elif self.config.standardize:
+            fit_standardization(self.rlr, features, Processes())
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        """Take a step.
+
+        Raises:
+            RuntimeError: The loss is not finite.
+        """
+        assert self._steps is not None
+        step = self.current_epoch * self._steps.per_epoch + batch_idx
+        losses, _ = self._steps.take(step, _features(self.rlr, batch.image))
+        loss = losses.sum()
+        if not loss.isfinite():
+            raise RuntimeError(f"the loss is not finite at step {step}")
+        self.log("train_loss", loss, prog_bar=True, batch_size=len(batch.image))
+        # Lightning counts steps by its own optimizers, and writes checkpoints by the count.
+        progress = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+        progress.increment_ready()
+        progress.increment_completed()
+
+    def on_train_epoch_end(self) -> None:
+        """After the last epoch put the levels on one scale, if the recipe says so."""
+        if self.current_epoch + 1 == self.recipe.epochs and self.recipe.score_fit == "scaled":
+            features = _DatasetFeatures(self.rlr, self.trainer.train_dataloader.dataset)
+            offsets, weights = level_scales(self.rlr, features, Processes())
+            self.rlr.set_score(level_offsets=offsets, level_weights=weights)
+
+    def validation_step(self, batch: Batch, *_: Any, **__: Any) -> Batch:
+        """Score a batch, for anomalib's thresholds."""
+        return batch.update(**self.model(batch.image)._asdict())
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the scores' settings and the optimizers' state, as plain values."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["rlr_config"] = self.rlr.config.to_json()
+        if self._steps is not None:
+            states = [optimizer.state_dict() for optimizer in self._steps.optimizers]
+            checkpoint["rlr_optimizers"] = states
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take them up again."""
+        super().on_load_checkpoint(checkpoint)
+        config = RLRConfig.from_dict(json.loads(checkpoint["rlr_config"]))
+        self.rlr.set_score(level_offsets=config.level_offsets, level_weights=config.level_weights)
+        self._optimizer_states = checkpoint.get("rlr_optimizers")
+
+
+class _DatasetFeatures:
+    """Features of the images of one of anomalib's data sets, see `rlr_fast.training.features`."""
+
+    def __init__(self, rlr: RLRModel, dataset: AnomalibDataset) -> None:
+        self._rlr, self._dataset = rlr, dataset
+        self.failures: list[ImageFailure] = []  # anomalib reads all or raises
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def batches(self, rows: Sequence[Tensor], device: torch.device) -> Iterator[list[Tensor]]:
+        """Yield the tokens [(B, N_j, C_j)], float32 on ``device``, of each group of rows (B,)."""
+        for group in rows:
+            images = torch.stack([self._dataset[int(i)].image for i in group])
+            yield _features(self._rlr, images.to(device))
+
+
+def _features(rlr: RLRModel, images: Tensor) -> list[Tensor]:
+    """Return the tokens of images in [0, 1] as `rlr_fast.training.features` has them."""
+    pixels = (255 * images).round().to(torch.uint8)
+    return [t.to(torch.bfloat16).float() for t in rlr.tokens(pixels)]
+
+
+class MultiCategoryDataset(AnomalibDataset):
+    """Images of several classes.
+
+    Args:
+        samples: Of `rlr_fast.data`, of one split.
+        split: Its name, ``train`` or ``test``.
+        has_masks: Whether the data set has masks.
+
+    Raises:
+        ValueError: An image has several masks, as in MVTec LOCO.
+    """
+
+    def __init__(
+        self, samples: Mapping[str, Sequence[Sample]], split: str, has_masks: bool
+    ) -> None:
+        super().__init__()
+        rows = []
+        for category, of_class in samples.items():
+            for sample in of_class:
+                if len(sample.mask_paths) > 1:
+                    raise ValueError(f"{sample.path} has several masks, and anomalib reads one")
+                index = LabelName.ABNORMAL if sample.is_anomaly else LabelName.NORMAL
+                mask = str(sample.mask_paths[0]) if sample.mask_paths else ""
+                about = (split, sample.defect, int(index), mask, category)
+                rows.append((str(sample.path), *about))
+        columns = ["image_path", "split", "label", "label_index", "mask_path", "category"]
+        self.samples = pandas.DataFrame(rows, columns=columns)
+        self.samples.attrs["task"] = "segmentation" if has_masks else "classification"
+
+
+class MultiCategory(AnomalibDataModule):
+    """A data module of all classes of a data set, for one model of them all.
+
+    Args:
+        root: Root folder: MVTec-AD, MPDD, VisA, BTAD or folders of images, as `rlr-fast` reads it.
+        layout: Of the folder; ``auto`` finds out which it is.
+        classes: Only these classes.
+        train_batch_size: Images of a training step.
+        eval_batch_size: Images that are scored at once.
+        num_workers: Processes that decode.
+        val_split_mode: See anomalib; its thresholds are set on these images.
+        val_split_ratio: See anomalib.
+        seed: Of the order of training images, which is that of ``rlr-fast train``, and of splits.
+
+    Raises:
+        ValueError: The folder does not follow the layout, or a class has no images to train or test
+            on; at `setup`.
+    """
+
+    def __init__(
+        self,
+        root: Path | str,
+        layout: str = "auto",
+        classes: Sequence[str] | None = None,
+        train_batch_size: int = 8,
+        eval_batch_size: int = 8,
+        num_workers: int = 0,
+        val_split_mode: ValSplitMode | str = ValSplitMode.SAME_AS_TEST,
+        val_split_ratio: float = 0.5,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            train_batch_size,
+            eval_batch_size,
+            num_workers,
+            val_split_mode=val_split_mode,
+            val_split_ratio=val_split_ratio,
+            test_split_mode=TestSplitMode.FROM_DIR,
+            seed=seed,
+        )
+        self.root, self.layout, self.classes = Path(root), layout, classes
+
+    def _setup(self, _stage: str | None = None) -> None:
+        data = read_dataset(self.root, self.layout, self.classes)
+        data.require_train()
+        data.require_test()
+        self.train_data = MultiCategoryDataset(data.train, "train", data.has_masks)
+        self.test_data = MultiCategoryDataset(data.test, "test", data.has_masks)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Return the training images, in the order of ``rlr-fast train`` with the same seed."""
+        return DataLoader(
+            dataset=self.train_data,
+            sampler=_Order(len(self.train_data), self.seed),
+            batch_size=self.train_batch_size,
+            num_workers=self.num_workers,
+            collate_fn=self.external_collate_fn or self.train_data.collate_fn,
+        )
+
+
+class _Order(Sampler[int]):
+    """The order of the training images, another one in each epoch."""
+
+    def __init__(self, images: int, seed: int) -> None:
+        self._images, self._seed, self._epoch = images, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Take the order of an epoch; Lightning calls it."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return self._images
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(epoch_order(self._seed, 0, self._epoch, self._images).tolist())

@@ -1,0 +1,139 @@
+"""anomalib trains, tests, keeps and exports RLR, and the numbers are ours."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+pytest.importorskip("anomalib", reason="the extra 'anomalib' is not installed")
+
+from anomalib.engine import Engine
+from anomalib.metrics import AUROC, Evaluator
+from conftest import SMALL, make_tree
+from sklearn.metrics import roc_auc_score
+
+from rlr_fast import RLRModel, TrainConfig
+from rlr_fast.config import TrainExecution
+from rlr_fast.data import load_image, load_sample_mask, read_dataset
+from rlr_fast.integrations.anomalib import MultiCategory, Rlr
+from rlr_fast.training.train import train
+
+CONFIG = dataclasses.replace(SMALL, standardize=True)
+RECIPE = TrainConfig(epochs=2, batch_size=4, lr=1e-3, optimizer="muon", score_fit="scaled")
+QUIET = {"logger": False, "accelerator": "cpu", "enable_progress_bar": False}
+
+
+def module(recipe=RECIPE, **options):
+    return Rlr("tiny", CONFIG.to_dict(), dataclasses.asdict(recipe), visualizer=False, **options)
+
+
+def data(root):
+    return MultiCategory(root, train_batch_size=4, eval_batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A data set, and a model that the Engine has trained on it."""
+    root = tmp_path_factory.mktemp("anomalib")
+    make_tree(root / "data")
+    rlr = module()
+    engine = Engine(default_root_dir=root / "engine", **QUIET)
+    engine.fit(rlr, datamodule=data(root / "data"))
+    return root, rlr, engine
+
+
+@pytest.fixture(scope="module")
+def ours(trained):
+    """What we train from the same seed."""
+    root, _, _ = trained
+    execution = TrainExecution(device="cpu", cache="none")
+    train(CONFIG, RECIPE, read_dataset(root / "data"), root / "ours", execution, quiet=True)
+    return RLRModel.from_pretrained(root / "ours")
+
+
+def test_the_engine_trains_the_same_weights(trained, ours):
+    _, rlr, _ = trained
+    found, expected = rlr.rlr.checkpoint_state(), ours.checkpoint_state()
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=name)
+    assert rlr.rlr.config.level_weights == pytest.approx(ours.config.level_weights, rel=1e-3)
+
+
+def test_the_engines_metrics_are_ours(trained, ours, tmp_path):
+    root, _, _ = trained
+    auroc = [
+        AUROC(fields=["pred_score", "gt_label"], prefix="image_"),
+        AUROC(fields=["anomaly_map", "gt_mask"], prefix="pixel_"),
+    ]
+    # Its own scores are clipped to a range that the thresholds set.
+    options = {"post_processor": False, "evaluator": Evaluator(test_metrics=auroc)}
+    rlr = Rlr.from_run(root / "ours", visualizer=False, **options)
+    engine = Engine(default_root_dir=tmp_path, **QUIET)
+    [metrics] = engine.test(rlr, datamodule=data(root / "data"), verbose=False)
+    labels, scores, masks, maps = [], [], [], []
+    for of_class in read_dataset(root / "data").test.values():
+        for sample in of_class:
+            out = ours.eval()(load_image(sample.path, CONFIG.image_size)[None])
+            labels.append(sample.is_anomaly)
+            scores.append(out.score.item())
+            masks.append(load_sample_mask(sample, CONFIG.image_size).flatten())
+            maps.append(out.score_map.detach().flatten())
+    expected = roc_auc_score(labels, scores), roc_auc_score(torch.cat(masks), torch.cat(maps))
+    found = metrics["image_AUROC"], metrics["pixel_AUROC"]
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_checkpoint_of_the_engine_is_loaded_safely_and_scores_the_same(trained):
+    _, rlr, engine = trained
+    path = engine.trainer.checkpoint_callback.best_model_path
+    assert path
+    kept = torch.load(path, weights_only=True)
+    assert "rlr_config" in kept
+    loaded = Rlr.load_from_checkpoint(path, visualizer=False, weights_only=True)
+    images = torch.rand(3, 3, *CONFIG.image_size)
+    expected = rlr.rlr.eval()(images)
+    torch.testing.assert_close(loaded.rlr.eval()(images).score, expected.score)
+
+
+def test_a_run_of_ours_is_scored_as_it_is(trained, ours):
+    root, _, _ = trained
+    rlr = Rlr.from_run(root / "ours", visualizer=False).eval()
+    images = torch.rand(3, 3, *CONFIG.image_size)
+    found = rlr.model(images)
+    expected = ours.eval()(images)
+    torch.testing.assert_close(found.pred_score, expected.score)
+    torch.testing.assert_close(found.anomaly_map, expected.score_map)
+
+
+def test_what_the_engine_trained_is_a_folder_for_us(trained, tmp_path):
+    _, rlr, _ = trained
+    rlr.rlr.save_pretrained(tmp_path / "run")
+    images = torch.rand(2, 3, *CONFIG.image_size)
+    found = RLRModel.from_pretrained(tmp_path / "run").eval()(images)
+    torch.testing.assert_close(found.score, rlr.rlr.eval()(images).score)
+
+
+def test_batches_that_are_not_those_of_the_recipe_are_refused(trained, tmp_path):
+    root, _, _ = trained
+    engine = Engine(default_root_dir=tmp_path, **QUIET)
+    with pytest.raises(ValueError, match="train_batch_size must be that of the recipe, 4, got 3"):
+        engine.fit(module(), datamodule=MultiCategory(root / "data", train_batch_size=3))
+
+
+def test_a_preset_that_does_not_exist_is_refused():
+    with pytest.raises(ValueError, match="preset: there is no 'small'"):
+        Rlr("small")
+
+
+def test_the_data_module_has_all_classes(trained):
+    root, _, _ = trained
+    module = data(root / "data")
+    module.setup()
+    assert len(module.train_data) == 10 and len(module.test_data) == 8
+    assert set(module.train_data.samples.category) == {"bolt", "cloth"}
+    assert module.task == "segmentation"
+    item = next(i for i in module.test_data if i.gt_label)
+    assert item.gt_mask.any()
