@@ -10,7 +10,7 @@ from typing import Any
 
 from rlr_fast.config import suggest
 from rlr_fast.inference.decisions import ALPHA, CALIBRATE, Decider
-from rlr_fast.models.checkpoint import CheckpointError, check_checkpoint
+from rlr_fast.models.checkpoint import CheckpointError
 from rlr_fast.training.calibration import color_scale, read_calibration, trained_classes
 
 _log = logging.getLogger(__name__)
@@ -26,22 +26,17 @@ def check_out(out: Path) -> None:
         raise ValueError(f"--out must be a folder, {str(out)!r} is a file")
 
 
-def given_scale(scale: tuple[float, float] | None, checkpoint: str) -> tuple[float, float]:
+def given_scale(scale: tuple[float, float] | None, checkpoint: Path) -> tuple[float, float]:
     """Return the color scale: the one that was given, or the checkpoint's own.
 
     Raises:
         ValueError: It is no range, or the checkpoint has none.
-        CheckpointError: There is no checkpoint.
     """
-    check_checkpoint(checkpoint)
     if scale is None:
         try:
-            return color_scale(Path(checkpoint))
+            return color_scale(checkpoint)
         except CheckpointError as error:
-            reason = str(error)
-            if not Path(checkpoint).is_dir():
-                reason = f"there is no folder {checkpoint!r}, and a repository has no color scale"
-            raise ValueError(f"{reason}; give one by --scale LOW HIGH") from error
+            raise ValueError(f"{error}; give one by --scale LOW HIGH") from error
     low, high = scale
     if not low < high:
         raise ValueError(f"--scale: LOW must be below HIGH, got {low} {high}")
@@ -59,7 +54,7 @@ def check_class(name: str, known: Collection[str], run: str | Path) -> None:
 
 
 def given_decider(
-    checkpoint: str,
+    checkpoint: Path,
     scoring: Mapping[str, Any],
     categories: Collection[str | None],
     *,
@@ -72,7 +67,7 @@ def given_decider(
     What stands in the way is an error where a flag asks for decisions, and else a warning.
 
     Args:
-        checkpoint: Folder of a run, or name of a repository, which has no calibration.
+        checkpoint: Folder of a run.
         scoring: How the images are scored, from `scoring_identity`.
         categories: Classes of the images; None is one that is not known.
         alpha: Of ``--alpha``, if given.
@@ -83,12 +78,12 @@ def given_decider(
         ValueError: Decisions are asked for and cannot be made; the message says what would help.
         CheckpointError: The calibration is damaged.
     """
-    calibration = read_calibration(Path(checkpoint))
+    calibration = read_calibration(checkpoint)
     decider = None
     try:
         if calibration is None:
             raise ValueError(f"{checkpoint} has no calibration: {CALIBRATE}")
-        units = trained_classes(Path(checkpoint))
+        units = trained_classes(checkpoint)
         decider = Decider(calibration, ALPHA if alpha is None else alpha, pool, units)
         decider.check_scoring(scoring)
         reason = decider.undecided(categories)

@@ -39,6 +39,7 @@ def evaluate(
     from rlr_fast.inference.batches import load_model
     from rlr_fast.inference.evaluate import FigureOptions, evaluate
     from rlr_fast.inference.report import model_facts
+    from rlr_fast.models.checkpoint import fetch_checkpoint
     from rlr_fast.training.calibration import scoring_identity
     from rlr_fast.training.distributed import processes
     from rlr_fast.training.progress import progress_bar
@@ -47,6 +48,7 @@ def evaluate(
     with processes() as group:
         with group.together():
             how = InferenceExecution(**execution)
+            folder = fetch_checkpoint(checkpoint)
             images = read_dataset(data, layout, classes)
             images.require_test()
             check_out(out)
@@ -54,14 +56,14 @@ def evaluate(
             if report:
                 check_report(out)
             if figures or report:
-                colors = given_scale(scale, checkpoint)
+                colors = given_scale(scale, folder)
             if figures and colors is not None:
                 sheets = FigureOptions(out / "figures", colors, per_defect)
-            model = load_model(checkpoint, how, backbone_weights)
+            model = load_model(folder, how, backbone_weights)
             decider = None
             if group.is_main:
                 decider = given_decider(
-                    checkpoint,
+                    folder,
                     scoring_identity(model, how.precision),
                     images.classes,
                     alpha=alpha,

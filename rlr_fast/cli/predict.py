@@ -73,6 +73,7 @@ def predict(
     from rlr_fast.inference.report import model_facts
     from rlr_fast.inference.tiling import optional_tiles
     from rlr_fast.inference.watch import watch as watch_folders
+    from rlr_fast.models.checkpoint import fetch_checkpoint
     from rlr_fast.training.calibration import scoring_identity, trained_classes
     from rlr_fast.training.distributed import processes
     from rlr_fast.training.progress import progress_bar
@@ -92,11 +93,12 @@ def predict(
                     )
                 check_watched(paths, settle)
             files = None if watch else find_images(paths, out)
-            colors = None if no_pictures and not report else given_scale(scale, checkpoint)
+            folder = fetch_checkpoint(checkpoint)
+            colors = None if no_pictures and not report else given_scale(scale, folder)
             check_out(out)
             if report:
                 check_report(out)
-            known = trained_classes(Path(checkpoint))
+            known = trained_classes(folder)
             if category is not None:
                 check_class(category, known, checkpoint)
             elif len(known) == 1:
@@ -104,9 +106,9 @@ def predict(
             if files is not None:
                 files = files.classified(known) if category is None else files.of_class(category)
             categories = set(known) if category is None else {category}
-            model = load_model(checkpoint, how, backbone_weights)
+            model = load_model(folder, how, backbone_weights)
             decider = given_decider(
-                checkpoint,
+                folder,
                 scoring_identity(model, how.precision, *(tiles or (None, None))),
                 (categories or {None}) if files is None else files.categories,
                 alpha=alpha,

@@ -85,6 +85,11 @@ _ALL = (
         interrupted="; --resume goes on behind the last image",
     ),
     Verb(
+        "publish",
+        "publish:publish",
+        "Publish a run on the Hugging Face hub: its checkpoint, calibration, and a card about it.",
+    ),
+    Verb(
         "decoder train",
         "decoder:train",
         "Train a decoder, which paints features as pictures for figures.",

@@ -16,6 +16,7 @@ from rlr_fast.inference.batches import load_model, score_batches
 from rlr_fast.inference.conformal import check_alpha
 from rlr_fast.inference.decisions import CALIBRATE, Decider
 from rlr_fast.inference.scored_files import LeftOut, score_files
+from rlr_fast.models.checkpoint import fetch_checkpoint
 from rlr_fast.models.rlr import RLRModel
 from rlr_fast.training.calibration import read_calibration, scoring_identity, trained_classes
 
@@ -51,7 +52,7 @@ class Scorer:
 
     Raises:
         ValueError: ``alpha`` is out of its range or the run has no calibration.
-        CheckpointError: The calibration is damaged.
+        CheckpointError: There is no such run, or its calibration is damaged.
     """
 
     def __init__(
@@ -66,11 +67,12 @@ class Scorer:
     ) -> None:
         self.run, self.execution, self.maps = str(run), execution, maps
         self.backbone_weights = backbone_weights
-        known = trained_classes(Path(run))
+        folder = fetch_checkpoint(run)
+        known = trained_classes(folder)
         self._only = next(iter(known)) if len(known) == 1 else None
         self._decider: Decider | None = None
         if alpha is not None:
-            calibration = read_calibration(Path(run))
+            calibration = read_calibration(folder)
             if calibration is None:
                 raise ValueError(f"{run} has no calibration: {CALIBRATE}")
             self._decider = Decider(calibration, check_alpha(alpha), pool, known)

@@ -7,10 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
+from huggingface_hub import snapshot_download
 from torch import Tensor
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+
+
+# What a checkpoint on the hub holds, beside what people read.
+_PUBLISHED = ["config.json", "model.safetensors", "calibration.json"]
 
 
 class CheckpointError(RuntimeError):
@@ -30,6 +35,34 @@ def check_checkpoint(name: str | Path) -> None:
         raise CheckpointError(f"a checkpoint is a folder, {str(folder)!r} is a file")
     if len(folder.parts) != 2 or folder.is_absolute() or ".." in folder.parts:
         raise CheckpointError(f"there is no checkpoint folder {str(folder)!r}")
+
+
+def fetch_checkpoint(name: str | Path, revision: str | None = None, **options: Any) -> Path:
+    """Return the folder of a checkpoint; one on the hub is loaded first, all of one revision.
+
+    Args:
+        name: Folder of a run, or name of a repository, OWNER/NAME or OWNER/NAME@REVISION.
+        revision: Branch, tag or commit of the repository; the newest by default.
+        options: Of `huggingface_hub.snapshot_download`: ``token``, ``cache_dir``,
+            ``force_download``, ``local_files_only``.
+
+    Raises:
+        CheckpointError: It is neither, or the repository cannot be had.
+    """
+    check_checkpoint(name)
+    if Path(name).is_dir():
+        return Path(name)
+    repository, _, pinned = str(name).partition("@")
+    try:
+        folder = snapshot_download(
+            repository, revision=revision or pinned or None, allow_patterns=_PUBLISHED, **options
+        )
+    except (OSError, ValueError) as error:  # which all errors of the hub are
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"there is no folder {str(name)!r}, and the hub does not give it: {first_line}"
+        ) from error
+    return Path(folder)
 
 
 def read_config(path: Path) -> dict[str, Any]:

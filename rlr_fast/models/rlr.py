@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, cast
 
 import safetensors.torch
 import torch
-from huggingface_hub import ModelHubMixin, hf_hub_download
+from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 
 from rlr_fast.config import SCORE_FIELDS, RLRConfig, per_level
@@ -24,7 +24,7 @@ from rlr_fast.models.checkpoint import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     CheckpointError,
-    check_checkpoint,
+    fetch_checkpoint,
     read_config,
     read_weights,
 )
@@ -371,7 +371,8 @@ class RLRModel(
         """Load a checkpoint from a folder, or by its name on the hub; returned in eval mode.
 
         Args:
-            pretrained_model_name_or_path: Folder of a run, or name of a repository.
+            pretrained_model_name_or_path: Folder of a run, or name of a repository, OWNER/NAME or
+                OWNER/NAME@REVISION.
             options: ``backend`` of the attention; ``backbone_weights``, where to take the
                 backbone's weights from now; and the hub's ``revision``, ``token``, ``cache_dir``,
                 ``force_download``, ``local_files_only``.
@@ -380,11 +381,11 @@ class RLRModel(
             CheckpointError: A file is missing or damaged, or was trained on other backbone weights.
             BackboneWeightsError: The backbone's weights cannot be had.
         """
-        folder = Path(pretrained_model_name_or_path)
-        check_checkpoint(folder)
-        if folder.is_dir():
-            read_config(folder / CONFIG_FILE)  # the mixin would meet a broken one with a traceback
-        model: RLRModel = super().from_pretrained(pretrained_model_name_or_path, **options)
+        hub = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+        given = {name: options.pop(name) for name in hub if name in options}
+        folder = fetch_checkpoint(pretrained_model_name_or_path, **given)
+        read_config(folder / CONFIG_FILE)  # the mixin would meet a broken one with a traceback
+        model: RLRModel = super().from_pretrained(folder, **options)
         return model
 
     @classmethod
@@ -392,35 +393,15 @@ class RLRModel(
         cls,
         *,
         model_id: str,
-        revision: str | None,
-        cache_dir: str | Path | None,
-        force_download: bool,
-        local_files_only: bool,
-        token: str | bool | None,
-        config: Any = None,
         backend: Backend = "auto",
         backbone_weights: str | None = None,
         **unused: Any,
     ) -> RLRModel:
-        def file(name: str) -> Path:
-            if Path(model_id).is_dir():
-                return Path(model_id, name)
-            return Path(
-                hf_hub_download(
-                    model_id,
-                    name,
-                    revision=revision,
-                    cache_dir=cache_dir,
-                    force_download=force_download,
-                    local_files_only=local_files_only,
-                    token=token,
-                )
-            )
-
-        values = read_config(file(CONFIG_FILE))
+        folder = Path(model_id)  # of `from_pretrained`
+        values = read_config(folder / CONFIG_FILE)
         if backbone_weights is not None:
             values["backbone_weights"] = backbone_weights
-        state, metadata = read_weights(file(WEIGHTS_FILE))
+        state, metadata = read_weights(folder / WEIGHTS_FILE)
         model = cls(RLRConfig.from_dict(values), backend=backend)
         model.check_backbone(metadata, model_id)
         model.load_checkpoint_state(state)

@@ -41,6 +41,7 @@ FLAGS = {
     "calibrate": f"{MACHINE} {INFERENCE} {DATA} --split --class --tile --overlap",
     "predict": f"""{SCORING} --no-pictures --tile --overlap --class --masks --fail-on-anomaly
         --resume --watch --settle""",
+    "publish": "--license --results --picture --backbone-weights --private --out --config",
     "decoder train": f"""{MACHINE} {DATA} --checkpoint --out --backbone-weights --epochs
         --batch-size --lr --seed""",
     "figures": f"""{MACHINE} {DATA} --checkpoint --out --backbone-weights --decoder --level
@@ -56,6 +57,7 @@ NEEDED = {
     "eval": "DATA --checkpoint RUN --out OUT",
     "calibrate": "DATA --checkpoint RUN",
     "predict": "IMAGES --checkpoint RUN --out OUT",
+    "publish": "RUN OWNER/NAME --license MIT",
     "decoder train": "DATA --checkpoint RUN --out OUT",
     "figures": "DATA --checkpoint RUN --out OUT",
     "paper": "3 DATA --out OUT",

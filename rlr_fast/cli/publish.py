@@ -1,0 +1,81 @@
+"""``rlr-fast publish``."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from rlr_fast.cli import flags
+
+
+def publish(
+    run: Annotated[Path, Parameter(name="RUN", help="Folder of the run.")],
+    repository: Annotated[str, Parameter(name="REPOSITORY", help="OWNER/NAME on the hub.")],
+    /,
+    *,
+    license: str,
+    results: Path | None = None,
+    picture: tuple[Path, ...] = (),
+    backbone_weights: str | None = None,
+    private: flags.Switch = False,
+    out: Path | None = None,
+    config: flags.Config | None = None,
+) -> int:
+    """Publish a run on the Hugging Face hub: its checkpoint, calibration, and a card about it.
+
+    Args:
+        license: Of the weights, as the hub names it, such as apache-2.0.
+        results: Folder of an evaluation, whose metrics stand in the card.
+        picture: Pictures for the card, such as a sheet of eval --figures.
+        backbone_weights: Where others get the backbone's weights: timm or package.
+        private: Make the repository a private one, where it is new.
+        out: Write what would be published into this folder, and publish nothing.
+    """
+    from huggingface_hub import HfApi
+
+    from rlr_fast.inference.model_card import write_published
+    from rlr_fast.models.checkpoint import CheckpointError, check_checkpoint
+
+    if not run.is_dir():
+        raise ValueError(f"RUN: there is no folder {str(run)!r}")
+    if "@" in repository or repository.count("/") != 1 or Path(repository).is_absolute():
+        raise ValueError(f"REPOSITORY must be OWNER/NAME, got {repository!r}")
+    metrics = None
+    if results is not None:
+        try:
+            metrics = json.loads((results / "metrics.json").read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{results / 'metrics.json'} is damaged: {error}") from None
+    check_checkpoint(run)
+    with contextlib.ExitStack() as stack:
+        folder = out
+        if folder is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        write_published(
+            run,
+            folder,
+            repository,
+            license=license,
+            metrics=metrics,
+            pictures=picture,
+            backbone_weights=backbone_weights,
+        )
+        if out is not None:
+            print(out)
+            return 0
+        api = HfApi()
+        try:
+            api.create_repo(repository, private=private, exist_ok=True)
+            commit = api.upload_folder(
+                repo_id=repository, folder_path=folder, commit_message="A model of rlr_fast"
+            )
+        except (OSError, ValueError) as error:  # which all errors of the hub are
+            first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise CheckpointError(f"the hub did not take {repository}: {first_line}") from error
+    print(f"{commit.commit_url}\nas a checkpoint: {repository}@{commit.oid}")
+    return 0

@@ -1,0 +1,223 @@
+"""What is published of a run: its checkpoint, and a card that says what it is and how good."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlr_fast.config import PRESETS, RLRConfig
+from rlr_fast.data.files import replacing, write_atomically
+from rlr_fast.inference.decisions import ALPHA, Decider
+from rlr_fast.inference.metrics import HEADINGS
+from rlr_fast.models.checkpoint import CONFIG_FILE, WEIGHTS_FILE, CheckpointError, read_config
+from rlr_fast.training.calibration import CALIBRATION_FILE, read_calibration, trained_classes
+from rlr_fast.training.run_dir import read_run
+
+CARD_FILE = "README.md"
+PICTURES_FOLDER = "pictures"
+
+# Where anybody can get a backbone's weights.
+_COMMON = ("timm", "package", "random")
+
+
+def write_published(
+    run: Path,
+    out: Path,
+    repository: str,
+    *,
+    license: str,
+    metrics: Mapping[str, Any] | None = None,
+    pictures: Sequence[Path] = (),
+    backbone_weights: str | None = None,
+) -> Path:
+    """Write the folder that is published of a run: checkpoint, calibration, card and pictures.
+
+    Nothing of it says where files lay on this machine.
+
+    Args:
+        run: Folder of the run.
+        out: Folder that is written; may exist.
+        repository: Its name on the hub, OWNER/NAME, for the lines that load it.
+        license: Of the weights, as the hub names it.
+        metrics: Content of the ``metrics.json`` of an evaluation.
+        pictures: Shown in the card.
+        backbone_weights: Where others get the backbone's weights, ``timm`` or ``package``; by
+            default as the run.
+
+    Raises:
+        ValueError: The run's backbone weights are a file, and nothing else is given.
+        CheckpointError: A file of the run is missing or damaged.
+        OSError: A file cannot be read or written.
+    """
+    config = read_config(run / CONFIG_FILE)
+    source = backbone_weights or config["backbone_weights"]
+    if source not in _COMMON:
+        raise ValueError(
+            f"backbone_weights must be timm or package, which others can have, got {source!r}"
+        )
+    if not (run / WEIGHTS_FILE).exists():
+        raise CheckpointError(f"{run} is not a checkpoint: it has no {WEIGHTS_FILE}")
+    out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(config | {"backbone_weights": source}, indent=2)
+    write_atomically(out / CONFIG_FILE, text)
+    for name in (WEIGHTS_FILE, CALIBRATION_FILE):
+        if (run / name).exists():
+            with replacing(out / name) as partial:
+                shutil.copyfile(run / name, partial)
+    shown = []
+    for i, picture in enumerate(pictures):
+        (out / PICTURES_FOLDER).mkdir(exist_ok=True)
+        shown.append(f"{PICTURES_FOLDER}/{i}{picture.suffix}")
+        with replacing(out / shown[-1]) as partial:
+            shutil.copyfile(picture, partial)
+    card = model_card(run, repository, license=license, metrics=metrics, pictures=shown)
+    write_atomically(out / CARD_FILE, card)
+    return out
+
+
+def model_card(
+    run: Path,
+    repository: str,
+    *,
+    license: str,
+    metrics: Mapping[str, Any] | None = None,
+    pictures: Sequence[str] = (),
+) -> str:
+    """Return the card of a run: what it detects, data, metrics, thresholds, and how to load it.
+
+    Args:
+        run: Folder of the run.
+        repository: Its name on the hub.
+        license: Of the weights.
+        metrics: Content of the ``metrics.json`` of an evaluation.
+        pictures: Their names beside the card.
+
+    Raises:
+        CheckpointError: A file of the run is missing or damaged.
+    """
+    config = RLRConfig.from_dict(read_config(run / CONFIG_FILE))
+    record = read_run(run) or {}
+    data = record.get("data", {})
+    classes = sorted(trained_classes(run)) or list(data.get("classes", []))
+    height, width = config.image_size
+    parts = [
+        _front(license, repository, metrics),
+        f"# {repository.rpartition('/')[2]}",
+        "Finds defects in images: a model of RLR (ECCV 2024, "
+        "*Learning Unified Reference Representation for Unsupervised Multi-class Anomaly "
+        "Detection*), trained with the package rlr_fast on normal images alone.",
+        "## What it detects",
+        f"One model for {_counted(classes)}. It marks what differs from the normal images of these "
+        f"classes; of other products it knows nothing. Images are resized to {height} × {width} "
+        f"pixels. Backbone: {config.backbone}.",
+        "## Load it",
+        _LOAD.format(repository=repository),
+    ]
+    if data:
+        kind = "validation and training images" if not data.get("images") else "normal images"
+        parts += [
+            "## Training",
+            f"{data.get('images')} {kind}, layout {data.get('layout')}; digest of the files "
+            f"`{str(data.get('files_digest'))[:12]}`. Recipe: {_recipe(record)}.",
+        ]
+    parts += ["## Metrics", _metrics(metrics)]
+    parts += ["## Thresholds", _thresholds(run)]
+    if pictures:
+        parts += ["## Pictures", "\n".join(f"![Score maps of test images]({p})" for p in pictures)]
+    return "\n\n".join(parts) + "\n"
+
+
+_LOAD = """```python
+from rlr_fast import RLRModel
+
+model = RLRModel.from_pretrained("{repository}", revision="main")  # better the commit you tested
+```
+
+or `rlr-fast predict IMAGES --checkpoint {repository} --out MAPS`."""
+
+
+def _front(license: str, repository: str, metrics: Mapping[str, Any] | None) -> str:
+    values: dict[str, Any] = {
+        "library_name": "rlr_fast",
+        "license": license,
+        "pipeline_tag": "image-segmentation",
+        "tags": ["anomaly-detection", "image-segmentation", "rlr"],
+    }
+    if metrics is not None:
+        found = [
+            {"type": key, "name": HEADINGS[key], "value": value}
+            for key, value in metrics["mean"].items()
+            if key in HEADINGS and value is not None
+        ]
+        task = {"type": "image-segmentation", "name": "Anomaly detection"}
+        data = {"type": "own", "name": "mean over the classes of the test set"}
+        result = {"task": task, "dataset": data, "metrics": found}
+        values["model-index"] = [{"name": repository.rpartition("/")[2], "results": [result]}]
+    return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---"
+
+
+def _counted(classes: Sequence[str]) -> str:
+    if not classes:
+        return "classes that the run does not name"
+    return f"{len(classes)} class{'es' * (len(classes) > 1)}: {', '.join(map(_plain, classes))}"
+
+
+def _plain(text: str) -> str:
+    """Return a name of the data as text that Markdown and HTML leave as it is."""
+    kept = "".join(c if c.isprintable() else "?" for c in text)
+    for sign in "\\`*_[]<>|#&":
+        kept = kept.replace(sign, f"&#{ord(sign)};")
+    return kept
+
+
+def _recipe(record: Mapping[str, Any]) -> str:
+    recipe = record["recipe"]
+    for name, preset in PRESETS.items():
+        model = json.loads(preset.model.to_json())
+        if all(record["model"].get(k) == v for k, v in model.items() if k != "level_offsets"):
+            return f"preset {name}, {recipe['epochs']} epochs"
+    told = (f"{k} {recipe[k]}" for k in ("epochs", "batch_size", "optimizer", "lr") if k in recipe)
+    return ", ".join(told)
+
+
+def _metrics(metrics: Mapping[str, Any] | None) -> str:
+    if metrics is None:
+        return "Not measured."
+    keys = [key for key in HEADINGS if key in metrics["mean"]]
+
+    def row(name: str, values: Mapping[str, float | None]) -> str:
+        shown = ("" if values[k] is None else f"{100 * values[k]:.1f}" for k in keys)  # type: ignore[operator]
+        return f"| {name} | {' | '.join(shown)} |"
+
+    lines = [
+        f"| class | {' | '.join(HEADINGS[key] for key in keys)} |",
+        f"|---|{'---|' * len(keys)}",
+        *(row(_plain(name), values) for name, values in metrics["classes"].items()),
+        row("**mean**", metrics["mean"]),
+    ]
+    return "In percent, on labeled test images.\n\n" + "\n".join(lines)
+
+
+def _thresholds(run: Path) -> str:
+    calibration = read_calibration(run)
+    if calibration is None:
+        return (
+            "The model was not calibrated: it gives scores. `rlr-fast calibrate` makes decisions "
+            "of them."
+        )
+    decider = Decider(calibration, ALPHA, units=trained_classes(run))
+    lines = ["| class | calibration images | threshold |", "|---|---|---|"]
+    for name in sorted(calibration.classes):
+        rule = decider.rule(name)
+        assert rule is not None
+        limit = "too few images" if rule.threshold is None else f"{rule.threshold:.4g}"
+        lines.append(f"| {_plain(name)} | {len(rule.scores.image)} | {limit} |")
+    return (
+        f"At most {ALPHA:.0%} of normal images like the calibration's have a score above:\n\n"
+        + "\n".join(lines)
+    )

@@ -1,0 +1,141 @@
+"""What is published of a run, and what the hub gives back."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import hub
+import pytest
+import yaml
+from conftest import SMALL, make_tree, save_picture
+
+from rlr_fast import TrainConfig
+from rlr_fast.config import TrainExecution
+from rlr_fast.data import read_dataset
+from rlr_fast.inference.evaluate import evaluate
+from rlr_fast.inference.model_card import model_card, write_published
+from rlr_fast.models.checkpoint import CheckpointError
+from rlr_fast.models.rlr import RLRModel
+from rlr_fast.training.train import train
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run that may be calibrated, its data, and the metrics of an evaluation."""
+    root = tmp_path_factory.mktemp("card")
+    data = read_dataset(make_tree(root / "data", ("bolt", "cloth_<b>x|*")))
+    execution = TrainExecution(device="cpu", cache="none")
+    train(SMALL, TrainConfig(epochs=1, batch_size=4), data, root / "run", execution, quiet=True)
+    metrics = evaluate(RLRModel.from_pretrained(root / "run"), data)
+    (root / "results").mkdir()
+    (root / "results/metrics.json").write_text(metrics.to_json())
+    save_picture(root / "sheet.png", 1)
+    return root
+
+
+def test_the_card_says_what_why_and_how_good(run):
+    metrics = json.loads((run / "results/metrics.json").read_text())
+    card = model_card(
+        run / "run", "me/parts", license="mit", metrics=metrics, pictures=["pictures/0.png"]
+    )
+    _, front, text = card.split("---\n", 2)
+    values = yaml.safe_load(front)
+    assert values["library_name"] == "rlr_fast" and values["license"] == "mit"
+    [result] = values["model-index"][0]["results"]
+    assert {m["type"]: m["value"] for m in result["metrics"]}["image_auroc"] == pytest.approx(
+        metrics["mean"]["image_auroc"]
+    )
+    assert 'RLRModel.from_pretrained("me/parts"' in text
+    assert "One model for 2 classes: bolt, cloth" in text
+    assert "<b>" not in text and "![Score maps of test images](pictures/0.png)" in text
+    assert f"| bolt | {100 * metrics['classes']['bolt']['image_auroc']:.1f} |" in text
+    assert "was not calibrated" in text and "10 normal images, layout mvtec" in text
+
+
+def test_nothing_that_is_published_says_where_it_was_made(run, tmp_path):
+    out = write_published(run / "run", tmp_path, "me/parts", license="mit")
+    assert {p.name for p in out.iterdir()} == {
+        *("README.md", "config.json", "model.safetensors", "calibration.json")
+    }
+    for name in ("README.md", "config.json", "calibration.json"):
+        assert str(run) not in (out / name).read_text()
+    RLRModel.from_pretrained(out)
+
+
+def test_backbone_weights_that_others_do_not_have_are_refused(run, tmp_path):
+    import shutil
+
+    shutil.copytree(run / "run", tmp_path / "run")
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    config["backbone_weights"] = "/home/me/weights.pth"
+    (tmp_path / "run/config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="must be timm or package, which others can have"):
+        write_published(tmp_path / "run", tmp_path / "out", "me/parts", license="mit")
+    assert not (tmp_path / "out").exists()
+    write_published(
+        tmp_path / "run", tmp_path / "out", "me/parts", license="mit", backbone_weights="timm"
+    )
+    published = json.loads((tmp_path / "out/config.json").read_text())
+    assert published["backbone_weights"] == "timm"
+
+
+def test_what_is_no_run_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="is not a checkpoint"):
+        write_published(tmp_path, tmp_path / "out", "me/parts", license="mit")
+
+
+# Run where the address of the hub is that of the stand-in: it is read when a library is imported.
+USE = """
+import sys
+import torch
+from rlr_fast import RLRModel, Scorer
+from rlr_fast.cli import main
+root = sys.argv[1]
+words = ["publish", f"{root}/run", "me/parts", "--license", "mit"]
+words += ["--results", f"{root}/results", "--picture", f"{root}/sheet.png"]
+assert main(words) == 0
+images = torch.zeros(1, 3, 48, 64, dtype=torch.uint8)
+expected = RLRModel.from_pretrained(f"{root}/run")(images).score
+assert torch.equal(RLRModel.from_pretrained("me/parts")(images).score, expected)
+assert main(words[:3] + ["--license", "apache-2.0"]) == 0
+predict = [f"{root}/data/bolt/test/good", "--out", f"{root}/predicted", "--quiet"]
+assert main(["predict", *predict, "--checkpoint", "me/parts"]) == 0
+assert Scorer("me/parts")({"path": [f"{root}/data/bolt/test/good/000.png"]})["failure"] == [None]
+assert main(["predict", *predict, "--checkpoint", "me/nothing"]) == 2
+assert main(["predict", *predict, "--checkpoint", "me/parts@" + 40 * "0"]) == 2
+assert main(["publish", f"{root}/run", "parts", "--license", "mit"]) == 2
+"""
+
+
+def test_a_run_goes_to_the_hub_and_comes_back(run, tmp_path):
+    with hub.serve() as (found, address):
+        environment = os.environ | {
+            "HF_ENDPOINT": address,
+            "HF_HOME": str(tmp_path / "cache"),
+            "HF_TOKEN": "hf_test",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+        }
+        command = [sys.executable, "-c", USE, str(run)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, (done.stderr, found.requests)
+        assert "Traceback" not in done.stderr
+        assert done.stderr.count("the hub does not give it") == 2
+        assert "REPOSITORY must be OWNER/NAME, got 'parts'" in done.stderr
+        first, last = found.commits["me/parts"].items()
+        assert f"me/parts@{first[0]}" in done.stdout
+        assert {*first[1]} == {
+            *("README.md", "config.json", "model.safetensors", "calibration.json"),
+            "pictures/0.png",
+        }
+        assert b"apache-2.0" in last[1]["README.md"]
+        # A revision is a commit: no later one changes what it gives.
+        pinned = f"""
+from rlr_fast.models.checkpoint import fetch_checkpoint
+folder = fetch_checkpoint("me/parts@{first[0]}")
+assert folder.name == "{first[0]}", folder
+"""
+        subprocess.run([sys.executable, "-c", pinned], env=environment, check=True)
