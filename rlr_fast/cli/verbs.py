@@ -83,6 +83,12 @@ _ALL = (
         less_memory=_SCORING,
     ),
     Verb(
+        "export",
+        "export:export",
+        "Write a trained model as a file for ONNX Runtime, OpenVINO or PyTorch alone, if they "
+        "agree with it.",
+    ),
+    Verb(
         "decoder train",
         "decoder:train",
         "Train a decoder, which paints features as pictures for figures.",
