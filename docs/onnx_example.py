@@ -23,7 +23,7 @@ for path in sys.argv[3 if known else 2 :]:
         image = image.resize((width, height), Image.Resampling.LANCZOS)
     batch = np.asarray(image)[None]  # (B, H, W, 3), uint8
     names = [output.name for output in session.get_outputs()]
-    result = dict(zip(names, session.run(names, {"images": batch})))
+    result = dict(zip(names, session.run(names, {"images": batch}), strict=True))
     line = [path, f"{result['score'][0]:.6f}"]
     if about["thresholds"]:
         marked = (result["score_map"][0] > about["thresholds"][column]["pixel"]).mean()

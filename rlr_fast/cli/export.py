@@ -12,12 +12,14 @@ from rlr_fast.cli import flags
 
 _log = logging.getLogger(__name__)
 
+To = Literal["onnx", "torch", "openvino"]
+
 
 def export(
     run: Annotated[str, Parameter(name="RUN", help="Folder of a run.")],
     /,
     *,
-    to: Literal["onnx", "torch", "openvino"],
+    to: To,
     out: Annotated[Path, Parameter(help="The file: .onnx, .pt2 or .xml.")],
     images: tuple[Path, ...] | None = None,
     alpha: flags.Alpha | None = None,
@@ -37,7 +39,6 @@ def export(
     from rlr_fast.cli.common import given_decider
     from rlr_fast.config import InferenceExecution
     from rlr_fast.export.export import check_target, export
-    from rlr_fast.export.formats import OPSETS
     from rlr_fast.export.images import comparison_images, run_images
     from rlr_fast.inference.batches import load_model
     from rlr_fast.inference.predict import find_images
@@ -61,7 +62,7 @@ def export(
         comparison_images(files, model.config.image_size),
         decider=decider,
         classes=classes,
-        opset=OPSETS[0] if opset is None else opset,
+        opset=opset,
     )
     for comparison in result.compared:
         print(comparison)

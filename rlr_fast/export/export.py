@@ -90,7 +90,7 @@ def export(
     *,
     decider: Decider | None = None,
     classes: Sequence[str] = (),
-    opset: int = OPSETS[0],
+    opset: int | None = None,
 ) -> Exported:
     """Write a model as a file that needs nothing of this package; compare it, then keep it.
 
@@ -105,7 +105,7 @@ def export(
         decider: Decides in the file, too; it must be able to decide each of ``classes`` and all
             pooled. None leaves decisions out.
         classes: Those of the run.
-        opset: Of an ONNX file.
+        opset: Of an ONNX file; 18 by default.
 
     Returns:
         What was written, and the comparisons.
@@ -115,7 +115,8 @@ def export(
         ExportError: A package is missing, the model has no such form, or a runtime disagrees.
         OSError: The file cannot be written.
     """
-    check_target(out, kind)
+    check_target(out, kind, opset)
+    opset = OPSETS[0] if opset is None else opset
     rules = [] if decider is None else columns(decider, classes)
     about = describe(model, decider, classes)
     expected = model_outputs(model, images)

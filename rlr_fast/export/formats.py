@@ -56,9 +56,11 @@ class FormatSpec:
 
 
 FORMATS: dict[Format, FormatSpec] = {
-    "onnx": FormatSpec(".onnx", ("onnx", "onnxscript", "onnxruntime"), "export"),
+    "onnx": FormatSpec(".onnx", ("onnx", "onnx_ir", "onnxscript", "onnxruntime"), "export"),
     "torch": FormatSpec(".pt2"),
-    "openvino": FormatSpec(".xml", ("onnx", "onnxscript", "openvino"), "openvino", (".bin",)),
+    "openvino": FormatSpec(
+        ".xml", ("onnx", "onnx_ir", "onnxscript", "openvino"), "openvino", (".bin",)
+    ),
 }
 
 

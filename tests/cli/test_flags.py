@@ -11,10 +11,12 @@ from typing import get_args
 import pytest
 
 from rlr_fast.cli import main
+from rlr_fast.cli.export import To
 from rlr_fast.cli.flags import Layout
 from rlr_fast.cli.paper import TableName
 from rlr_fast.cli.verbs import VERBS, build_app
 from rlr_fast.data import LAYOUTS
+from rlr_fast.export.formats import FORMATS
 from rlr_fast.paper import TABLES
 
 ROOT = Path(__file__).parents[2]
@@ -40,6 +42,7 @@ FLAGS = {
     "eval": f"{SCORING} {DATA} --figures --per-defect",
     "calibrate": f"{MACHINE} {INFERENCE} {DATA} --split --class --tile --overlap",
     "predict": f"{SCORING} --no-pictures --tile --overlap --class --masks --fail-on-anomaly",
+    "export": "--to --out --images --alpha --pool --opset --backbone-weights --config",
     "decoder train": f"""{MACHINE} {DATA} --checkpoint --out --backbone-weights --epochs
         --batch-size --lr --seed""",
     "figures": f"""{MACHINE} {DATA} --checkpoint --out --backbone-weights --decoder --level
@@ -55,6 +58,7 @@ NEEDED = {
     "eval": "DATA --checkpoint RUN --out OUT",
     "calibrate": "DATA --checkpoint RUN",
     "predict": "IMAGES --checkpoint RUN --out OUT",
+    "export": "RUN --to onnx --out OUT",
     "decoder train": "DATA --checkpoint RUN --out OUT",
     "figures": "DATA --checkpoint RUN --out OUT",
     "paper": "3 DATA --out OUT",
@@ -118,6 +122,7 @@ assert "torch" not in sys.modules
 def test_choices_are_those_of_the_library():
     assert get_args(get_args(Layout)[0]) == ("auto", *LAYOUTS)
     assert get_args(TableName) == tuple(TABLES)
+    assert get_args(To) == tuple(FORMATS)
 
 
 @pytest.mark.parametrize("file", ["README.md", *(ROOT / "docs").glob("*.md")], ids=str)
