@@ -12,11 +12,12 @@ from rlr_fast.cli import flags
 
 _log = logging.getLogger(__name__)
 
+_RUN = "Folder of a run, or name of a repository on the hub."
 To = Literal["onnx", "torch", "openvino"]
 
 
 def export(
-    run: Annotated[str, Parameter(name="RUN", help="Folder of a run.")],
+    run: Annotated[str, Parameter(name="RUN", help=_RUN)],
     /,
     *,
     to: To,

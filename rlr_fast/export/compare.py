@@ -42,9 +42,9 @@ class Comparison:
     @property
     def agrees(self) -> bool:
         """Whether all differences are within `TOLERANCE`."""
-        return (
-            self.score_map <= TOLERANCE and self.score <= TOLERANCE and self.decisions == 0
-        )  # NaN is not
+        # No comparison holds for NaN.
+        within = self.score_map <= TOLERANCE and self.score <= TOLERANCE
+        return within and self.decisions == 0
 
     def __str__(self) -> str:
         text = f"{self.runtime}: map within {self.score_map:.1e}, score within {self.score:.1e}"

@@ -134,9 +134,9 @@ def export(
         except OSError as error:
             error.filename = str(out)  # not that of a file that will be gone
             raise
+        except ExportError:
+            raise
         except (RuntimeError, ValueError) as error:  # of PyTorch's writer, and of a file over 2 GB
-            if isinstance(error, ExportError):
-                raise
             raise ExportError(f"cannot write {str(out)!r}: {first_line(error)}") from error
         seconds = time.perf_counter() - start
         compared, differs = [], []

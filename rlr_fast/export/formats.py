@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import io
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
@@ -104,8 +105,10 @@ def write(
         OSError: The file cannot be written.
     """
     if kind == "torch":
+        buffer = io.BytesIO()  # PyTorch ends the process where a disk is full
         with _quiet():
-            torch.export.save(program, path, extra_files={f"{METADATA}.json": about})
+            torch.export.save(program, buffer, extra_files={f"{METADATA}.json": about})
+        path.write_bytes(buffer.getbuffer())
         return sum(node.op == "call_function" for node in program.graph.nodes)
     import onnx_ir
 
@@ -122,7 +125,7 @@ def write(
         openvino.save_model(read, path, compress_to_fp16=False)
         return sum(node.get_type_name() != "Constant" for node in read.get_ops())
     except RuntimeError as error:
-        raise ExportError(f"OpenVINO cannot write {str(path)!r}: {first_line(error)}") from error
+        raise ExportError(f"OpenVINO cannot write {path.name!r}: {first_line(error)}") from error
 
 
 def _onnx_model(program: ExportedProgram, outputs: Sequence[str], opset: int) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,38 +37,48 @@ class Runtime:
     required: bool = True
 
 
-def runtimes(kind: Format) -> list[Runtime]:
-    """Return the runtimes that are installed and can run files of a format."""
+def runtimes(kind: Format, threads: int = 0) -> list[Runtime]:
+    """Return the runtimes that are installed and can run files of a format.
+
+    Args:
+        kind: The format.
+        threads: Of each runtime but PyTorch; 0 leaves their number to it.
+    """
     if kind == "torch":
         return [Runtime(f"torch {torch.__version__}", _torch)]
     found = []
     if kind == "onnx":
-        found.append(Runtime(f"onnxruntime {package_version('onnxruntime')}", onnxruntime_session))
+        name = f"onnxruntime {package_version('onnxruntime')}"
+        found.append(Runtime(name, lambda path: onnxruntime_session(path, threads)))
     if importlib.util.find_spec("openvino") is not None:
         name = f"openvino {package_version('openvino')}"
-        found.append(Runtime(f"{name}, f32", lambda path: openvino_model(path, F32_HINT)))
+        own: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads} if threads else {}
+        found.append(Runtime(f"{name}, f32", lambda path: openvino_model(path, own | F32_HINT)))
         default = _openvino_default()
         if default != "f32":  # of most processors with products of bfloat16 matrices
-            found.append(Runtime(f"{name}, its default {default}", openvino_model, required=False))
+            name += f", its default {default}"
+            found.append(Runtime(name, lambda path: openvino_model(path, own), required=False))
     return found
 
 
-def onnxruntime_session(path: Path) -> Callable[[NDArray[np.uint8]], Outputs]:
+def onnxruntime_session(path: Path, threads: int = 0) -> Callable[[NDArray[np.uint8]], Outputs]:
     """Load an ONNX file into ONNX Runtime, on the CPU."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     return lambda images: dict(zip(names, session.run(names, {"images": images}), strict=True))
 
 
 def openvino_model(
-    path: Path, settings: dict[str, str] | None = None
+    path: Path, settings: Mapping[str, Any] = {}
 ) -> Callable[[NDArray[np.uint8]], Outputs]:
     """Load an ONNX file or an IR into OpenVINO, on the CPU."""
     import openvino
 
-    model = openvino.Core().compile_model(path, "CPU", settings or {})
+    model = openvino.Core().compile_model(path, "CPU", dict(settings))
     names = [output.any_name for output in model.outputs]
 
     def run(images: NDArray[np.uint8]) -> Outputs:
