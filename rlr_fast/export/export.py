@@ -167,6 +167,8 @@ def _compared(
 def _refusal(result: Comparison, kind: Format, opset: int) -> str:
     """Say that a runtime disagrees, and what else there is to try."""
     told = f"not exported, for of the largest values only {TOLERANCE:g} is allowed: {result}"
-    if kind == "onnx" and "openvino" in result.runtime and opset < OPENVINO_OPSET:
-        told += f"; try --opset {OPENVINO_OPSET}, whose attention OpenVINO reads otherwise"
+    if "openvino" in result.runtime:
+        told += "; try OpenVINO 2026.4 or later"
+        if kind == "onnx" and opset < OPENVINO_OPSET:
+            told += f", or --opset {OPENVINO_OPSET}"
     return told

@@ -240,8 +240,9 @@ def copy_of(file):
     return write
 
 
-def test_a_setting_of_a_runtime_that_disagrees_is_told(
-    onnx_file, folder, tmp_path, monkeypatch, caplog
+@pytest.mark.parametrize("required", [True, False])
+def test_openvino_refuses_a_file_and_its_default_precision_is_told(
+    required, onnx_file, folder, tmp_path, monkeypatch, caplog, capsys
 ):
     def zeros(path):
         return lambda images: {
@@ -253,13 +254,17 @@ def test_a_setting_of_a_runtime_that_disagrees_is_told(
 
     monkeypatch.setattr(module, "write", copy_of(onnx_file))
     monkeypatch.setattr(ExportGraph, "trace", lambda graph: None)
-    other = Runtime("openvino, its default bf16", zeros, required=False)
-    monkeypatch.setattr(module, "runtimes", lambda kind: [other])
+    monkeypatch.setattr(module, "runtimes", lambda kind: [Runtime("openvino", zeros, required)])
     out = tmp_path / "model.onnx"
-    argv = ["export", str(folder / "run"), "--to", "onnx", "--out", str(out), *ALPHA]
-    assert main(argv) == 0 and out.exists()
-    assert "default bf16: map within 1.0e+00" in caplog.text
-    assert "INFERENCE_PRECISION_HINT f32" in caplog.text
+    argv = [folder / "run", "--to", "onnx", "--out", out, *ALPHA]
+    if required:
+        told = refused(capsys, *argv)
+        assert "openvino: map within 1.0e+00" in told and "or --opset 23" in told
+    else:
+        assert main(["export", *map(str, argv)]) == 0
+        assert "openvino: map within 1.0e+00" in caplog.text
+        assert "INFERENCE_PRECISION_HINT f32" in caplog.text
+    assert out.exists() != required
 
 
 def test_a_full_disk_leaves_nothing(folder, tmp_path, monkeypatch, capsys):
