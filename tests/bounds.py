@@ -22,7 +22,11 @@ ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 REQUIREMENTS = [
     Requirement(text)
-    for text in (*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["test"])
+    for text in (
+        *PROJECT["dependencies"],
+        *PROJECT["optional-dependencies"]["test"],
+        *PROJECT["optional-dependencies"]["export"],
+    )
 ]
 _VERSIONS = (
     "import importlib.metadata as m, json, platform, sys; "

@@ -27,7 +27,7 @@ collect_ignore_glob = [] if importlib.util.find_spec("triton") else ["kernels/*"
 
 
 # What takes longest comes first, so that no process is left alone with it at the end.
-_LONG = ("ptx", "training", "kernels", "benchmarks", "paper")
+_LONG = ("ptx", "training", "kernels", "benchmarks", "paper", "export")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -19,6 +19,7 @@ FLOORS = (
     {"visualization"},
     {"training"},
     {"inference"},
+    {"export"},
     {"paper", "integrations"},
     {"cli"},
     {"__main__"},

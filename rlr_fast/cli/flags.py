@@ -162,7 +162,9 @@ Whole = Annotated[int, _one(_whole)]
 Positive = Annotated[int, _one(_positive)]
 Pixels = Annotated[tuple[int, ...], _several(_whole)]
 Out = Annotated[Path, Parameter(help="Folder of the results.")]
-Checkpoint = Annotated[str, Parameter(help="Folder of a run, or OWNER/NAME or OWNER/NAME@REVISION on the hub.")]
+Checkpoint = Annotated[
+    str, Parameter(help="Folder of a run, or OWNER/NAME or OWNER/NAME@REVISION on the hub.")
+]
 BackboneWeights = Annotated[
     str,
     Parameter(

@@ -38,6 +38,7 @@ def _told(verb: Verb, error: Exception) -> int | None:
     # Imported here, for a verb may do without what defines the errors of others.
     import torch
 
+    from rlr_fast.export.formats import ExportError
     from rlr_fast.functional import BackendError
     from rlr_fast.models.backbone import BackboneWeightsError
     from rlr_fast.models.checkpoint import CheckpointError
@@ -54,7 +55,7 @@ def _told(verb: Verb, error: Exception) -> int | None:
     if wants_traceback():
         return None
     models = (BackboneWeightsError, BackendError, CheckpointError, CacheError, TrainingError)
-    if isinstance(error, (ValueError, OSError, *models)):
+    if isinstance(error, (ValueError, OSError, ExportError, *models)):
         return refuse(str(error))
     if isinstance(error, RuntimeError) and type(error).__module__.startswith(_COMPILER):
         return refuse(

@@ -90,6 +90,12 @@ _ALL = (
         "Publish a run on the Hugging Face hub: its checkpoint, calibration, and a card about it.",
     ),
     Verb(
+        "export",
+        "export:export",
+        "Write a trained model as a file for ONNX Runtime, OpenVINO or PyTorch alone, if they "
+        "agree with it.",
+    ),
+    Verb(
         "decoder train",
         "decoder:train",
         "Train a decoder, which paints features as pictures for figures.",

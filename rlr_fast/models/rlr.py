@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -16,7 +16,7 @@ from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 
 from rlr_fast.config import SCORE_FIELDS, RLRConfig, per_level
-from rlr_fast.functional import Backend
+from rlr_fast.functional import Backend, require_head_width, unsupported_reason
 from rlr_fast.models.authors import load_reconstructors
 from rlr_fast.models.backbone import Backbone, neighborhood_mean
 from rlr_fast.models.block import RLRBlock
@@ -164,6 +164,22 @@ class RLRModel(
             self.config.top_share,
             self.config.surround,
         ).to(self.device)
+
+    def set_backend(self, backend: Backend) -> None:
+        """Change the backend of the attention operators.
+
+        Raises:
+            ValueError: There is no such backend.
+            BackendError: It has no operator for the width of a head.
+        """
+        unsupported_reason(backend, self.device)  # refuses a name that is no backend
+        for hidden, heads in zip(self.config.hidden, self.config.heads, strict=True):
+            require_head_width(backend, hidden // heads)
+        modules: Iterable[Any] = (self, *self.levels.modules())
+        for module in modules:
+            if hasattr(module, "backend"):  # the model, its blocks and their attention
+                module.backend = backend
+        self.train(self.training)  # what was prepared was for the other
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Let training compute each block again in backward: less memory, the same gradients."""

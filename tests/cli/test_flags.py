@@ -11,10 +11,12 @@ from typing import get_args
 import pytest
 
 from rlr_fast.cli import main
+from rlr_fast.cli.export import To
 from rlr_fast.cli.flags import Layout
 from rlr_fast.cli.paper import TableName
 from rlr_fast.cli.verbs import VERBS, build_app
 from rlr_fast.data import LAYOUTS
+from rlr_fast.export.formats import FORMATS
 from rlr_fast.paper import TABLES
 
 ROOT = Path(__file__).parents[2]
@@ -42,6 +44,7 @@ FLAGS = {
     "predict": f"""{SCORING} --no-pictures --tile --overlap --class --masks --fail-on-anomaly
         --resume --watch --settle""",
     "publish": "--license --results --picture --backbone-weights --private --out --config",
+    "export": "--to --out --images --alpha --pool --opset --backbone-weights --config",
     "decoder train": f"""{MACHINE} {DATA} --checkpoint --out --backbone-weights --epochs
         --batch-size --lr --seed""",
     "figures": f"""{MACHINE} {DATA} --checkpoint --out --backbone-weights --decoder --level
@@ -58,6 +61,7 @@ NEEDED = {
     "calibrate": "DATA --checkpoint RUN",
     "predict": "IMAGES --checkpoint RUN --out OUT",
     "publish": "RUN OWNER/NAME --license MIT",
+    "export": "RUN --to onnx --out OUT",
     "decoder train": "DATA --checkpoint RUN --out OUT",
     "figures": "DATA --checkpoint RUN --out OUT",
     "paper": "3 DATA --out OUT",
@@ -121,6 +125,7 @@ assert "torch" not in sys.modules
 def test_choices_are_those_of_the_library():
     assert get_args(get_args(Layout)[0]) == ("auto", *LAYOUTS)
     assert get_args(TableName) == tuple(TABLES)
+    assert get_args(To) == tuple(FORMATS)
 
 
 @pytest.mark.parametrize("file", ["README.md", *(ROOT / "docs").glob("*.md")], ids=str)

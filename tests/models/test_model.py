@@ -244,3 +244,18 @@ def test_training_compiles_without_a_graph_break(small, backend, variant, device
         found.append([loss, *(p.grad for p in model.levels.parameters())])
     for actual, expected in zip(found[1], found[0], strict=True):
         torch.testing.assert_close(actual, expected)
+
+
+def test_another_backend_gives_the_same_scores_and_ends_a_preparation(small):
+    model = RLRModel(small, backend="tiled").eval()
+    images = torch.randint(256, (2, 3, *small.image_size), dtype=torch.uint8)
+    with torch.no_grad():
+        model.prepare_for_inference()
+        before = model(images)
+        model.set_backend("dense")
+        assert not model.is_prepared()
+        block = model.levels[0].blocks[0]
+        assert block.backend == block.attention["lca"].backend == model.backend == "dense"
+        torch.testing.assert_close(model(images).score_map, before.score_map)
+    with pytest.raises(ValueError, match="backend must be one of"):
+        model.set_backend("fast")

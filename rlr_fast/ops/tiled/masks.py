@@ -129,8 +129,7 @@ def attend(
 def mask_of(geometry: Mask, query: Tensor) -> Tensor:
     """Return the mask for ``query``; a small one is kept for later calls."""
     # A tensor made while a graph is traced belongs to the trace.
-    keep = geometry.entries <= MASK_ENTRIES and has_storage(query)
-    if keep:
+    if has_storage(query) and geometry.entries <= MASK_ENTRIES:
         return _kept_mask(geometry, query.dtype, query.device)
     return geometry.build(query.dtype, query.device)
 

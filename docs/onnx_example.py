@@ -1,0 +1,32 @@
+"""Score image files with an exported model: python onnx_example.py MODEL.onnx [CLASS] IMAGES.
+
+It needs numpy, onnxruntime and pillow, and nothing else.
+"""
+
+import json
+import sys
+
+import numpy as np
+import onnxruntime
+from PIL import Image
+
+session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
+about = json.loads(session.get_modelmeta().custom_metadata_map["rlr_fast"])
+height, width = about["image_size"]
+# Decisions have a column per class, and a last one for images of which the class is not known.
+known = sys.argv[2] in about["classes"]
+column = about["classes"].index(sys.argv[2]) if known else -1
+
+for path in sys.argv[3 if known else 2 :]:
+    image = Image.open(path).convert("RGB")
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    batch = np.asarray(image)[None]  # (B, H, W, 3), uint8
+    names = [output.name for output in session.get_outputs()]
+    result = dict(zip(names, session.run(names, {"images": batch}), strict=True))
+    line = [path, f"{result['score'][0]:.6f}"]
+    if about["thresholds"]:
+        marked = (result["score_map"][0] > about["thresholds"][column]["pixel"]).mean()
+        word = "anomalous" if result["anomalous"][0, column] else "normal"
+        line += [f"{result['p_value'][0, column]:.6f}", word, f"{marked:.6f}"]
+    print(*line, sep=",")

@@ -1,0 +1,79 @@
+"""``rlr-fast export``."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from rlr_fast.cli import flags
+
+_log = logging.getLogger(__name__)
+
+_RUN = "Folder of a run, or OWNER/NAME or OWNER/NAME@REVISION on the hub."
+To = Literal["onnx", "torch", "openvino"]
+
+
+def export(
+    run: Annotated[str, Parameter(name="RUN", help=_RUN)],
+    /,
+    *,
+    to: To,
+    out: Annotated[Path, Parameter(help="The file: .onnx, .pt2 or .xml.")],
+    images: tuple[Path, ...] | None = None,
+    alpha: flags.Alpha | None = None,
+    pool: flags.Pool = False,
+    opset: Annotated[flags.Whole | None, Parameter(show_default="18")] = None,
+    config: flags.Config | None = None,
+    backbone_weights: flags.BackboneWeights | None = None,
+) -> int:
+    """Write a model as a file for other runtimes, if they agree with it on real images.
+
+    Args:
+        to: ONNX, a program of torch.export, or OpenVINO's IR.
+        images: Images, or folders of images, to compare on; by default those that the run was
+            trained and tested on, where they still are.
+        opset: Version of ONNX's operators, from 18 to 23.
+    """
+    from rlr_fast.cli.common import given_decider
+    from rlr_fast.config import InferenceExecution
+    from rlr_fast.export.export import check_target, export
+    from rlr_fast.export.images import comparison_images, run_images
+    from rlr_fast.inference.batches import load_model
+    from rlr_fast.inference.image_files import find_images
+    from rlr_fast.models.checkpoint import fetch_checkpoint
+    from rlr_fast.training.calibration import read_calibration, scoring_identity, trained_classes
+
+    check_target(out, to, opset)
+    folder = fetch_checkpoint(run)
+    files = run_images(folder) if images is None else [f.path for f in find_images(images)]
+    calibration = read_calibration(folder)
+    classes = sorted(trained_classes(folder) or (calibration.classes if calibration else ()))
+    model = load_model(folder, InferenceExecution(device="cpu"), backbone_weights)
+    decider = given_decider(
+        folder, scoring_identity(model), {*classes, None}, alpha=alpha, pool=pool, needed=False
+    )
+    result = export(
+        model,
+        out,
+        to,
+        comparison_images(files, model.config.image_size),
+        decider=decider,
+        classes=classes,
+        opset=opset,
+    )
+    for comparison in result.compared:
+        print(comparison)
+    for comparison in result.differs:
+        _log.warning(
+            "%s, of the largest values: compile the model with INFERENCE_PRECISION_HINT f32",
+            comparison,
+        )
+    decides = "no decisions" if decider is None else f"decisions at alpha {decider.alpha:g}"
+    print(
+        f"{result.nodes} nodes, {result.bytes / 1e6:.1f} MB, {decides}, "
+        f"in {result.seconds:.0f} seconds: {out}"
+    )
+    return 0

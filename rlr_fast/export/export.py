@@ -1,0 +1,174 @@
+"""Export: a model's graph as a file, kept only where every runtime agrees with the model."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from rlr_fast.data.files import check_writable
+from rlr_fast.export.compare import TOLERANCE, Comparison, compare, model_outputs
+from rlr_fast.export.formats import (
+    FORMATS,
+    OPENVINO_OPSET,
+    OPSETS,
+    ExportError,
+    Format,
+    first_line,
+    require_packages,
+    write,
+)
+from rlr_fast.export.graph import ExportGraph, columns, describe
+from rlr_fast.export.runtimes import Outputs, Runtime, runtimes
+from rlr_fast.inference.decisions import Decider, Rule
+from rlr_fast.models.rlr import RLRModel
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What `export` did.
+
+    Attributes:
+        files: Those that it wrote; the last is the one to read.
+        nodes: Of the graph.
+        seconds: To trace and write it.
+        compared: With the runtimes that decide whether it is kept.
+        differs: Settings of a runtime with which it differs from the model, of which the user
+            should know.
+    """
+
+    files: list[Path]
+    nodes: int
+    seconds: float
+    compared: list[Comparison]
+    differs: list[Comparison]
+
+    @property
+    def bytes(self) -> int:
+        """Size of the files."""
+        return sum(file.stat().st_size for file in self.files)
+
+
+def check_target(out: Path, kind: Format, opset: int | None = None) -> None:
+    """Refuse what cannot be exported to, before any work.
+
+    Args:
+        out: The file.
+        kind: The format.
+        opset: Of an ONNX file, if it was asked for.
+
+    Raises:
+        ValueError: ``out`` exists or has another suffix than the format's, or there is no such
+            opset.
+        ExportError: A package of the format is missing.
+        OSError: The folder cannot be written.
+    """
+    spec = FORMATS[kind]
+    if out.suffix != spec.suffix:
+        raise ValueError(f"--out must end in {spec.suffix} for --to {kind}, got {str(out)!r}")
+    if opset is not None and kind != "onnx":
+        raise ValueError(f"--opset is of ONNX files, got it with --to {kind}")
+    if opset is not None and opset not in OPSETS:
+        raise ValueError(f"--opset must be from {OPSETS[0]} to {OPSETS[-1]}, got {opset}")
+    for file in spec.files(out):
+        if file.exists():
+            raise ValueError(f"--out: {str(file)!r} exists already; delete it or choose another")
+    check_writable(out.parent)
+    require_packages(kind)
+
+
+def export(
+    model: RLRModel,
+    out: Path,
+    kind: Format,
+    images: Tensor,
+    *,
+    decider: Decider | None = None,
+    classes: Sequence[str] = (),
+    opset: int | None = None,
+) -> Exported:
+    """Write a model as a file that needs nothing of this package; compare it, then keep it.
+
+    The file computes, in float32, what `rlr_fast.inference.predict.predict` computes of an image
+    that has the model's size. It appears whole, or, where a runtime disagrees, not at all.
+
+    Args:
+        model: A trained model that is not compiled; it stays as it is.
+        out: The file, which must not exist; a missing folder is made.
+        kind: ``onnx``, ``torch`` (a program of `torch.export`) or ``openvino`` (its IR).
+        images: (n, 3, H, W) uint8 RGB to compare on, of the model's image size.
+        decider: Decides in the file, too; it must be able to decide each of ``classes`` and all
+            pooled. None leaves decisions out.
+        classes: Those of the run.
+        opset: Of an ONNX file; 18 by default.
+
+    Returns:
+        What was written, and the comparisons.
+
+    Raises:
+        ValueError: See `check_target`; or ``decider`` cannot decide.
+        ExportError: A package is missing, the model has no such form, or a runtime disagrees.
+        OSError: The file cannot be written.
+    """
+    check_target(out, kind, opset)
+    opset = OPSETS[0] if opset is None else opset
+    rules = [] if decider is None else columns(decider, classes)
+    about = describe(model, decider, classes)
+    expected = model_outputs(model, images)
+    start = time.perf_counter()
+    graph = ExportGraph(model, decider, classes)
+    try:
+        program = graph.trace()
+    except RuntimeError as error:
+        raise ExportError(f"the model cannot be traced: {first_line(error)}") from error
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
+        part = Path(folder, out.name)
+        try:
+            nodes = write(program, kind, part, outputs=graph.output_names, about=about, opset=opset)
+        except OSError as error:
+            error.filename = str(out)  # not that of a file that will be gone
+            raise
+        except ExportError:
+            raise
+        except (RuntimeError, ValueError) as error:  # of PyTorch's writer, and of a file over 2 GB
+            raise ExportError(f"cannot write {str(out)!r}: {first_line(error)}") from error
+        seconds = time.perf_counter() - start
+        compared, differs = [], []
+        for runtime in runtimes(kind):
+            result = _compared(runtime, part, images, expected, rules)
+            if runtime.required and not result.agrees:
+                raise ExportError(_refusal(result, kind, opset))
+            if runtime.required:
+                compared.append(result)
+            elif not result.agrees:
+                differs.append(result)
+        for file in FORMATS[kind].files(out):
+            os.replace(part.with_name(file.name), file)
+    return Exported(FORMATS[kind].files(out), nodes, seconds, compared, differs)
+
+
+def _compared(
+    runtime: Runtime, path: Path, images: Tensor, expected: Outputs, rules: Sequence[Rule]
+) -> Comparison:
+    try:
+        return compare(runtime.name, runtime.load(path), images, expected, rules)
+    except Exception as error:  # the errors of ONNX Runtime have no base class of their own
+        raise ExportError(
+            f"{runtime.name} cannot run the file, so it is not kept: {first_line(error)}"
+        ) from error
+
+
+def _refusal(result: Comparison, kind: Format, opset: int) -> str:
+    """Say that a runtime disagrees, and what else there is to try."""
+    told = f"not exported, for of the largest values only {TOLERANCE:g} is allowed: {result}"
+    if "openvino" in result.runtime:
+        told += "; try OpenVINO 2026.4 or later"
+        if kind == "onnx" and opset < OPENVINO_OPSET:
+            told += f", or --opset {OPENVINO_OPSET}"
+    return told

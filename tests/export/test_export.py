@@ -1,0 +1,406 @@
+"""Export: files that say what the model says, and files that are refused because they do not."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_tree, save_picture
+
+from rlr_fast import RLRConfig, RLRModel
+from rlr_fast.cli import main
+from rlr_fast.data import iterate_images
+from rlr_fast.export import export as module
+from rlr_fast.export.graph import ExportGraph
+from rlr_fast.export.runtimes import Runtime, openvino_model
+from rlr_fast.inference.calibrate import calibrate
+from rlr_fast.inference.decisions import Decider
+from rlr_fast.training.calibration import read_calibration
+
+EXAMPLE = Path(__file__).parents[2] / "docs" / "onnx_example.py"
+CONFIG = RLRConfig(
+    backbone="test_efficientnet",
+    backbone_weights="random",
+    out_indices=(1, 2),
+    image_size=(48, 64),
+    hidden=(16, 32),
+    heads=(2, 4),
+    windows=(3, (3, 5)),
+    blocks=1,
+    top_share=0.01,
+    surround=16.0,
+)
+ALPHA = ["--alpha", "0.2"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A data set, and a run of it with and one without a calibration."""
+    root = tmp_path_factory.mktemp("export")
+    data = make_tree(root / "data")
+    torch.manual_seed(0)
+    model = RLRModel(CONFIG).eval()
+    for name in ("run", "bare"):
+        model.save_pretrained(root / name)
+        record = {"model": {}, "recipe": {}, "data": {"root": str(data), "layout": "mvtec"}}
+        (root / name / "run.json").write_text(json.dumps(record))
+    images = {name: sorted((data / name / "train/good").iterdir()) for name in ("bolt", "cloth")}
+    maxima = {name: {"max": 1.0 + i} for i, name in enumerate(images)}
+    image = {"max": 2.0, "classes": maxima}
+    (root / "run" / "calibration.json").write_text(
+        json.dumps({"pixel": {"0.5": 1, "0.999": 2}, "image": image})
+    )
+    calibrate(model, images, root / "run", None, source="here")
+    return root
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _traced_once():
+    """Trace the graph with decisions once: it takes longer than all else."""
+    trace = ExportGraph.trace
+    with pytest.MonkeyPatch.context() as patch:
+        programs = {}
+
+        def traced(graph):
+            if graph.decides not in programs:
+                programs[graph.decides] = trace(graph)
+            return programs[graph.decides]
+
+        patch.setattr(ExportGraph, "trace", traced)
+        yield
+
+
+@pytest.fixture(scope="module")
+def onnx_file(folder):
+    """The run as an ONNX file, written by the command."""
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    out = folder / "model.onnx"
+    assert main(["export", str(folder / "run"), "--to", "onnx", "--out", str(out), *ALPHA]) == 0
+    return out
+
+
+def refused(capsys, *argv):
+    """Run a command that must fail; return its message, which is a line."""
+    assert main(["export", *map(str, argv)]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("rlr-fast: error: ") and message.count("\n") == 1
+    return message
+
+
+def predicted(run, files, out, *argv):
+    """Return the rows that the package's own prediction writes, by path."""
+    argv = ["predict", *map(str, files), "--checkpoint", str(run), "--out", str(out), *argv]
+    assert main([*argv, "--no-pictures", "--device", "cpu", "--quiet"]) == 0
+    with open(out / "results.csv", encoding="utf-8") as file:
+        return {row["path"]: row for row in csv.DictReader(file)}
+
+
+def test_the_example_reproduces_a_prediction_without_the_package(onnx_file, folder, tmp_path):
+    for i in range(6):  # files of other sizes than the model's
+        save_picture(tmp_path / f"new/{i}.png", 70 + i, (31 + 40 * i, 90))
+    files = [*sorted((tmp_path / "new").iterdir()), *(folder / "data/bolt/test/hole").iterdir()]
+    kinds = set()
+    for flags, word in ((["--class", "bolt"], ["bolt"]), ([], [])):
+        rows = predicted(folder / "run", files, tmp_path / "out", *ALPHA, *flags)
+        done = subprocess.run(
+            [sys.executable, EXAMPLE, onnx_file, *word, *files],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env={},
+        )
+        assert done.returncode == 0, done.stderr
+        lines = list(csv.reader(done.stdout.splitlines()))
+        assert len(lines) == len(files)
+        for path, score, p_value, decision, area in lines:
+            row = rows[path]
+            if word or row["class"] == "":
+                assert float(score) == pytest.approx(float(row["score"]), abs=1e-4)
+                assert float(p_value) == pytest.approx(float(row["p_value"]), abs=1e-6)
+                assert decision == row["decision"]
+                assert float(area) == pytest.approx(float(row["area"]), abs=1e-3)
+                kinds.add(decision)
+    assert kinds == {"normal", "anomalous"}
+
+
+def test_an_onnx_file_is_small_and_of_standard_operators(onnx_file):
+    import onnx
+
+    model = onnx.load(onnx_file)
+    onnx.checker.check_model(model, full_check=True)
+    assert [(part.domain, part.version) for part in model.opset_import] == [("", 18)]
+    kinds = [node.op_type for node in model.graph.node]
+    assert kinds.count("Softmax") == 4  # two attentions a level, each in one call
+    assert not {"Range", "Abs", "LessOrEqual"} & set(kinds)  # of masks, which are constants
+    assert len(kinds) < 260
+    assert str(Path(__file__).parents[2]).encode() not in onnx_file.read_bytes()
+
+
+def test_an_onnx_file_says_what_it_is(onnx_file, folder):
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(onnx_file)
+    about = json.loads(session.get_modelmeta().custom_metadata_map["rlr_fast"])
+    model = RLRModel.from_pretrained(folder / "run")
+    assert about["model"].items() >= model.score_identity().items()
+    assert about["backbone_fingerprint"] == model.backbone.fingerprint
+    assert about["image_size"] == [48, 64] and about["alpha"] == 0.2
+    assert about["classes"] == ["bolt", "cloth"]
+    decider = Decider(read_calibration(folder / "run"), 0.2)
+    rules = [decider.rule(name) for name in ("bolt", "cloth", None)]
+    assert about["thresholds"] == [
+        {"class": rule.name, "score": rule.threshold, "pixel": rule.pixel_threshold}
+        for rule in rules
+    ]
+    [entry] = session.get_inputs()
+    assert (entry.name, entry.shape, entry.type) == (
+        "images",
+        ["batch", 48, 64, 3],
+        "tensor(uint8)",
+    )
+    with pytest.raises(Exception, match="invalid dimensions"):
+        session.run(None, {"images": np.zeros((1, 64, 64, 3), dtype=np.uint8)})
+
+
+def change_weight(model):
+    """Change a single number of the graph."""
+    import onnx
+
+    tensor = max(model.graph.initializer, key=lambda t: len(t.raw_data))
+    values = onnx.numpy_helper.to_array(tensor).copy()
+    values.flat[7] += 3
+    tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+
+
+def plant_nan(model):
+    import onnx
+
+    for tensor in model.graph.initializer:
+        if "calibration" not in tensor.name and tensor.dims[:1] == [32]:
+            values = onnx.numpy_helper.to_array(tensor).copy()
+            values.flat[0] = np.nan
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+            return
+
+
+def lower_calibration(model):
+    import onnx
+
+    [tensor] = [t for t in model.graph.initializer if t.name == "calibration"]
+    values = onnx.numpy_helper.to_array(tensor) - 100
+    tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+
+
+def use_unknown_operator(model):
+    model.graph.node[0].op_type = "Unheard"
+
+
+@pytest.mark.parametrize(
+    ("plant", "message"),
+    [
+        (change_weight, "map within"),
+        (plant_nan, "map within nan"),
+        (lower_calibration, "p-values or decisions are not those of their scores"),
+        (use_unknown_operator, "cannot run the file, so it is not kept"),
+    ],
+)
+def test_a_file_that_disagrees_is_not_kept(
+    plant, message, onnx_file, folder, tmp_path, monkeypatch, capsys
+):
+    import onnx
+
+    def write(program, kind, path, **options):
+        model = onnx.load(onnx_file)
+        plant(model)
+        onnx.save(model, path)
+        return 1
+
+    monkeypatch.setattr(module, "write", write)
+    monkeypatch.setattr(ExportGraph, "trace", lambda graph: None)
+    argv = [folder / "run", "--to", "onnx", "--out", tmp_path / "a/model.onnx", *ALPHA]
+    told = refused(capsys, *argv)
+    assert "onnxruntime" in told and message in told
+    assert list((tmp_path / "a").iterdir()) == []
+
+
+def copy_of(file):
+    def write(program, kind, path, **options):
+        shutil.copy(file, path)
+        return 1
+
+    return write
+
+
+@pytest.mark.parametrize("required", [True, False])
+def test_openvino_refuses_a_file_and_its_default_precision_is_told(
+    required, onnx_file, folder, tmp_path, monkeypatch, caplog, capsys
+):
+    def zeros(path):
+        return lambda images: {
+            "score_map": np.zeros((len(images), 48, 64)),
+            "score": np.zeros(len(images)),
+            "p_value": np.ones((len(images), 3)),
+            "anomalous": np.zeros((len(images), 3), dtype=bool),
+        }
+
+    monkeypatch.setattr(module, "write", copy_of(onnx_file))
+    monkeypatch.setattr(ExportGraph, "trace", lambda graph: None)
+    monkeypatch.setattr(module, "runtimes", lambda kind: [Runtime("openvino", zeros, required)])
+    out = tmp_path / "model.onnx"
+    argv = [folder / "run", "--to", "onnx", "--out", out, *ALPHA]
+    if required:
+        told = refused(capsys, *argv)
+        assert "openvino: map within 1.0e+00" in told and "or --opset 23" in told
+    else:
+        assert main(["export", *map(str, argv)]) == 0
+        assert "openvino: map within 1.0e+00" in caplog.text
+        assert "INFERENCE_PRECISION_HINT f32" in caplog.text
+    assert out.exists() != required
+
+
+def test_a_full_disk_leaves_nothing(folder, tmp_path, monkeypatch, capsys):
+    def write(program, kind, path, **options):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(module, "write", write)
+    monkeypatch.setattr(ExportGraph, "trace", lambda graph: None)
+    out = tmp_path / "model.pt2"
+    told = refused(capsys, folder / "run", "--to", "torch", "--out", out, *ALPHA)
+    assert "No space left" in told and str(out) in told
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_program_of_pytorch(folder, tmp_path, capsys):
+    out, extra = tmp_path / "model.pt2", {"rlr_fast.json": ""}
+    images = sorted((folder / "data/bolt/train/good").iterdir())
+    argv = ["export", str(folder / "run"), "--to", "torch", "--out", str(out), *ALPHA]
+    assert main([*argv, "--images", *map(str, images[:1])]) == 0
+    assert "decisions at alpha 0.2" in capsys.readouterr().out
+    program = torch.export.load(out, extra_files=extra).module()
+    assert json.loads(extra["rlr_fast.json"])["alpha"] == 0.2
+    assert list(tmp_path.iterdir()) == [out]
+    model = RLRModel.from_pretrained(folder / "run")
+    [batch] = iterate_images(images, (48, 64), 5)
+    expected, found = model(batch.images), program(batch.images.permute(0, 2, 3, 1))
+    torch.testing.assert_close(found["score_map"], expected.score_map[:, 0])
+    torch.testing.assert_close(found["score"], expected.score)
+    with pytest.raises(AssertionError, match="Guard failed"):
+        program(torch.zeros(1, 64, 64, 3, dtype=torch.uint8))
+
+
+def test_a_run_without_calibration_has_no_decisions(folder, tmp_path, monkeypatch, capsys, caplog):
+    def write(graph, kind, path, *, outputs, about, opset):
+        assert json.loads(about)["alpha"] is None and json.loads(about)["thresholds"] == []
+        found = graph(torch.zeros(3, 48, 64, 3, dtype=torch.uint8))
+        assert outputs == list(found) == ["score_map", "score"]
+        path.write_text("")
+        return 1
+
+    monkeypatch.setattr(module, "write", write)
+    monkeypatch.setattr(ExportGraph, "trace", lambda graph: graph)
+    monkeypatch.setattr(module, "runtimes", lambda kind: [])
+    out = tmp_path / "model.pt2"
+    assert main(["export", str(folder / "bare"), "--to", "torch", "--out", str(out)]) == 0
+    assert "no decisions" in capsys.readouterr().out
+    assert "not decided: " in caplog.text and "has no calibration" in caplog.text
+
+
+def test_openvino(folder, tmp_path, capsys):
+    for package in ("onnx", "onnxscript", "openvino"):
+        pytest.importorskip(package)
+    out = tmp_path / "model.xml"
+    argv = ["export", str(folder / "run"), "--to", "openvino", "--out", str(out), *ALPHA]
+    assert main(argv) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"model.xml", "model.bin"}
+    found = openvino_model(out)(np.zeros((3, 48, 64, 3), dtype=np.uint8))
+    assert {name: value.shape for name, value in found.items()} == {
+        "score_map": (3, 48, 64),
+        "score": (3,),
+        "p_value": (3, 3),
+        "anomalous": (3, 3),
+    }
+    assert "openvino" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("pool", [False, True])
+def test_decisions_are_those_of_the_rules_at_ties_too(pool, folder):
+    calibration = read_calibration(folder / "run")
+    decider = Decider(calibration, 0.34, pool, {"bolt": 1.25, "cloth": 0.7})
+    graph = ExportGraph(RLRModel(CONFIG), decider, ["bolt", "cloth"])
+    rules = [decider.rule(name) for name in ("bolt", "cloth", None)]
+    ties = [score for scores in calibration.classes.values() for score in scores.image]
+    score = torch.tensor([*ties, *(s + 0.01 for s in ties), -1.0, 1e6])
+    graph.model.forward = lambda images: type(
+        "Output", (), {"score_map": torch.zeros(len(score), 1, 48, 64), "score": score}
+    )
+    found = graph(torch.zeros(len(score), 48, 64, 3, dtype=torch.uint8))
+    expected = np.stack([rule.p_values(score.numpy()) for rule in rules], 1)
+    np.testing.assert_allclose(found["p_value"].numpy(), expected, rtol=1e-6)
+    decided = [[rule.decide(float(s), np.zeros((1, 1))).anomalous for rule in rules] for s in score]
+    assert found["anomalous"].tolist() == decided
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("nowhere --to onnx --out OUT/a.onnx", "there is no checkpoint folder"),
+        ("RUN --to onnx --out OUT/a.pt2", "--out must end in .onnx for --to onnx"),
+        ("RUN --to torch --out OUT", "--out must end in .pt2 for --to torch"),
+        ("RUN --to torch --out TAKEN", "exists already"),
+        ("RUN --to torch --out TAKEN/b.pt2", "TAKEN"),
+        ("RUN --to onnx --out OUT/a.onnx --opset 17", "--opset must be from 18 to 23, got 17"),
+        ("RUN --to torch --out OUT/a.pt2 --opset 18", "--opset is of ONNX files"),
+        ("RUN --to torch --out OUT/a.pt2 --images nowhere", "there is no 'nowhere'"),
+        ("RUN --to torch --out OUT/a.pt2 --alpha 0.01", "needs 99 calibration images"),
+        ("BARE --to torch --out OUT/a.pt2 --alpha 0.2", "has no calibration"),
+    ],
+)
+def test_a_mistake_is_a_line_before_any_work(argv, message, folder, tmp_path, capsys, monkeypatch):
+    def none(*arguments):
+        raise AssertionError("work was begun")
+
+    monkeypatch.setattr(module, "model_outputs", none)
+    (tmp_path / "taken.pt2").write_text("")
+    places = {
+        "RUN": folder / "run",
+        "BARE": folder / "bare",
+        "TAKEN": tmp_path / "taken.pt2",
+        "OUT": tmp_path / "out",
+    }
+    for word, place in places.items():
+        argv, message = argv.replace(word, str(place)), message.replace(word, str(place))
+    assert message in refused(capsys, *argv.split())
+    assert [path.name for path in tmp_path.iterdir()] == ["taken.pt2"]
+
+
+def test_images_that_are_gone_are_asked_for(folder, tmp_path, capsys):
+    shutil.copytree(folder / "bare", tmp_path / "run")
+    (tmp_path / "run/run.json").unlink()
+    argv = [tmp_path / "run", "--to", "torch", "--out", tmp_path / "a.pt2"]
+    assert "does not say where its images are" in refused(capsys, *argv)
+    record = {"model": {}, "recipe": {}, "data": {"root": "/nowhere", "layout": "mvtec"}}
+    (tmp_path / "run/run.json").write_text(json.dumps(record))
+    assert "/nowhere is gone; name a few images" in refused(capsys, *argv)
+
+
+@pytest.mark.parametrize(
+    ("kind", "suffix", "package", "extra"),
+    [("onnx", "onnx", "onnxscript", "export"), ("openvino", "xml", "onnx", "openvino")],
+)
+def test_a_missing_package_is_named_with_its_extra(
+    kind, suffix, package, extra, folder, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(sys.modules, package, None)
+    argv = [folder / "run", "--to", kind, "--out", tmp_path / f"a.{suffix}"]
+    told = refused(capsys, *argv)
+    assert f"needs the package {package}" in told and f"'rlr_fast[{extra}]'" in told
