@@ -15,6 +15,7 @@ from PIL import Image
 
 from rlr_fast.config import InferenceExecution
 from rlr_fast.data import list_images
+from rlr_fast.data.files import replacing
 from rlr_fast.data.images import resize_mask
 from rlr_fast.data.layouts import find_class, holds_masks
 from rlr_fast.data.threads import BackgroundWriter, default_workers
@@ -103,6 +104,8 @@ def find_images(paths: Sequence[str | Path], out: Path | None = None) -> list[Im
             raise ValueError(f"paths: there is no {str(path)!r}")
         for file in files:
             place = file.relative_to(path.parent) if path.is_dir() else Path(file.name)
+            if ".." in place.parts:  # of "..", which has no name of its own
+                place = Path(path.resolve().name, file.relative_to(path))
             if file in images:
                 continue
             picture = _picture_name(place)
@@ -260,9 +263,11 @@ def _draw(image: ScoredImage, scale: Scale, own: Scale | None, target: Path) -> 
     picture = prediction_picture(image.image.permute(1, 2, 0).numpy(), score_map, scale)
     target.parent.mkdir(parents=True, exist_ok=True)
     # Level 1 takes a quarter of the time of the default for a file a seventh larger.
-    picture.save(target, compress_level=1)
+    with replacing(target) as unfinished:
+        picture.save(unfinished, compress_level=1)
 
 
 def _write_mask(mask: NDArray[np.bool_], size: tuple[int, int], target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(resize_mask(mask, size).astype(np.uint8) * 255).save(target)
+    with replacing(target) as unfinished:
+        Image.fromarray(resize_mask(mask, size).astype(np.uint8) * 255).save(unfinished)

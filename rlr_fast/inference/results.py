@@ -23,6 +23,15 @@ COLUMNS = ("path", "score", "class", "p_value", "threshold", "decision", *_BOX, 
 _WORDS = {True: "anomalous", False: "normal", None: None}
 
 
+# Where a cell begins with one of these, a spreadsheet takes it for a formula, and runs it.
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
+
+
+def _inert(text: str | None, lead: str) -> str | None:
+    """Return a cell of ``results.csv`` that no spreadsheet takes for a formula."""
+    return lead + text if text is not None and text.startswith(_FORMULA) else text
+
+
 class ResultsWriter:
     """Writes the rows of images as they come; a context that closes the files.
 
@@ -53,7 +62,7 @@ class ResultsWriter:
     ) -> None:
         """Write the row of an image whose file has ``size`` (height, width)."""
         box = None if decision is None else decision.box(size)
-        values = {
+        values: dict[str, Any] = {
             "path": str(path),
             "score": score,
             "class": category,
@@ -63,7 +72,8 @@ class ResultsWriter:
             **dict(zip(_BOX, box or (None,) * 4, strict=True)),
             "area": None if decision is None else decision.area,
         }
-        self._table.writerow(values.values())
+        inert = {"path": _inert(values["path"], "./"), "class": _inert(values["class"], "'")}
+        self._table.writerow((values | inert).values())
         self._lines.write(json.dumps(values) + "\n")
 
     def flush(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,8 @@ def score_files(
 ) -> Iterator[tuple[list[ScoredImage], list[str]]]:
     """Score image files in their order; yield those of a batch, and what is wrong with others.
 
+    An image whose score is NaN or infinite is among the others.
+
     Args:
         model: A trained model, on its device.
         paths: The files.
@@ -63,7 +66,8 @@ def _whole(
     batches = iterate_images(paths, size, execution.batch_size, execution.workers)
     scored = score_batches(model, ((b, b.images) for b in batches), execution.precision)
     return (
-        (
+        _finite(
+            paths,
             [
                 ScoredImage(*values)
                 for values in zip(
@@ -75,10 +79,26 @@ def _whole(
                     strict=True,
                 )
             ],
-            [str(failure.error) for failure in batch.failures],
+            {failure.index: str(failure.error) for failure in batch.failures},
         )
         for batch, outcome in scored
     )
+
+
+def _finite(
+    paths: list[Path], scored: list[ScoredImage], failed: dict[int, str]
+) -> tuple[list[ScoredImage], list[str]]:
+    """Move images without a finite score to those that failed, which are given by their places."""
+    sound = []
+    for image in scored:
+        if math.isfinite(image.score) and image.score_map.isfinite().all():
+            sound.append(image)
+        else:
+            failed[image.index] = (
+                f"cannot score image {str(paths[image.index])!r}: its score is not finite; "
+                "--precision fp32 may help"
+            )
+    return sound, [failed[index] for index in sorted(failed)]
 
 
 def _tiled(
@@ -99,14 +119,15 @@ def _tiled(
 
     def pictures() -> Iterator[tuple[list[ScoredImage], list[str]]]:
         for batch in iterate_images(paths, None, 1, execution.workers):
-            scored, failed = [], [str(failure.error) for failure in batch.failures]
+            scored = []
+            failed = {failure.index: str(failure.error) for failure in batch.failures}
             for index, image in zip(batch.indices, batch.images, strict=True):
                 misfit = tiles.misfit(*image.shape[1:])
                 if misfit is None:
                     scored.append(score(index, image))
                 else:
                     path = str(paths[index])
-                    failed.append(f"cannot score image {path!r} in tiles: {misfit}")
-            yield scored, failed
+                    failed[index] = f"cannot score image {path!r} in tiles: {misfit}"
+            yield _finite(paths, scored, failed)
 
     return pictures()

@@ -23,6 +23,7 @@ from rlr_fast.config import PRESETS, Preset
 from rlr_fast.data import synthetic
 from rlr_fast.data.files import write_atomically
 from rlr_fast.inference import batches
+from rlr_fast.models.checkpoint import read_weights, sealed
 from rlr_fast.visualization import comparison_sheet, reconstructions
 
 FLAGS = [
@@ -599,10 +600,9 @@ def test_figures_name_runs_by_as_much_of_their_paths_as_tells_them_apart(
 
 def test_figures_show_each_runs_own_maps_and_scores(trained, tmp_path, shown, capsys):
     shutil.copytree(trained / "run", tmp_path / "other")
-    state = safetensors.torch.load_file(tmp_path / "other/model.safetensors")
-    with safetensors.safe_open(tmp_path / "other/model.safetensors", "pt") as file:
-        metadata = file.metadata()
+    state, metadata = read_weights(tmp_path / "other/model.safetensors")
     state = {k: v + 0.1 if v.is_floating_point() else v for k, v in state.items()}
+    metadata = sealed(state, metadata)
     safetensors.torch.save_file(state, tmp_path / "other/model.safetensors", metadata)
     argv = ["figures", str(trained / "data"), "--out", str(tmp_path / "out"), "--quiet"]
     runs = [str(trained / "run"), str(tmp_path / "other")]
