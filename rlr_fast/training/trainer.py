@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -67,6 +69,22 @@ def _optimizers(model: RLRModel, recipe: TrainConfig) -> list[torch.optim.Optimi
 
 def _parameter_count(optimizer: torch.optim.Optimizer) -> int:
     return sum(len(group["params"]) for group in optimizer.param_groups)
+
+
+@contextlib.contextmanager
+def _quiet_log_thread() -> Iterator[None]:
+    """Keep TensorBoard's thread from printing the trace of an error that its caller raises, too."""
+    before = threading.excepthook
+
+    def hook(arguments: threading.ExceptHookArgs) -> None:
+        if not isinstance(arguments.exc_value, OSError):
+            before(arguments)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 class Trainer:
@@ -147,9 +165,9 @@ class Trainer:
             disable=quiet or not self.processes.is_main,
         )
         self.model.train()
-        with bar, CheckpointWriter(self.out, self.epoch) as checkpoints:
+        with bar, CheckpointWriter(self.out, self.epoch) as checkpoints, _quiet_log_thread():
             log = None
-            with self.processes.together():
+            with self.processes.together(), self._writing_log(checkpoints):
                 if self.processes.is_main:
                     log = SummaryWriter(str(self.out), purge_step=self.epoch * self.steps + 1)
             while self.epoch < self.recipe.epochs:
@@ -158,8 +176,19 @@ class Trainer:
                 with self.processes.together():
                     if self.processes.is_main:
                         self._save(checkpoints)
-        if log is not None:
-            log.close()
+            if log is not None:
+                with self._writing_log(checkpoints):
+                    log.close()
+
+    @contextlib.contextmanager
+    def _writing_log(self, checkpoints: CheckpointWriter) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise TrainingError(
+                f"cannot write the TensorBoard log in {str(self.out)!r}: {error}; "
+                f"{checkpoints.kept()}: make room and resume"
+            ) from error
 
     def _train_epoch(
         self, bar: Any, log: SummaryWriter | None, checkpoints: CheckpointWriter
@@ -328,9 +357,10 @@ class Trainer:
         self.history.append(row_values)
         bar.set_postfix(loss=f"{row_values['loss']:.4f}", refresh=False)
         if log is not None:
-            for name, value in row_values.items():
-                if name != "step":
-                    log.add_scalar(f"train/{name}", value, step + 1)
+            with self._writing_log(checkpoints):
+                for name, value in row_values.items():
+                    if name != "step":
+                        log.add_scalar(f"train/{name}", value, step + 1)
         self.since = (0, time.perf_counter())
 
     # The checkpoint

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import argparse
 import collections
+import os
+import sys
 import time
 from pathlib import Path
 
-from tests.attack import files, kills
+# Triton reads this when it is imported: kernels run on a CPU.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+sys.path.append(str(Path(__file__).parents[1]))
 
-ATTACKS = {"files": files.attack, "kills": kills.attack}
+from tests.attack import figures, files, kills, operators, together  # noqa: E402
+
+ATTACKS = {
+    "files": files.attack,
+    "kills": kills.attack,
+    "together": together.attack,
+    "operators": operators.attack,
+    "metrics": figures.attack,
+}
 
 
 def main() -> None:

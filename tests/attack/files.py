@@ -17,7 +17,7 @@ import torch
 from rlr_fast.models.authors import load_reconstructors
 from tests.attack.damage import Random, damaged, damaged_json, damaged_text, flipped
 from tests.attack.hostile import hostile_pickles
-from tests.attack.lab import SCORING, Lab, Verdict, call, judged, mask, quick
+from tests.attack.lab import MEMORY_DISK, SCORING, Lab, Verdict, call, judged, mask, quick
 from tests.attack.pictures import encoded, hard_picture
 
 Found = tuple[str, bytes]
@@ -82,6 +82,7 @@ def masks(lab: Lab, random: Random, count: int) -> Iterator[Found]:
 def tables(lab: Lab, random: Random, count: int) -> Iterator[Found]:
     """Check a set in VisA's layout whose table is damaged."""
     root = lab.root / "visa"
+    (lab.root / "out").mkdir(exist_ok=True)
     shutil.copytree(lab.data, root)
     rows = ["object,split,label,image,mask"]
     for name in ("bolt", "cloth"):
@@ -96,7 +97,7 @@ def tables(lab: Lab, random: Random, count: int) -> Iterator[Found]:
         data = _damaged_table(random, good)
         path.write_bytes(data)
         if random.random() < 0.9:
-            verdict = call("data", "check", root, "--layout", "visa", named="1cls.csv")
+            verdict = call("data", "check", root, "--layout", "visa", named="visa")
         else:
             words = ("eval", root, "--layout", "visa", "--checkpoint", lab.run, "--figures")
             before = _outside(lab)
@@ -241,7 +242,7 @@ def damaged_json_lines(random: Random, data: bytes) -> bytes:
 
 
 def states(lab: Lab, random: Random, count: int) -> Iterator[Found]:
-    """Resume from a damaged training state: the result is that of the sound one, or there is none."""
+    """Resume from a damaged training state: to the result of the sound one, or not at all."""
     whole = lab.root / "states"
     lab.must(*lab.train(whole, epochs=3))
     first = lab.root / "states-1"
@@ -253,9 +254,9 @@ def states(lab: Lab, random: Random, count: int) -> Iterator[Found]:
 
     def job(run: Path) -> Verdict:
         verdict = call(*lab.train(run, "--resume", epochs=3), named="training_state")
-        if verdict.fault is None and verdict.code == 0:
-            if (run / "model.safetensors").read_bytes() != expected:
-                return Verdict(0, "", "", "silently another model")
+        is_done = verdict.fault is None and verdict.code == 0
+        if is_done and (run / "model.safetensors").read_bytes() != expected:
+            return Verdict(0, "", "", "silently another model")
         return verdict
 
     yield from _damaged_run(
@@ -405,7 +406,7 @@ def attack(
     count: int, seed: int, only: str | None = None
 ) -> Iterator[tuple[str, int, list[Found]]]:
     """Yield each attack with its tries and what it found."""
-    with tempfile.TemporaryDirectory() as place, quick():
+    with tempfile.TemporaryDirectory(dir=MEMORY_DISK) as place, quick():
         lab = Lab(Path(place, "lab"))
         for number, (name, (subject, share)) in enumerate(SUBJECTS.items()):
             if only is None or only in name:

@@ -16,13 +16,10 @@ import numpy as np
 import safetensors.torch
 from PIL import Image
 
-from tests.attack.lab import MODEL, RECIPE, SCORING, Lab, quick, without_seconds
-from tests.attack.processes import Child, fault_of, leftovers
+from tests.attack.lab import MEMORY_DISK, MODEL, RECIPE, SCORING, Lab, quick, without_seconds
+from tests.attack.processes import Child, fault_of
 
 Found = tuple[str, bytes]
-
-# Where waiting for the disk takes no time, so that more of the work is killed.
-MEMORY_DISK = "/dev/shm" if Path("/dev/shm").is_dir() else None
 
 
 @dataclass
@@ -74,7 +71,9 @@ def jobs(lab: Lab) -> list[Job]:
     ]
 
 
-def attack(count: int, seed: int, only: str | None = None) -> Iterator[tuple[str, int, list[Found]]]:
+def attack(
+    count: int, seed: int, only: str | None = None
+) -> Iterator[tuple[str, int, list[Found]]]:
     """Yield each job with its tries and what was found."""
     with tempfile.TemporaryDirectory(dir=MEMORY_DISK) as place, quick():
         lab = Lab(Path(place, "lab"))
@@ -83,8 +82,10 @@ def attack(count: int, seed: int, only: str | None = None) -> Iterator[tuple[str
                 tries = max(1, round(job.share * count))
                 random = np.random.default_rng([seed, number])
                 yield f"kill: {job.name}", tries, list(killed(job, random, tries))
-                yield f"SIGINT, SIGTERM: {job.name}", tries // 4, list(
-                    killed(job, random, tries // 4, (signal.SIGINT, signal.SIGTERM))
+                yield (
+                    f"SIGINT, SIGTERM: {job.name}",
+                    tries // 4,
+                    list(killed(job, random, tries // 4, (signal.SIGINT, signal.SIGTERM))),
                 )
 
 
@@ -118,7 +119,9 @@ def killed(
             continue
         found = content(job.out)
         if found != expected:
-            names = sorted(k for k in found.keys() | expected.keys() if found.get(k) != expected.get(k))
+            names = sorted(
+                k for k in found.keys() | expected.keys() if found.get(k) != expected.get(k)
+            )
             yield f"another result: {', '.join(names[:6])}", b""
 
 
@@ -136,7 +139,9 @@ def content(folder: Path) -> dict[str, bytes]:
             continue
         data = path.read_bytes()
         if path.suffix in (".jsonl", ".json", ".md"):
-            data = without_seconds(data.decode(errors="surrogateescape")).encode(errors="surrogateescape")
+            data = without_seconds(data.decode(errors="surrogateescape")).encode(
+                errors="surrogateescape"
+            )
         if path.suffix == ".html":
             data = re.sub(rb'"date":"[^"]*"', b"", data)
             # Rows come in the order in which threads finish.
@@ -167,6 +172,3 @@ def half_written(job: Job) -> str | None:
         except Exception as error:
             return f"half-written: {path.name}: {type(error).__name__}"
     return None
-
-
-__all__ = ["Job", "attack", "content", "half_written", "jobs", "killed", "leftovers"]

@@ -6,8 +6,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,7 @@ from torch._inductor.exc import InductorError
 from rlr_fast.cli import main
 from rlr_fast.config import PRESETS, Preset
 from rlr_fast.data import synthetic
-from rlr_fast.data.files import write_atomically
+from rlr_fast.data.files import lock_folder, write_atomically
 from rlr_fast.inference import batches
 from rlr_fast.models.checkpoint import read_weights, sealed
 from rlr_fast.visualization import comparison_sheet, reconstructions
@@ -315,6 +317,65 @@ def test_metrics_name_the_precision(trained, tmp_path):
     assert main([*argv, "--out", str(tmp_path), "--precision", "bf16", "--batch-size", "3"]) == 0
     values = json.loads((tmp_path / "metrics.json").read_text())
     assert values["protocol"]["precision"] == "bf16"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("[x] DefaultCPUAllocator: can't allocate memory: 9 bytes")],
+    ids=["numpy", "torch"],
+)
+def test_out_of_memory_says_what_needs_less(trained, tmp_path, capsys, monkeypatch, error):
+    def full(*_):
+        raise error
+
+    monkeypatch.setattr("rlr_fast.models.rlr.RLRModel.tokens", full)
+    argv = ("eval", trained / "data", "--checkpoint", trained / "run", "--out", tmp_path / "out")
+    message = refused(capsys, *argv, "--quiet")
+    assert "out of memory" in message and "a smaller --batch-size needs less" in message
+
+
+def test_two_evaluations_do_not_work_in_one_folder(trained, tmp_path, capsys):
+    argv = ("eval", trained / "data", "--checkpoint", trained / "run", "--out", tmp_path / "out")
+    with lock_folder(tmp_path / "out"):
+        assert "another process works in" in refused(capsys, *argv, "--quiet")
+
+
+def test_a_termination_is_told_as_an_interruption_is(trained, tmp_path, capsys, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+
+    def end(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("it went on")
+
+    monkeypatch.setattr("rlr_fast.models.rlr.RLRModel.tokens", end)
+    argv = ["train", str(trained / "data"), "--out", str(tmp_path / "run")]
+    assert main([*argv, "--cache-dir", str(tmp_path), *FLAGS]) == 143
+    assert "rlr-fast: terminated; --resume goes on" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 5000, "is nested too deeply"),
+        ("classes: [[[bolt]]]", "'classes' must be a value, or a list of values"),
+        ("workers: {a: 1}", "'workers' must be a value, or a list of values"),
+        ("classes: !!set {bolt}", "'classes' must be a value, or a list of values"),
+        ("workers: &a [*a]", "'workers' must be a value, or a list of values"),
+    ],
+)
+def test_a_file_of_flags_that_is_nested_is_refused(tmp_path, capsys, text, message):
+    (tmp_path / "flags.yaml").write_text(text)
+    argv = ("data", "check", tmp_path, "--config", tmp_path / "flags.yaml")
+    assert message in refused(capsys, *argv)
+
+
+def test_aliases_in_a_file_of_flags_are_not_written_out(tmp_path, capsys):
+    """A dozen lines of them name ten to the twelfth words."""
+    lists = ", ".join(f"&{b} [{', '.join([f'*{a}'] * 10)}]" for a, b in pairwise("abcdefghijkl"))
+    (tmp_path / "flags.yaml").write_text(f"workers: [&a [{', '.join('x' * 10)}], {lists}]")
+    message = refused(capsys, "data", "check", tmp_path, "--config", tmp_path / "flags.yaml")
+    assert "'workers' must be a value, or a list of values" in message
 
 
 @pytest.mark.parametrize("verb", ["eval", "predict"])

@@ -567,6 +567,49 @@ def test_a_lost_or_damaged_history_is_told_and_costs_the_curve_alone(dataset, tm
     assert same(weights(tmp_path / "run"), before)
 
 
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ("3", "it must be an object"),
+        ('{"step": 1}', "a row has no epoch, images_per_s, loss"),
+        ('{"step": 1, "epoch": 1, "loss": [], "images_per_s": 1}', "loss must be a number"),
+        ('{"step": 1, "epoch": true, "loss": 1, "images_per_s": 1}', "epoch must be a number"),
+        ('{"step": 1%s, "epoch": 1, "loss": 1, "images_per_s": 1}' % ("0" * 400), "step must be a"),
+    ],
+)
+def test_a_damaged_row_of_the_history_is_told(tmp_path, row, reason):
+    (tmp_path / "history.jsonl").write_text(row)
+    with pytest.raises(TrainingError, match=rf"history\.jsonl cannot be read: {reason}"):
+        run_dir._read_history(tmp_path / "history.jsonl", 9)
+
+
+def test_a_training_state_with_a_flipped_byte_is_refused_and_not_resumed(dataset, tmp_path):
+    run(dataset, tmp_path / "run", tmp_path)
+    file = tmp_path / "run/training_state.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-7] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(TrainingError, match=r"training_state\.safetensors is damaged"):
+        run(dataset, tmp_path / "run", tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("progress", ["{}", "[]", '{"epoch": "1"}', "[" * 100_000])
+def test_a_training_state_that_says_nothing_of_its_progress_is_told(tmp_path, progress):
+    tensors = {"optimizer.x": torch.zeros(1)}
+    run_dir.write_tensors(tmp_path / run_dir.STATE_FILE, tensors, {"progress": progress})
+    with pytest.raises(TrainingError, match="holds no training state"):
+        run_dir.read_checkpoint(tmp_path)
+
+
+def test_two_trainings_do_not_work_in_one_folder(dataset, tmp_path):
+    with (
+        run_dir.lock_run(tmp_path / "run"),
+        pytest.raises(TrainingError, match="another process works in"),
+    ):
+        run(dataset, tmp_path / "run", tmp_path)
+    run(dataset, tmp_path / "run", tmp_path)
+
+
 def test_weights_in_place_of_the_training_state_are_told(dataset, tmp_path):
     run(dataset, tmp_path / "run", tmp_path)
     (tmp_path / "run/training_state.safetensors").write_bytes(
