@@ -13,7 +13,7 @@ from pathlib import Path
 os.environ.setdefault("TRITON_INTERPRET", "1")
 sys.path.append(str(Path(__file__).parents[1]))
 
-from tests.attack import figures, files, kills, operators, together  # noqa: E402
+from tests.attack import figures, files, kills, operators, together
 
 ATTACKS = {
     "files": files.attack,

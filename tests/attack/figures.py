@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from fractions import Fraction
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,7 +49,7 @@ def exact_aupro(maps: NDArray[np.floating], masks: NDArray[np.bool_], limit: Fra
         overlap = sum(Fraction(int((r >= score).sum()), len(r)) for r in regions) / len(regions)
         points.append((Fraction(int((normal >= score).sum()), len(normal)), overlap))
     area = Fraction(0)
-    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+    for (x0, y0), (x1, y1) in pairwise(points):
         if x0 >= limit:
             break
         if x1 > limit:

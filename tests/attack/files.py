@@ -287,7 +287,7 @@ def _damaged_tensors(random: Random, data: bytes) -> bytes:
             value.flatten(),
             value[..., None].contiguous(),
             value * float("nan"),
-            value[:0],
+            value.flatten()[:0],
             torch.zeros(3),
             None,
         )
@@ -377,13 +377,13 @@ def _damaged_run(
     good = ((source or lab.run) / name).read_bytes()
     run = lab.root / "damaged"
     for _ in range(count):
+        shutil.rmtree(run, ignore_errors=True)
         shutil.copytree(source or lab.run, run)
         data = damage(random, good)
         (run / name).write_bytes(data)
         verdict = job(run)
         if verdict.fault:
             yield verdict.fault, data
-        shutil.rmtree(run)
 
 
 SUBJECTS: dict[str, tuple[Any, float]] = {

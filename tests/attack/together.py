@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -80,9 +81,8 @@ def few_files(lab: Lab, random: Random, count: int) -> Iterator[Found]:
             ["eval", lab.data, *words[:-2], "--figures"],
             lab.train(out / "run"),
         ):
-            code, told = Child(
-                argv, lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-            ).wait()
+            limit = partial(resource.setrlimit, resource.RLIMIT_NOFILE, (most, most))
+            code, told = Child(argv, limit).wait()
             fault = fault_of(code, told, (0,) if most == 200 else (0, 1, 2))
             if fault:
                 yield f"{most} open files: {argv[0]}: {fault}", b""
