@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,7 +36,9 @@ HISTORY_FILE = "history.jsonl"
 
 _log = logging.getLogger(__name__)
 
-_MOST = 2**53  # of a whole number in the history
+# Of numbers in the history: whole ones, and others, which are those of float32.
+_MOST = 2**53
+_LARGEST = 3.5e38
 
 _PARTS = ("model", "recipe", "data")
 _DIGESTS = {
@@ -258,10 +261,10 @@ def _row(line: str) -> Row:
     if missing:
         raise ValueError(f"a row has no {', '.join(missing)}")
     for name, value in row.items():
-        # A norm may be infinite where fp16 skipped the step.
+        # A norm may be infinite where fp16 skipped the step; no curve can be drawn of more.
         is_number = isinstance(value, float) or (type(value) is int and abs(value) < _MOST)
-        if not is_number:
-            raise ValueError(f"{name} must be a number, got {str(value)[:40]!r}")
+        if not is_number or _LARGEST < abs(value) < math.inf:
+            raise ValueError(f"{name} must be a number of float32, got {str(value)[:40]!r}")
     return {name: value if name == "step" else float(value) for name, value in row.items()}
 
 

@@ -240,6 +240,16 @@ def test_full_disk_keeps_the_last_checkpoint(dataset, tmp_path, monkeypatch):
     assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
 
 
+def test_a_full_disk_under_the_tensorboard_log_is_told(dataset, tmp_path, monkeypatch, capfd):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("tensorboard.summary.writer.record_writer.RecordWriter.write", full)
+    with pytest.raises(TrainingError, match="cannot write the TensorBoard log in .*; no epoch was"):
+        run(dataset, tmp_path / "run", tmp_path)
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_a_second_run_does_not_overwrite_the_first(dataset, tmp_path):
     run(dataset, tmp_path / "run", tmp_path)
     before = weights(tmp_path / "run")
@@ -574,6 +584,7 @@ def test_a_lost_or_damaged_history_is_told_and_costs_the_curve_alone(dataset, tm
         ('{"step": 1}', "a row has no epoch, images_per_s, loss"),
         ('{"step": 1, "epoch": 1, "loss": [], "images_per_s": 1}', "loss must be a number"),
         ('{"step": 1, "epoch": true, "loss": 1, "images_per_s": 1}', "epoch must be a number"),
+        ('{"step": 1, "epoch": 1, "loss": 1e300, "images_per_s": 1}', "loss must be a number of"),
         ('{"step": 1%s, "epoch": 1, "loss": 1, "images_per_s": 1}' % ("0" * 400), "step must be a"),
     ],
 )
