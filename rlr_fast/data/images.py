@@ -343,7 +343,10 @@ def read_mask(path: str | os.PathLike[str]) -> npt.NDArray[np.bool_]:
     """
     mask = open_image(path)
     if "transparency" in mask.info:
-        mask = mask.convert("RGBA")
+        try:
+            mask = mask.convert("RGBA")
+        except ValueError as error:
+            raise UnreadableImageError(path, f"mode {mask.mode}: {error}") from error
     elif mask.mode not in ("1", "L", "LA", "RGB", "RGBA", "I", "F") and mask.mode[:4] != "I;16":
         mask = to_rgb(mask, path)
     pixels: npt.NDArray[Any] = np.asarray(mask)

@@ -114,9 +114,9 @@ def _level_state(entry: Any, name: str) -> dict[str, Tensor]:
         if not 0 < value.numel() <= held or not value.isfinite().all():
             raise ValueError(f"{name}: {key} must be whole and finite")
         state[_rename(key)] = value
-    wanted = {"reference": 3, "token_in.weight": 3, "reference_in.weight": 3}
-    for key, dimensions in (wanted | {"blocks.0.fc1.weight": 2}).items():
-        if key not in state or state[key].dim() != dimensions:
+    wanted = ("reference", "token_in.weight", "reference_in.weight")
+    for key in (*wanted, "blocks.0.fc1.weight"):
+        if key not in state or state[key].dim() not in (2, 3):
             raise ValueError(f"{name} has no reference, embedding or block: {key} is missing")
     state["reference"] = state["reference"].squeeze(0)
     for part in ("token_in", "reference_in"):

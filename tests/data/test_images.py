@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import threading
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from rlr_fast.data.images import (
     load_sample_mask,
     open_image,
     read_image_size,
+    read_mask,
     to_rgb,
 )
 from rlr_fast.data.layouts import Sample
@@ -164,6 +166,17 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
     for read in (open_image, read_image_size):
         with pytest.raises(UnreadableImageError, match="a pipe or a device, not a file"):
             read(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("read", [read_mask, lambda path: load_image(path, (2, 2))])
+def test_more_transparent_colors_than_a_palette_has_name_the_file(tmp_path, read):
+    data = save(tmp_path / "a.png", Image.new("P", (8, 8), 2)).read_bytes()
+    place = data.index(b"IDAT") - 4
+    content = b"tRNS" + bytes(300)
+    chunk = (300).to_bytes(4, "big") + content + zlib.crc32(content).to_bytes(4, "big")
+    (tmp_path / "a.png").write_bytes(data[:place] + chunk + data[place:])
+    with pytest.raises(UnreadableImageError, match=r"a\.png.*palette index out of range"):
+        read(tmp_path / "a.png")
 
 
 def test_first_page_of_several(tmp_path):

@@ -245,7 +245,9 @@ def test_a_full_disk_under_the_tensorboard_log_is_told(dataset, tmp_path, monkey
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr("tensorboard.summary.writer.record_writer.RecordWriter.write", full)
-    with pytest.raises(TrainingError, match="cannot write the TensorBoard log in .*; no epoch was"):
+    with pytest.raises(
+        TrainingError, match=r"cannot write the TensorBoard log in .*; no epoch was"
+    ):
         run(dataset, tmp_path / "run", tmp_path)
     assert "Traceback" not in capfd.readouterr().err
 
