@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 import math
+import sys
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,6 +31,12 @@ REFERENCE_VALUES = ("cross", "lca")
 SCORE_FIELDS = ("level_offsets", "level_weights", "smoothing", "surround", "top_share")
 
 
+LARGEST = 2**16
+"""Of a side in pixels or a width: more is a slip, and no machine has the memory."""
+_MOST_BLOCKS = 2**10
+_WIDEST = 256  # of a Gaussian's sigma, in pixels at 256 px
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """Say which names exist, and which of them was probably meant."""
     known = list(known)
@@ -40,7 +47,9 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
 def _require_number(argument: str, value: float, least: float = -math.inf) -> None:
     rule = "a finite number" if least == -math.inf else f"a finite number of at least {least:g}"
-    _require(math.isfinite(value) and value >= least, argument, rule, value)
+    # Not isfinite: a whole number may be too large for a float.
+    is_finite = abs(value) <= sys.float_info.max
+    _require(is_finite and value >= least, argument, rule, value)
 
 
 def _require(ok: bool, argument: str, rule: str, value: object) -> None:
@@ -83,9 +92,9 @@ def check_branches(attention: Sequence[str], fusion: str, references: int = 1) -
         attention,
     )
     _require(
-        isinstance(references, int) and references > 0,
+        isinstance(references, int) and 0 < references <= LARGEST,
         "references",
-        "a positive integer",
+        f"a positive integer of at most {LARGEST}",
         references,
     )
     _require(
@@ -207,7 +216,8 @@ class RLRConfig:
         def put(name: str, value: Any) -> None:
             object.__setattr__(self, name, value)
 
-        put("out_indices", tuple(self.out_indices))
+        indices = self.out_indices
+        put("out_indices", (indices,) if isinstance(indices, int) else tuple(indices))
         levels = len(self.out_indices)
         _require(levels > 0, "out_indices", "at least one level", self.out_indices)
         _require(
@@ -217,9 +227,9 @@ class RLRConfig:
         sides = (size,) if isinstance(size, int) else tuple(size)
         sides = sides * 2 if len(sides) == 1 else sides
         _require(
-            len(sides) == 2 and all(isinstance(s, int) and s > 0 for s in sides),
+            len(sides) == 2 and all(isinstance(s, int) and 0 < s <= LARGEST for s in sides),
             "image_size",
-            "a positive height and width",
+            f"a positive height and width of at most {LARGEST}",
             self.image_size,
         )
         put("image_size", sides)
@@ -235,17 +245,29 @@ class RLRConfig:
             _require(
                 hidden > 0 and hidden % heads == 0, "hidden", f"a multiple of {heads=}", hidden
             )
+            _require(hidden <= LARGEST, "hidden", f"at most {LARGEST}", hidden)
             _require(hidden % 4 == 0, "hidden", "a multiple of 4 (sine, cosine x 2 axes)", hidden)
-        put("attention", tuple(self.attention))
+        branches = self.attention
+        put("attention", (branches,) if isinstance(branches, str) else tuple(branches))
         check_branches(self.attention, self.fusion, self.references)
         _require(
-            self.neighborhood > 0 and self.neighborhood % 2 == 1,
+            0 < self.neighborhood <= LARGEST and self.neighborhood % 2 == 1,
             "neighborhood",
-            "odd and positive",
+            f"odd, positive and at most {LARGEST}",
             self.neighborhood,
         )
-        _require(self.blocks > 0, "blocks", "positive", self.blocks)
-        _require(self.ffn_ratio > 0, "ffn_ratio", "positive", self.ffn_ratio)
+        _require(
+            0 < self.blocks <= _MOST_BLOCKS,
+            "blocks",
+            f"positive and at most {_MOST_BLOCKS}",
+            self.blocks,
+        )
+        _require(
+            0 < self.ffn_ratio <= LARGEST,
+            "ffn_ratio",
+            f"positive and at most {LARGEST}",
+            self.ffn_ratio,
+        )
         _require_number("alpha", self.alpha)
         _require_number("diversity", self.diversity, 0)
         _require(
@@ -263,8 +285,11 @@ class RLRConfig:
         _require(
             any(self.level_weights), "level_weights", "positive for a level", self.level_weights
         )
-        _require_number("smoothing", self.smoothing, 0)
-        _require_number("surround", self.surround, 0)
+        for name in ("smoothing", "surround"):
+            sigma = getattr(self, name)
+            _require(
+                0 <= sigma <= _WIDEST, name, f"from 0 to {_WIDEST}, the side of the image", sigma
+            )
         _require(
             self.surround == 0 or self.surround > self.smoothing,
             "surround",

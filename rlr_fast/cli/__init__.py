@@ -25,11 +25,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         0: done. 1: done, but some files were left out, or a check failed. 2: a mistake of the
         user, or something that stopped the job; it is told in a line on standard error, by one of
         several processes. 3: an image is called anomalous (``predict --fail-on-anomaly``). 130:
-        interrupted.
+        interrupted. 143: terminated by the system.
     """
     level = logging.WARNING if tells() else logging.ERROR  # what one tells, the others meet too
     logging.basicConfig(level=level, format="%(levelname)s: %(message)s")
     argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _main(argv)
+    except KeyboardInterrupt:  # before the work of a verb began
+        print("\nrlr-fast: interrupted", file=sys.stderr)
+        return 130
+
+
+def _main(argv: list[str]) -> int:
     app = build_app()
     words, _, _ = app.parse_commands(argv)
     try:

@@ -37,6 +37,7 @@ def calibrate(
     """
     from rlr_fast.cli.common import check_class, report_failures
     from rlr_fast.data import read_dataset
+    from rlr_fast.data.files import lock_folder
     from rlr_fast.data.layouts import find_class
     from rlr_fast.inference.batches import load_model
     from rlr_fast.inference.calibrate import calibrate, calibration_images
@@ -76,7 +77,10 @@ def calibrate(
     for name in chosen:
         check_class(name, known, run)
     model = load_model(checkpoint, how, backbone_weights)
-    with progress_bar("calibrate", sum(map(len, chosen.values())), quiet) as bar:
+    with (
+        lock_folder(run),
+        progress_bar("calibrate", sum(map(len, chosen.values())), quiet) as bar,
+    ):
         calibration, failures = calibrate(
             model, chosen, run, previous, how, source=str(data), tiles=tiles, progress=bar.update
         )

@@ -46,12 +46,25 @@ def _read(path: str) -> dict[str, Any]:
         raise ValueError(f"--config: cannot read {path!r}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"--config: {path!r} is not UTF-8 text") from error
+    except RecursionError:
+        raise ValueError(f"--config: {path!r} is nested too deeply") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: what looks like a date and is none
         reason = " ".join(str(error).split())
         raise ValueError(f"--config: {path!r} is not YAML: {reason}") from error
     if not isinstance(values or {}, dict):
         raise ValueError(f"--config: {path!r} must hold flags and values, e.g. 'workers: 2'")
+    for name, value in (values or {}).items():
+        # Seen before anything writes a value out: aliases make a few lines a billion words.
+        if not _is_plain(value, lists=2):
+            raise ValueError(f"--config: {str(name)!r} must be a value, or a list of values")
     return {str(name): value for name, value in (values or {}).items()}
+
+
+def _is_plain(value: Any, lists: int) -> bool:
+    """Return whether a value is no mapping or set, and has at most so many lists in each other."""
+    if isinstance(value, list):
+        return lists > 0 and all(_is_plain(each, lists - 1) for each in value)
+    return not isinstance(value, (dict, set, tuple))
 
 
 def _checked(name: str, argument: Argument, value: Any) -> list[str]:

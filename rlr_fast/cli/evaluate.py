@@ -35,7 +35,7 @@ def evaluate(
     """
     from rlr_fast.cli.common import check_out, given_decider, given_scale, report_failures
     from rlr_fast.data import read_dataset
-    from rlr_fast.data.files import write_atomically
+    from rlr_fast.data.files import lock_folder, write_atomically
     from rlr_fast.inference.batches import load_model
     from rlr_fast.inference.evaluate import FigureOptions, evaluate
     from rlr_fast.inference.report import model_facts
@@ -45,7 +45,7 @@ def evaluate(
     from rlr_fast.training.progress import progress_bar
     from rlr_fast.visualization.report import REPORT_FILE, ReportWriter, check_report
 
-    with processes() as group:
+    with processes() as group, contextlib.ExitStack() as locks:
         with group.together():
             how = InferenceExecution(**execution)
             folder = fetch_checkpoint(checkpoint)
@@ -70,7 +70,7 @@ def evaluate(
                     pool=pool,
                     needed=False,
                 )
-                out.mkdir(parents=True, exist_ok=True)
+                locks.enter_context(lock_folder(out))
         total = sum(len(samples) for samples in images.test.values())
         with contextlib.ExitStack() as stack:
             page = None

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -126,8 +125,7 @@ def predict(
         if files is None:
             options |= {"classes": known, "category": category, "settle": settle}
             options["told"] = None if quiet else _tell
-            with _terminated_as_interrupted():
-                result = watch_folders(model, paths, out, pictures, how, **options)
+            result = watch_folders(model, paths, out, pictures, how, **options)
             return _end(result, decider, fail_on_anomaly)
         unknown = files.count(None)
         if decider is not None and unknown and not pool and group.is_main:
@@ -188,13 +186,3 @@ def _end(
         )
     code = report_failures(result.failures)
     return _ANOMALY if fail_on_anomaly and result.anomalous else code
-
-
-@contextlib.contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """Let SIGTERM, by which services are stopped, do what Ctrl+C does."""
-    earlier = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, earlier)

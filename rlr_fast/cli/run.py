@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
 
 from rlr_fast.cli.messages import follow_peer, refuse, tells, wants_traceback
 from rlr_fast.cli.verbs import Verb
+
+# What PyTorch says where the system has no memory left; on a GPU it has an error of its own.
+_ALLOCATOR = "DefaultCPUAllocator"
 
 # Where the errors of torch.compile are defined; not imported, for that takes seconds.
 _COMPILER = ("torch._dynamo.", "torch._inductor.")
@@ -19,18 +26,46 @@ def run(verb: Verb, job: Callable[[], int]) -> int:
         message = f"rlr-fast {verb.name} works in one process; start it without torchrun"
         return refuse(message) if tells() else follow_peer()
     try:
-        return job()
+        with _terminable():
+            return job()
     except BrokenPipeError:  # an OSError, but nobody is left to read a message
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        how, number = ("interrupted", signal.SIGINT)
+        if isinstance(error, _Terminated):
+            how, number = ("terminated", signal.SIGTERM)
         if tells():
-            print(f"\nrlr-fast: interrupted{verb.interrupted}", file=sys.stderr)
-        return 130
+            print(f"\nrlr-fast: {how}{verb.interrupted}", file=sys.stderr)
+        return 128 + number
     except Exception as error:
         code = _told(verb, error)
         if code is None:
             raise
         return code
+
+
+class _Terminated(KeyboardInterrupt):
+    """The system asks the process to end, as a batch queue does: in the same way as a user."""
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Raise `_Terminated` in the block where the process gets SIGTERM, so that it loses nothing."""
+
+    def terminate(_number: int, _frame: FrameType | None) -> None:
+        raise _Terminated
+
+    # The main thread alone gets signals. torchrun ends processes that wait for one that is lost,
+    # and these would see an exception only when it answers.
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if several or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _told(verb: Verb, error: Exception) -> int | None:
@@ -52,6 +87,12 @@ def _told(verb: Verb, error: Exception) -> int | None:
     first_line = (str(error).splitlines() or [""])[0]
     if isinstance(error, torch.OutOfMemoryError):
         return refuse(f"out of GPU memory ({first_line}); {verb.less_memory}")
+    if isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and _ALLOCATOR in first_line
+    ):
+        return refuse(
+            f"out of memory ({first_line or 'the system has none left'}); {verb.less_memory}"
+        )
     if wants_traceback():
         return None
     models = (BackboneWeightsError, BackendError, CheckpointError, CacheError, TrainingError)

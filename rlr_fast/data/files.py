@@ -17,6 +17,8 @@ from torch import Tensor
 
 LOCK_FILE = ".lock"
 
+_PART = 2**22  # bytes of a file in memory at once
+
 # What a file system without locks answers.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
 
@@ -38,20 +40,24 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield the name to write a file under; it gets its own with the end of the block.
+    """Yield a name to write a file under, which gets its own name when the block ends well.
 
-    A reader, a kill of the process or a full disk meets the old content or the new. Only a block
-    that calls `os.fsync` says the same of a power cut.
+    So a reader or a kill meets the old file or the new. Unlike `write_atomically` it does not wait
+    for the disk: after a loss of power the new file may be empty.
+
+    Args:
+        path: The file; the other name lies beside it, is hidden, and has its suffix.
 
     Raises:
-        OSError: The file cannot be written; the old one is as it was.
+        OSError: The file cannot be replaced; the old one is as it was.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    name = hashlib.blake2b(os.fsencode(path.name), digest_size=8).hexdigest()
+    partial = path.with_name(f".{name}.partial{path.suffix}")
     try:
         yield partial
         os.replace(partial, path)
-    except OSError as error:
-        if error.filename is None:  # a full disk names no file
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename is None:  # a full disk names no file
             error.filename = str(path)
         with contextlib.suppress(OSError):
             partial.unlink()
@@ -64,7 +70,11 @@ def file_digest(path: Path) -> str:
     Raises:
         OSError: It cannot be read.
     """
-    return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        while part := file.read(_PART):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def check_writable(folder: Path) -> None:

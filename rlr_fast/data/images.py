@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image, UnidentifiedImageError
 
+from rlr_fast.config import LARGEST
 from rlr_fast.data.layouts import Sample
 from rlr_fast.data.threads import default_workers, map_ahead
 
@@ -41,6 +43,9 @@ _BROKEN_FILE = (
     TypeError,
     Image.DecompressionBombError,
 )
+
+# Pillow reads fifty formats more, by readers that are less tested, and one starts a program.
+_FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP")
 
 _PICTURES_AHEAD = 2
 
@@ -94,15 +99,15 @@ class ImageBatch:
 
 
 def open_image(path: str | os.PathLike[str]) -> Image.Image:
-    """Decode a file, in the mode it is stored in.
+    """Decode a file, in the mode it is stored in; its content says the format, not its name.
 
     Raises:
-        UnreadableImageError: If the file is missing, truncated, broken, no image at all, or so
-            large that Pillow takes it for an attack.
+        UnreadableImageError: If the file is missing, truncated, broken, no image of a known
+            format, or so large that Pillow takes it for an attack.
     """
     image: Image.Image
     try:
-        with Image.open(path) as image:
+        with _opened(path) as image:
             image.load()
     except _BROKEN_FILE as error:
         raise UnreadableImageError(path, _reason(path, error)) from error
@@ -116,11 +121,19 @@ def read_image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
         UnreadableImageError: If the header cannot be read.
     """
     try:
-        with Image.open(path) as image:
+        with _opened(path) as image:
             width, height = image.size
     except _BROKEN_FILE as error:
         raise UnreadableImageError(path, _reason(path, error)) from error
     return height, width
+
+
+def _opened(path: str | os.PathLike[str]) -> Image.Image:
+    # To open a pipe waits for its writer, and to read a terminal for its user, for ever.
+    mode = os.stat(path).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise ValueError("it is a pipe or a device, not a file")
+    return Image.open(path, formats=_FORMATS)
 
 
 def to_rgb(image: Image.Image, path: str | os.PathLike[str]) -> Image.Image:
@@ -317,7 +330,10 @@ def read_mask(path: str | os.PathLike[str]) -> npt.NDArray[np.bool_]:
     """
     mask = open_image(path)
     if "transparency" in mask.info:
-        mask = mask.convert("RGBA")
+        try:
+            mask = mask.convert("RGBA")
+        except ValueError as error:
+            raise UnreadableImageError(path, f"mode {mask.mode}: {error}") from error
     elif mask.mode not in ("1", "L", "LA", "RGB", "RGBA", "I", "F") and mask.mode[:4] != "I;16":
         mask = to_rgb(mask, path)
     pixels: npt.NDArray[Any] = np.asarray(mask)
@@ -346,9 +362,11 @@ def checked_size(size: tuple[int, int]) -> tuple[int, int]:
     if (
         not isinstance(size, Sequence)
         or len(size) != 2
-        or not all(isinstance(side, int) and side > 0 for side in size)
+        or not all(isinstance(side, int) and 0 < side <= LARGEST for side in size)
     ):
-        raise ValueError(f"size must be (height, width), two positive integers, got {size=}")
+        raise ValueError(
+            f"size must be (height, width), two positive integers of at most {LARGEST}, got {size=}"
+        )
     return size[0], size[1]
 
 
@@ -357,7 +375,9 @@ def _reason(path: str | os.PathLike[str], error: BaseException) -> str:
         return "no such file"
     if isinstance(error, UnidentifiedImageError):
         return (
-            "the file is empty" if os.path.getsize(path) == 0 else "not an image of a known format"
+            "the file is empty"
+            if os.path.getsize(path) == 0
+            else f"not an image of a known format ({', '.join(_FORMATS)})"
         )
     if isinstance(error, OSError) and error.strerror:
         return error.strerror

@@ -28,7 +28,7 @@ import difflib
 import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 NORMAL = "good"
 """`Sample.defect` of an image without a defect, whatever its layout calls the folder."""
@@ -390,35 +390,55 @@ def _read_visa(root: Path, classes: Iterable[str] | None) -> DataSet:
 
 def _visa_rows(table: Path) -> Iterator[tuple[str, str, str, str, str]]:
     """Rows (object, split, label, image, mask) of VisA's table, checked."""
-    columns = ("object", "split", "label", "image", "mask")
     with table.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        if missing := [name for name in columns if name not in (reader.fieldnames or ())]:
+        try:
+            yield from _checked_rows(table, csv.DictReader(file))
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise ValueError(f"{str(table)!r} cannot be read: {error}") from error
+
+
+def _checked_rows(
+    table: Path, reader: csv.DictReader[str]
+) -> Iterator[tuple[str, str, str, str, str]]:
+    columns = ("object", "split", "label", "image", "mask")
+    if missing := [name for name in columns if name not in (reader.fieldnames or ())]:
+        raise ValueError(
+            f"{str(table)!r} must have the columns {','.join(columns)}; "
+            f"got {reader.fieldnames}, without {','.join(missing)}"
+        )
+    for row in reader:
+        category, split, label, image, mask = ((row[name] or "").strip() for name in columns)
+        for name, value, allowed in (
+            ("split", split, ("train", "test")),
+            ("label", label, ("normal", "anomaly")),
+        ):
+            if value not in allowed:
+                raise ValueError(
+                    f"{str(table)!r}, line {reader.line_num}: {name} must be "
+                    f"{' or '.join(allowed)}, got {value!r}"
+                )
+        if not category or not image:
             raise ValueError(
-                f"{str(table)!r} must have the columns {','.join(columns)}; "
-                f"got {reader.fieldnames}, without {','.join(missing)}"
+                f"{str(table)!r}, line {reader.line_num}: object and image must not be empty"
             )
-        for row in reader:
-            category, split, label, image, mask = ((row[name] or "").strip() for name in columns)
-            for name, value, allowed in (
-                ("split", split, ("train", "test")),
-                ("label", label, ("normal", "anomaly")),
-            ):
-                if value not in allowed:
-                    raise ValueError(
-                        f"{str(table)!r}, line {reader.line_num}: {name} must be "
-                        f"{' or '.join(allowed)}, got {value!r}"
-                    )
-            if not category or not image:
+        # The class names files of results, which must not lie elsewhere.
+        if category in (".", "..") or set(category) & set("/\\\0"):
+            raise ValueError(
+                f"{str(table)!r}, line {reader.line_num}: object must be a name without a path, "
+                f"got {category!r}"
+            )
+        for name, value in (("image", image), ("mask", mask)):
+            if "\0" in value or PurePosixPath(value).is_absolute() or ".." in Path(value).parts:
                 raise ValueError(
-                    f"{str(table)!r}, line {reader.line_num}: object and image must not be empty"
+                    f"{str(table)!r}, line {reader.line_num}: {name} must lie in the data set, "
+                    f"got {value!r}"
                 )
-            if split == "train" and label != "normal":
-                raise ValueError(
-                    f"{str(table)!r}, line {reader.line_num}: only normal images are to train on, "
-                    f"got {label=} with {split=}"
-                )
-            yield category, split, label, image, mask
+        if split == "train" and label != "normal":
+            raise ValueError(
+                f"{str(table)!r}, line {reader.line_num}: only normal images are to train on, "
+                f"got {label=} with {split=}"
+            )
+        yield category, split, label, image, mask
 
 
 def _nothing_fits(root: Path, layouts: tuple[str, ...]) -> str:

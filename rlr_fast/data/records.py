@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
+import sys
 import types
 import typing
 from pathlib import Path
@@ -27,7 +27,19 @@ def read_record(cls: type[T], path: Path) -> T:
         ValueError: It is no JSON, lacks a field without a default, or a value has another type; the
             message names the field.
     """
-    return typing.cast(T, _parsed(cls, json.loads(path.read_text(encoding="utf-8")), "it"))
+    return parse_record(cls, path.read_text(encoding="utf-8"))
+
+
+def parse_record(cls: type[T], text: str) -> T:
+    """Return the content of a JSON text; see `read_record`.
+
+    Raises:
+        ValueError: As `read_record`.
+    """
+    try:
+        return typing.cast(T, _parsed(cls, json.loads(text), "it"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def _parsed(kind: Any, value: Any, name: str) -> Any:
@@ -66,7 +78,7 @@ def _is(value: Any, kind: type) -> bool:
     if isinstance(value, bool):
         return kind is bool
     if kind is float:
-        return isinstance(value, (int, float)) and math.isfinite(value)
+        return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
     return isinstance(value, kind)
 
 

@@ -158,7 +158,7 @@ def _images(path: Path, out: Path | None) -> Iterator[tuple[Path, Path, list[str
         for folder in image_folders(path, out):
             names = [file.name for file in list_images(folder)]
             if names:
-                yield folder, folder.relative_to(path.parent), names
+                yield folder, picture_place(folder, path), names
     elif path.exists():
         yield path.parent, Path(), [path.name]
     else:
@@ -198,6 +198,14 @@ def image_folders(root: Path, out: Path | None, quiet: bool = False) -> Iterator
                 _log.warning("the masks in %s are not scored", folder / name)
 
     return walk(root)
+
+
+def picture_place(place: Path, root: Path) -> Path:
+    """Return where the pictures of what lies in a given folder belong: in a folder of its name."""
+    named = place.relative_to(root.parent)
+    if ".." in named.parts:  # of "..", which has no name of its own
+        return Path(root.resolve().name, place.relative_to(root))
+    return named
 
 
 def picture_name(place: Path) -> Path:

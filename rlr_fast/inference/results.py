@@ -87,6 +87,21 @@ def read_rows(path: Path) -> Iterator[tuple[Row, int]]:
             yield row, end
 
 
+# Where a cell begins with one of these, a spreadsheet takes it for a formula, and runs it.
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
+
+
+def _inert(text: str | None, lead: str) -> str | None:
+    """Return a cell of ``results.csv`` that no spreadsheet takes for a formula."""
+    return lead + text if text is not None and text.startswith(_FORMULA) else text
+
+
+def _cells(row: Row) -> list[Any]:
+    """Return the cells of ``results.csv``."""
+    inert = {"path": _inert(row["path"], "./"), "class": _inert(row["class"], "'")}
+    return list((row | inert).values())
+
+
 class ResultsWriter:
     """Writes the rows of images as they come; a context that closes the files.
 
@@ -109,14 +124,14 @@ class ResultsWriter:
             self._lines = stack.enter_context(open(out / LINES_FILE, "a", **_TEXT))
             os.truncate(out / LINES_FILE, kept)
             for row, _ in read_rows(out / LINES_FILE):
-                self._table.writerow(row.values())
+                self._table.writerow(_cells(row))
                 told(row)
             self._files = stack.pop_all()
 
     def write(self, row: Row) -> None:
         """Write a row."""
         self._lines.write(line(row))
-        self._table.writerow(row.values())
+        self._table.writerow(_cells(row))
         self._told(row)
 
     def flush(self) -> None:

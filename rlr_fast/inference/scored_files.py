@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,8 @@ def score_files(
     A batch is of ``execution.batch_size`` files, whether or not each can be read; with tiles of
     one.
 
+    An image whose score is NaN or infinite is left out.
+
     Args:
         model: A trained model, on its device.
         paths: The files, taken from an iterator as they are needed.
@@ -75,7 +78,8 @@ def _whole(
 ) -> Iterator[list[ScoredImage | LeftOut]]:
     """Score pictures resized to the model's image size."""
     size = model.config.image_size
-    batches = iterate_images(paths, size, execution.batch_size, execution.workers)
+    files, names = itertools.tee(paths)
+    batches = iterate_images(files, size, execution.batch_size, execution.workers)
     scored = score_batches(model, ((b, b.images) for b in batches), execution.precision)
 
     def outcomes() -> Iterator[list[ScoredImage | LeftOut]]:
@@ -88,10 +92,22 @@ def _whole(
                 scores,
                 batch.original_sizes,
             )
-            failed = (LeftOut(f.index, str(f.error)) for f in batch.failures)
-            yield sorted((*images, *failed), key=lambda outcome: outcome.index)
+            found: dict[int, ScoredImage | LeftOut] = {image.index: image for image in images}
+            found |= {f.index: LeftOut(f.index, str(f.error)) for f in batch.failures}
+            # Names in their order; a batch takes the next ones.
+            rows = zip(sorted(found), names, strict=False)
+            outcomes = ((found[index], path) for index, path in rows)
+            yield [o if isinstance(o, LeftOut) else _finite(o, path) for o, path in outcomes]
 
     return outcomes()
+
+
+def _finite(image: ScoredImage, path: Path) -> ScoredImage | LeftOut:
+    """Return an image, or why it is left out where its score is not finite."""
+    if math.isfinite(image.score) and image.score_map.isfinite().all():
+        return image
+    reason = f"cannot score image {str(path)!r}: its score is not finite"
+    return LeftOut(image.index, f"{reason}; --precision fp32 may help")
 
 
 def _tiled(
@@ -121,7 +137,7 @@ def _tiled(
             [index], [image] = batch.indices, batch.images
             misfit = tiles.misfit(*image.shape[1:])
             if misfit is None:
-                yield [score(index, image)]
+                yield [_finite(score(index, image), path)]
             else:
                 reason = f"cannot score image {str(path)!r} in tiles: {misfit}"
                 yield [LeftOut(index, reason)]

@@ -14,7 +14,7 @@ from rlr_fast.data.layouts import find_class
 from rlr_fast.inference.arrivals import Arrivals, check_watched
 from rlr_fast.inference.batches import check_placed
 from rlr_fast.inference.decisions import Decider
-from rlr_fast.inference.image_files import ImageFile, picture_name
+from rlr_fast.inference.image_files import ImageFile, picture_name, picture_place
 from rlr_fast.inference.predict import Prediction, Tally, prediction_settings
 from rlr_fast.inference.results import (
     LINES_FILE,
@@ -130,4 +130,4 @@ def _picture(path: Path, folders: Sequence[Path]) -> Path:
     """Return the name of a file's picture, as a prediction gives it; of several folders its own."""
     if len(folders) > 1:  # two may have files of one name
         return picture_name(Path(*path.resolve().parts[1:]))
-    return picture_name(path.relative_to(folders[0].parent))
+    return picture_name(picture_place(path, folders[0]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +58,7 @@ def load_reconstructors(
         raise ValueError(f"windows must have one value per level ({len(entries)}), got {windows=}")
     levels = nn.ModuleList()
     for j, entry in enumerate(entries):
-        state = {_rename(key): value for key, value in entry.items()}
-        if "reference" not in state or "token_in.weight" not in state:
-            raise ValueError(f"path: level {j} of {path} has no reference or embedding")
-        state["reference"] = state["reference"].squeeze(0)
-        for name in ("token_in", "reference_in"):
-            state[f"{name}.weight"] = state[f"{name}.weight"].squeeze(-1)
+        state = _level_state(entry, f"path: level {j} of {path}")
         tokens, channels = state["reference"].shape
         hidden = state["token_in.weight"].shape[0]
         side = math.isqrt(tokens)
@@ -76,8 +72,9 @@ def load_reconstructors(
             raise ValueError(
                 f"windows must be given: the authors have no rule for a grid of {side}"
             )
-        blocks = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
-        level = Reconstructor(
+        blocks = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+        build = partial(
+            Reconstructor,
             channels,
             hidden,
             heads,
@@ -89,11 +86,44 @@ def load_reconstructors(
             backend=backend,
         )
         try:
+            with torch.device("meta"):  # the shapes, before they take memory
+                build().load_state_dict(state, assign=True)
+            level = build()
             level.load_state_dict(state)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             raise ValueError(f"path: level {j} of {path} does not fit: {error}") from error
         levels.append(level)
     return levels
+
+
+def _level_state(entry: Any, name: str) -> dict[str, Tensor]:
+    """Return a level's tensors under our names; enough of them to build its network.
+
+    Raises:
+        ValueError: The level is none, for which it is called ``name``.
+    """
+    if not isinstance(entry, Mapping) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) and value.is_floating_point()
+        for key, value in entry.items()
+    ):
+        raise ValueError(f"{name} must be tensors of floating point by their names")
+    state: dict[str, Tensor] = {}
+    for key, value in entry.items():
+        # A view may claim more elements than the file has, and the network would be as large.
+        held = value.untyped_storage().nbytes() // value.element_size()
+        if not 0 < value.numel() <= held or not value.isfinite().all():
+            raise ValueError(f"{name}: {key} must be whole and finite")
+        state[_rename(key)] = value
+    wanted = ("reference", "token_in.weight", "reference_in.weight")
+    for key in (*wanted, "blocks.0.fc1.weight"):
+        if key not in state or state[key].dim() not in (2, 3):
+            raise ValueError(f"{name} has no reference, embedding or block: {key} is missing")
+    state["reference"] = state["reference"].squeeze(0)
+    for part in ("token_in", "reference_in"):
+        state[f"{part}.weight"] = state[f"{part}.weight"].squeeze(-1)
+    if any(state[key].dim() != 2 for key in wanted):
+        raise ValueError(f"{name}: reference and embeddings must be (1, N, C) and (C_h, C, 1)")
+    return state
 
 
 def _read(path: Path) -> list[Mapping[str, Tensor]]:
@@ -118,7 +148,7 @@ def _read(path: Path) -> list[Mapping[str, Tensor]]:
 def _rename(key: str) -> str:
     """Translate a parameter's name of theirs into ours."""
     key = _replace_prefix(key, _LEVEL_NAMES)
-    if key.startswith("blocks."):
+    if key.startswith("blocks.") and key.count(".") > 1:
         blocks, index, rest = key.split(".", 2)
         key = f"{blocks}.{index}.{_replace_prefix(rest, _BLOCK_NAMES)}"
     return key

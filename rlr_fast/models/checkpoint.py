@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors
+import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+
+# One entry of a file's metadata: safetensors writes several in no fixed order.
+_SEAL = "rlr_fast"
+_DIGEST = "digest"
 
 
 # What a checkpoint on the hub holds, beside what people read.
@@ -77,22 +84,59 @@ def read_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path.parent} is not a checkpoint: it has no {path.name}"
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} cannot be read: it holds no JSON object")
     return values
 
 
+def sealed(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return metadata for a safetensors file by which `read_weights` sees whether it is damaged.
+
+    Args:
+        tensors: Those of the file.
+        metadata: What the file says of itself.
+    """
+    digest = _digest(tensors, metadata)
+    return {_SEAL: json.dumps({**metadata, _DIGEST: digest}, sort_keys=True)}
+
+
+def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _opened(tensors: Mapping[str, Tensor], metadata: dict[str, str], path: Path) -> dict[str, str]:
+    """Return what `sealed` was given; files of older versions have no seal."""
+    if _SEAL not in metadata:
+        return metadata
+    try:
+        inside: dict[str, str] = dict(json.loads(metadata[_SEAL]))
+        digest = inside.pop(_DIGEST)
+        is_sound = digest == _digest(tensors, inside)
+    except (ValueError, TypeError, KeyError, RecursionError):
+        is_sound = False
+    if not is_sound:
+        raise CheckpointError(f"{path} is damaged: it holds something else than what was written")
+    return inside
+
+
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read a safetensors file: tensors, and its metadata.
 
     Raises:
-        CheckpointError: It is missing, cut short or damaged.
+        CheckpointError: It is missing, cut short or damaged, or has another content than when it
+            was written by `sealed` metadata.
     """
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            return tensors, _opened(tensors, file.metadata() or {}, path)
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{path.parent} is not a checkpoint: it has no {path.name}"

@@ -27,6 +27,7 @@ from rlr_fast.models.checkpoint import (
     fetch_checkpoint,
     read_config,
     read_weights,
+    sealed,
 )
 from rlr_fast.models.reconstructor import Reconstructor
 from rlr_fast.models.scoring import ScoreMap, distance, perturb
@@ -343,12 +344,18 @@ class RLRModel(
         """Load what `checkpoint_state` gave.
 
         Raises:
-            CheckpointError: The tensors are not this model's.
+            CheckpointError: The tensors are not this model's, or not finite.
         """
+        for name, tensor in state.items():
+            if not tensor.isfinite().all():
+                raise CheckpointError(f"the weights must be finite, and {name} is not")
         try:
             missing, unexpected = self.load_state_dict(state, strict=False)
         except RuntimeError as error:
-            raise CheckpointError(f"the weights do not fit the configuration: {error}") from error
+            reasons = [line.strip() for line in str(error).splitlines()[1:]]
+            raise CheckpointError(
+                f"the weights do not fit the configuration: {' '.join(reasons[:3])}"
+            ) from error
         wrong = [k for k in missing if not k.startswith("backbone.")] + list(unexpected)
         if wrong:
             raise CheckpointError(
@@ -357,7 +364,6 @@ class RLRModel(
 
     def checkpoint_metadata(self) -> dict[str, str]:
         """Return what the weights file says of itself."""
-        # One entry: safetensors writes several in no fixed order, and equal runs would differ.
         return {"backbone_fingerprint": self.backbone.fingerprint}
 
     def check_backbone(self, metadata: dict[str, str] | None, source: object) -> None:
@@ -376,10 +382,9 @@ class RLRModel(
 
     def _save_pretrained(self, save_directory: Path) -> None:
         (save_directory / CONFIG_FILE).write_text(self.config.to_json(), encoding="utf-8")
+        state = {k: v.contiguous() for k, v in self.checkpoint_state().items()}
         safetensors.torch.save_file(
-            {k: v.contiguous() for k, v in self.checkpoint_state().items()},
-            save_directory / WEIGHTS_FILE,
-            metadata=self.checkpoint_metadata(),
+            state, save_directory / WEIGHTS_FILE, sealed(state, self.checkpoint_metadata())
         )
 
     @classmethod
@@ -420,7 +425,10 @@ class RLRModel(
         state, metadata = read_weights(folder / WEIGHTS_FILE)
         model = cls(RLRConfig.from_dict(values), backend=backend)
         model.check_backbone(metadata, model_id)
-        model.load_checkpoint_state(state)
+        try:
+            model.load_checkpoint_state(state)
+        except CheckpointError as error:
+            raise CheckpointError(f"{model_id}: {error}") from error
         return model.eval()
 
     @classmethod

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -20,7 +20,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from rlr_fast.data.files import write_atomically
+from rlr_fast.data.files import file_digest, write_atomically
 from rlr_fast.data.images import (
     ImageFailure,
     UnreadableImageError,
@@ -40,6 +40,7 @@ _BATCH = 8
 # A placement may take this share of what is free; the rest is for the model and everybody else.
 _SHARE = 0.5
 _STALE_SECONDS = 3600.0
+_NAME_LENGTH = 20  # of a cache's folder, in hexadecimal digits of its key
 
 
 class CacheError(RuntimeError):
@@ -121,15 +122,15 @@ def cached_features(
         raise ValueError(f"cache placement 'gpu' needs the model on a GPU, it is on {device}")
     root = default_cache_root() if root is None else root
     identity = _identity(model, samples)
-    folder = root / identity["key"][:20]
-    meta = _read_meta(folder, identity)
+    folder = root / identity["key"][:_NAME_LENGTH]
+    meta = _read_meta(folder, identity, _shapes(model))
     if meta is not None and any(_readable(samples[f.index]) for f in meta.failures):
         shutil.rmtree(folder, ignore_errors=True)  # what was wrong with a file is put right
         meta = None
     if meta is None:
         try:
             root.mkdir(parents=True, exist_ok=True)
-            _remove_stale(root, folder.name)
+            _remove_stale(root)
             meta = _build(model, samples, folder, identity, workers, progress)
         except OSError as error:
             raise CacheError(f"cannot write the feature cache in {str(root)!r}: {error}") from error
@@ -159,7 +160,17 @@ def cached_features(
 def _map(file: Path, shape: tuple[int, int, int]) -> Tensor:
     if shape[0] == 0:  # no file of no bytes can be mapped
         return torch.empty(shape, dtype=torch.bfloat16)
-    return torch.from_file(str(file), size=math.prod(shape), dtype=torch.bfloat16).view(shape)
+    try:
+        whole = torch.from_file(str(file), size=math.prod(shape), dtype=torch.bfloat16)
+    except RuntimeError as error:  # deleted or cut meanwhile
+        raise CacheError(f"{str(file)!r} cannot be read: {error}") from error
+    return whole.view(shape)
+
+
+def _shapes(model: RLRModel) -> list[list[int]]:
+    """Return the tokens and channels of each level."""
+    grids = zip(model.backbone.grids, model.backbone.channels, strict=True)
+    return [[height * width, channels] for (height, width), channels in grids]
 
 
 def _readable(sample: Sample) -> bool:
@@ -198,15 +209,22 @@ class _Failure:
 
 @dataclass(frozen=True)
 class _Meta:
-    """What a complete cache says of itself; ``levels`` are the tokens and channels of each."""
+    """What a complete cache says of itself; ``levels`` are the tokens and channels of each.
+
+    ``digests`` are those of the levels' files; caches of older versions have none.
+    """
 
     identity: dict[str, Any]
     levels: list[list[int]]
     failures: list[_Failure]
+    digests: list[str] = field(default_factory=list)
 
 
-def _read_meta(folder: Path, identity: dict[str, Any]) -> _Meta | None:
-    """Return what a complete cache of this identity says of itself, or None."""
+def _read_meta(folder: Path, identity: dict[str, Any], shapes: list[list[int]]) -> _Meta | None:
+    """Return what a complete cache of this identity says of itself, or None.
+
+    ``shapes`` are the tokens and channels that each level must have.
+    """
     try:
         meta = read_record(_Meta, folder / _META)
     except (FileNotFoundError, NotADirectoryError):
@@ -218,13 +236,18 @@ def _read_meta(folder: Path, identity: dict[str, Any]) -> _Meta | None:
     if meta.identity != identity:
         raise CacheError(f"{str(folder)!r} holds another cache than its name says; delete it")
     count = identity["files"] - len(meta.failures)
-    for j, (tokens, channels) in enumerate(meta.levels):
+    is_sound = meta.levels == shapes and len(meta.digests) in (0, len(shapes))
+    if not is_sound or not all(0 <= f.index < identity["files"] for f in meta.failures):
+        raise CacheError(f"{folder / _META} is damaged; delete {str(folder)!r}")
+    for j, (tokens, channels) in enumerate(shapes):
         file = folder / f"level_{j}.bf16"
         size = file.stat().st_size if file.exists() else 0
         if size != count * tokens * channels * 2:
             raise CacheError(
                 f"{str(file)!r} has {size} bytes, not as written; delete {str(folder)!r}"
             )
+        if meta.digests and meta.digests[j] != file_digest(file):
+            raise CacheError(f"{str(file)!r} is damaged; delete {str(folder)!r}")
     return meta
 
 
@@ -259,8 +282,8 @@ def _build(
             for file in files:
                 file.flush()
                 os.fsync(file.fileno())
-        shapes = zip(model.backbone.grids, model.backbone.channels, strict=True)
-        meta = _Meta(identity, [[h * w, channels] for (h, w), channels in shapes], failures)
+        digests = [file_digest(partial / name) for name in names]
+        meta = _Meta(identity, _shapes(model), failures, digests)
         write_atomically(partial / _META, json.dumps(asdict(meta), indent=2))
         try:
             partial.rename(folder)
@@ -279,9 +302,9 @@ def _append(files: Sequence[BinaryIO], stored: Sequence[Tensor]) -> None:
         file.write(tokens.cpu().view(torch.uint8).numpy().data)
 
 
-def _remove_stale(root: Path, name: str) -> None:
-    """Remove what a killed process left of this cache."""
-    for partial in root.glob(f".{name}-*"):
+def _remove_stale(root: Path) -> None:
+    """Remove what killed processes left of any cache: the images may be others by now."""
+    for partial in root.glob(f".{'[0-9a-f]' * _NAME_LENGTH}-*"):
         with contextlib.suppress(FileNotFoundError):  # another process was quicker
             # A folder's own time stands still while its files grow.
             written = max(p.stat().st_mtime for p in (partial, *partial.iterdir()))

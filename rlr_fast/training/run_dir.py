@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,16 +19,26 @@ from torch import Tensor
 
 from rlr_fast.config import TrainConfig, short_windows
 from rlr_fast.data import DataSet
-from rlr_fast.data.files import check_writable, write_atomically, write_tensors
-from rlr_fast.data.records import read_record
+from rlr_fast.data.files import check_writable, lock_folder, write_atomically, write_tensors
+from rlr_fast.data.records import parse_record, read_record
 from rlr_fast.data.threads import BackgroundWriter
-from rlr_fast.models.checkpoint import CONFIG_FILE, WEIGHTS_FILE, CheckpointError, read_weights
+from rlr_fast.models.checkpoint import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    CheckpointError,
+    read_weights,
+    sealed,
+)
 
 RUN_FILE = "run.json"
 STATE_FILE = "training_state.safetensors"
 HISTORY_FILE = "history.jsonl"
 
 _log = logging.getLogger(__name__)
+
+# Of numbers in the history: whole ones, and others, which are those of float32.
+_MOST = 2**53
+_LARGEST = 3.5e38
 
 _PARTS = ("model", "recipe", "data")
 _DIGESTS = {
@@ -71,6 +82,16 @@ class _Record:
     recipe: dict[str, Any]
     data: dict[str, Any]
     processes: int = 1
+
+
+@dataclass(frozen=True)
+class _Progress:
+    """What a training state says of itself."""
+
+    epoch: int
+    steps: int
+    scaler: dict[str, Any]
+    backbone_fingerprint: str
 
 
 def read_run(out: Path) -> dict[str, Any] | None:
@@ -136,6 +157,21 @@ def check_folder(out: Path, record: Mapping[str, Any], resume: bool, data: DataS
         )
 
 
+@contextlib.contextmanager
+def lock_run(out: Path) -> Iterator[None]:
+    """Keep other commands out of a run's folder while the block runs.
+
+    Raises:
+        TrainingError: Another one works in it, or it cannot be made.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(lock_folder(out))
+        except OSError as error:
+            raise TrainingError(f"cannot write the run in {str(out)!r}: {error}") from error
+        yield
+
+
 def changed_settings(previous: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:
     """Say which settings of a run's record are others now, wherever the data lie."""
     # A run begun before a setting existed had its default.
@@ -186,30 +222,50 @@ def read_checkpoint(out: Path) -> Checkpoint | None:
             f"cannot resume: {error}. Delete it to start the run anew; "
             f"{WEIGHTS_FILE} beside it can still be used"
         ) from error
-    if "progress" not in metadata:
-        raise TrainingError(f"cannot resume: {path} holds no training state")
     model: dict[str, Tensor] = {}
     optimizer: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        part, _, name = key.partition(".")
-        if part == "model":
-            model[name] = value
-        else:
-            index, name = name.split(".")
-            optimizer.setdefault(int(index), {})[name] = value
-    progress = json.loads(metadata["progress"])
-    history: list[Row] = []
     try:
-        rows = (out / HISTORY_FILE).read_text(encoding="utf-8").splitlines()
-        history = [row for row in map(json.loads, rows) if row["step"] <= progress["steps"]]
+        progress = parse_record(_Progress, metadata.get("progress", "null"))
+        for key, value in tensors.items():
+            part, _, name = key.partition(".")
+            if part == "model":
+                model[name] = value
+            else:
+                index, name = name.split(".")
+                optimizer.setdefault(int(index), {})[name] = value
+    except ValueError as error:
+        raise TrainingError(f"cannot resume: {path} holds no training state: {error}") from error
+    history = _read_history(out / HISTORY_FILE, progress.steps)
+    values = asdict(progress)
+    return Checkpoint(progress.epoch, model, optimizer, values, values, history)
+
+
+def _read_history(path: Path, steps: int) -> list[Row]:
+    """Return the rows of the first ``steps`` steps."""
+    try:
+        rows = [_row(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except FileNotFoundError:
-        _log.warning("%s is missing: the curve begins anew", out / HISTORY_FILE)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        _log.warning("%s is missing: the curve begins anew", path)
+        return []
+    except (OSError, ValueError) as error:
         raise TrainingError(
-            f"{out / HISTORY_FILE} cannot be read: {error}. Delete it to resume: nothing but the "
-            "curve of the loss is lost"
+            f"{path} cannot be read: {error}. Delete it to resume: nothing but the curve of the "
+            "loss is lost"
         ) from error
-    return Checkpoint(progress["epoch"], model, optimizer, progress, progress, history)
+    return [row for row in rows if row["step"] <= steps]
+
+
+def _row(line: str) -> Row:
+    row = parse_record(dict[str, Any], line)
+    missing = sorted({"step", "epoch", "loss", "images_per_s"} - row.keys())
+    if missing:
+        raise ValueError(f"a row has no {', '.join(missing)}")
+    for name, value in row.items():
+        # A norm may be infinite where fp16 skipped the step; no curve can be drawn of more.
+        is_number = isinstance(value, float) or (type(value) is int and abs(value) < _MOST)
+        if not is_number or _LARGEST < abs(value) < math.inf:
+            raise ValueError(f"{name} must be a number of float32, got {str(value)[:40]!r}")
+    return {name: value if name == "step" else float(value) for name, value in row.items()}
 
 
 def write_checkpoint(out: Path, checkpoint: Checkpoint) -> None:
@@ -218,14 +274,16 @@ def write_checkpoint(out: Path, checkpoint: Checkpoint) -> None:
     Raises:
         OSError: One cannot be written; it and those after it are as they were.
     """
-    tensors = {f"model.{k}": v for k, v in checkpoint.model.items()}
+    model = {k: v.detach().cpu() for k, v in checkpoint.model.items()}
+    tensors = {f"model.{k}": v for k, v in model.items()}
     for index, state in checkpoint.optimizer.items():
-        tensors |= {f"optimizer.{index}.{k}": v for k, v in state.items()}
+        tensors |= {f"optimizer.{index}.{k}": v.detach().cpu() for k, v in state.items()}
     progress = {"epoch": checkpoint.epoch, **checkpoint.progress, **checkpoint.metadata}
     history = "".join(json.dumps(row) + "\n" for row in checkpoint.history)
     write_atomically(out / HISTORY_FILE, history)
-    write_tensors(out / STATE_FILE, tensors, {"progress": json.dumps(progress)})
-    write_tensors(out / WEIGHTS_FILE, checkpoint.model, checkpoint.metadata)
+    metadata = {"progress": json.dumps(progress)}
+    write_tensors(out / STATE_FILE, tensors, sealed(tensors, metadata))
+    write_tensors(out / WEIGHTS_FILE, model, sealed(model, checkpoint.metadata))
 
 
 class CheckpointWriter(BackgroundWriter):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -36,7 +37,7 @@ from rlr_fast.training.distributed import Processes, processes
 from rlr_fast.training.feature_cache import cached_features
 from rlr_fast.training.features import Features, FreshFeatures
 from rlr_fast.training.progress import progress_bar
-from rlr_fast.training.run_dir import TrainingError, check_folder, write_settings
+from rlr_fast.training.run_dir import TrainingError, check_folder, lock_run, write_settings
 from rlr_fast.training.score_fit import level_scales
 from rlr_fast.training.trainer import Trainer
 from rlr_fast.visualization import loss_curve
@@ -107,12 +108,12 @@ def train(
         ValueError: A class has no training images, an option does not fit the device, or the
             processes were not given the same run.
         BackendError: The backend cannot run on the device.
-        TrainingError: ``out`` holds another run, the disk is full, the loss is not finite, or there
-            are more processes than images.
+        TrainingError: ``out`` holds another run, another command works in it, the disk is full, the
+            loss is not finite, or there are more processes than images.
         CacheError: The feature cache cannot be written.
         PeerError: Another process met one of these.
     """
-    with processes() as group:
+    with processes() as group, contextlib.ExitStack() as stack:
         with group.together():
             device = start_device(execution)
             if config.diversity > 0 and recipe.loss_power != 1:
@@ -133,6 +134,9 @@ def train(
             torch.manual_seed(recipe.seed)
             model = RLRModel(config, backend=execution.backend).to(device)
             model.set_grad_checkpointing(execution.grad_checkpointing)
+            if group.is_main:
+                stack.enter_context(lock_run(out))
+                check_folder(out, record, resume, data)  # another command may have been there
         group.agree(_decisive(record, model))
         if group.is_main and not quiet:
             print(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +31,22 @@ from rlr_fast.training.steps import Steps, parameter_count
 _logger = logging.getLogger(__name__)
 
 _LOG_EVERY = 20  # steps: to read the loss waits for the device
+
+
+@contextlib.contextmanager
+def _quiet_log_thread() -> Iterator[None]:
+    """Keep TensorBoard's thread from printing the trace of an error that its caller raises, too."""
+    before = threading.excepthook
+
+    def hook(arguments: threading.ExceptHookArgs) -> None:
+        if not isinstance(arguments.exc_value, OSError):
+            before(arguments)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 class Trainer:
@@ -99,9 +117,9 @@ class Trainer:
             disable=quiet or not self.processes.is_main,
         )
         self.model.train()
-        with bar, CheckpointWriter(self.out, self.epoch) as checkpoints:
+        with bar, CheckpointWriter(self.out, self.epoch) as checkpoints, _quiet_log_thread():
             log = None
-            with self.processes.together():
+            with self.processes.together(), self._writing_log(checkpoints):
                 if self.processes.is_main:
                     log = SummaryWriter(
                         str(self.out), purge_step=self.epoch * self.steps.per_epoch + 1
@@ -112,8 +130,19 @@ class Trainer:
                 with self.processes.together():
                     if self.processes.is_main:
                         self._save(checkpoints)
-        if log is not None:
-            log.close()
+            if log is not None:
+                with self._writing_log(checkpoints):
+                    log.close()
+
+    @contextlib.contextmanager
+    def _writing_log(self, checkpoints: CheckpointWriter) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise TrainingError(
+                f"cannot write the TensorBoard log in {str(self.out)!r}: {error}; "
+                f"{checkpoints.kept()}: make room and resume"
+            ) from error
 
     def _train_epoch(
         self, bar: Any, log: SummaryWriter | None, checkpoints: CheckpointWriter
@@ -169,9 +198,10 @@ class Trainer:
         self.history.append(row_values)
         bar.set_postfix(loss=f"{row_values['loss']:.4f}", refresh=False)
         if log is not None:
-            for name, value in row_values.items():
-                if name != "step":
-                    log.add_scalar(f"train/{name}", value, step + 1)
+            with self._writing_log(checkpoints):
+                for name, value in row_values.items():
+                    if name != "step":
+                        log.add_scalar(f"train/{name}", value, step + 1)
         self.since = (0, time.perf_counter())
 
     # The checkpoint

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw
 
+from rlr_fast.data.files import replacing
 from rlr_fast.visualization.fonts import FAINT, INK, PAPER, number, one_line, shortened, typeface
 from rlr_fast.visualization.heat_maps import (
     HIGH,
@@ -170,7 +172,8 @@ def comparison_sheet(
         y += bar_height + gap
         draw.text((left, y), number(low), INK, font, anchor="la")
         draw.text((left + HIGH * panel_size, y), number(high), INK, font, anchor="ma")
-    sheet.save(path)
+    with replacing(Path(path)) as unfinished:
+        sheet.save(unfinished)
 
 
 def _panels(row: ComparisonRow, scales: Sequence[Scale], size: int) -> list[Image.Image]:

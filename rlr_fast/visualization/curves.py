@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -13,6 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from numpy.typing import NDArray
+
+from rlr_fast.data.files import replacing
 
 
 def loss_curve(history: Sequence[Mapping[str, float]], path: str | os.PathLike[str]) -> None:
@@ -81,7 +84,8 @@ def loss_curve(history: Sequence[Mapping[str, float]], path: str | os.PathLike[s
     title = f"Loss to step {history[-1]['step']:,}, epoch {history[-1]['epoch']:.4g}{smoothing}"
     axes[0].set_title(title, loc="left", fontsize="medium")
     _label_ends(axes[0], ends)
-    figure.savefig(path)
+    with replacing(Path(path)) as unfinished:
+        figure.savefig(unfinished)
 
 
 def _draw_series(

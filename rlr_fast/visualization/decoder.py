@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from rlr_fast.data import ImageFailure
 from rlr_fast.data.files import check_writable, write_atomically, write_tensors
-from rlr_fast.models.checkpoint import CheckpointError, read_weights
+from rlr_fast.models.checkpoint import CheckpointError, read_weights, sealed
 from rlr_fast.models.rlr import RLRModel
 
 _KIND = "rlr_fast decoder"
-_META = "decoder"  # one entry: safetensors writes several in no fixed order
+_META = "decoder"
 _WIDTH = 96  # channels on the finest feature grid; halved with every doubling of the picture
 _LEAST = 16
 
@@ -170,7 +170,8 @@ def save_decoder(result: DecoderResult, model: RLRModel, path: Path) -> None:
     """
     about = {"kind": _KIND, "features": model.feature_identity(), "training": result.training}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_tensors(path, result.decoder.state_dict(), {_META: json.dumps(about)})
+    state = result.decoder.state_dict()
+    write_tensors(path, state, sealed(state, {_META: json.dumps(about)}))
     history = "".join(json.dumps(row) + "\n" for row in result.history)
     write_atomically(path.with_suffix(HISTORY_SUFFIX), history)
 
@@ -188,7 +189,7 @@ def load_decoder(path: Path, model: RLRModel) -> Decoder:
         raise CheckpointError(f"{path} is no decoder of `rlr-fast decoder train`")
     try:
         trained_on = dict(json.loads(metadata[_META])["features"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} does not say which features it is for") from error
     here = model.feature_identity()
     wrong = [

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
+from rlr_fast.data.files import replacing
 from rlr_fast.visualization.fonts import (
     EMPTY,
     FAINT,
@@ -152,7 +154,8 @@ def sample_sheet(
     draw.text((label_right, legend_y), label, FAINT, font, anchor="rm")
     start = label_right - font.getlength(label) - 2 * gap
     draw.line((start - 2 * gap, legend_y, start, legend_y), _OUTLINE, max(2, panel_size // 96))
-    sheet.save(path)
+    with replacing(Path(path)) as unfinished:
+        sheet.save(unfinished)
 
 
 def _panels(row: SheetRow, scale: Scale, size: int) -> list[Image.Image]:

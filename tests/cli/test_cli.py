@@ -6,8 +6,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -21,8 +23,9 @@ from torch._inductor.exc import InductorError
 from rlr_fast.cli import main
 from rlr_fast.config import PRESETS, Preset
 from rlr_fast.data import synthetic
-from rlr_fast.data.files import write_atomically
+from rlr_fast.data.files import lock_folder, write_atomically
 from rlr_fast.inference import batches
+from rlr_fast.models.checkpoint import read_weights, sealed
 from rlr_fast.visualization import comparison_sheet, reconstructions
 
 FLAGS = [
@@ -316,6 +319,65 @@ def test_metrics_name_the_precision(trained, tmp_path):
     assert values["protocol"]["precision"] == "bf16"
 
 
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("[x] DefaultCPUAllocator: can't allocate memory: 9 bytes")],
+    ids=["numpy", "torch"],
+)
+def test_out_of_memory_says_what_needs_less(trained, tmp_path, capsys, monkeypatch, error):
+    def full(*_):
+        raise error
+
+    monkeypatch.setattr("rlr_fast.models.rlr.RLRModel.tokens", full)
+    argv = ("eval", trained / "data", "--checkpoint", trained / "run", "--out", tmp_path / "out")
+    message = refused(capsys, *argv, "--quiet")
+    assert "out of memory" in message and "a smaller --batch-size needs less" in message
+
+
+def test_two_evaluations_do_not_work_in_one_folder(trained, tmp_path, capsys):
+    argv = ("eval", trained / "data", "--checkpoint", trained / "run", "--out", tmp_path / "out")
+    with lock_folder(tmp_path / "out"):
+        assert "another process works in" in refused(capsys, *argv, "--quiet")
+
+
+def test_a_termination_is_told_as_an_interruption_is(trained, tmp_path, capsys, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+
+    def end(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("it went on")
+
+    monkeypatch.setattr("rlr_fast.models.rlr.RLRModel.tokens", end)
+    argv = ["train", str(trained / "data"), "--out", str(tmp_path / "run")]
+    assert main([*argv, "--cache-dir", str(tmp_path), *FLAGS]) == 143
+    assert "rlr-fast: terminated; --resume goes on" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 5000, "is nested too deeply"),
+        ("classes: [[[bolt]]]", "'classes' must be a value, or a list of values"),
+        ("workers: {a: 1}", "'workers' must be a value, or a list of values"),
+        ("classes: !!set {bolt}", "'classes' must be a value, or a list of values"),
+        ("workers: &a [*a]", "'workers' must be a value, or a list of values"),
+    ],
+)
+def test_a_file_of_flags_that_is_nested_is_refused(tmp_path, capsys, text, message):
+    (tmp_path / "flags.yaml").write_text(text)
+    argv = ("data", "check", tmp_path, "--config", tmp_path / "flags.yaml")
+    assert message in refused(capsys, *argv)
+
+
+def test_aliases_in_a_file_of_flags_are_not_written_out(tmp_path, capsys):
+    """A dozen lines of them name ten to the twelfth words."""
+    lists = ", ".join(f"&{b} [{', '.join([f'*{a}'] * 10)}]" for a, b in pairwise("abcdefghijkl"))
+    (tmp_path / "flags.yaml").write_text(f"workers: [&a [{', '.join('x' * 10)}], {lists}]")
+    message = refused(capsys, "data", "check", tmp_path, "--config", tmp_path / "flags.yaml")
+    assert "'workers' must be a value, or a list of values" in message
+
+
 @pytest.mark.parametrize("verb", ["eval", "predict"])
 def test_a_gpu_out_of_memory_says_what_needs_less(verb, trained, tmp_path, capsys, monkeypatch):
     def full(*_):
@@ -599,10 +661,9 @@ def test_figures_name_runs_by_as_much_of_their_paths_as_tells_them_apart(
 
 def test_figures_show_each_runs_own_maps_and_scores(trained, tmp_path, shown, capsys):
     shutil.copytree(trained / "run", tmp_path / "other")
-    state = safetensors.torch.load_file(tmp_path / "other/model.safetensors")
-    with safetensors.safe_open(tmp_path / "other/model.safetensors", "pt") as file:
-        metadata = file.metadata()
+    state, metadata = read_weights(tmp_path / "other/model.safetensors")
     state = {k: v + 0.1 if v.is_floating_point() else v for k, v in state.items()}
+    metadata = sealed(state, metadata)
     safetensors.torch.save_file(state, tmp_path / "other/model.safetensors", metadata)
     argv = ["figures", str(trained / "data"), "--out", str(tmp_path / "out"), "--quiet"]
     runs = [str(trained / "run"), str(tmp_path / "other")]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
+import subprocess
 import threading
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +25,7 @@ from rlr_fast.data.images import (
     load_sample_mask,
     open_image,
     read_image_size,
+    read_mask,
     to_rgb,
 )
 from rlr_fast.data.layouts import Sample
@@ -137,6 +141,42 @@ def test_exif_orientation_is_not_applied_because_masks_do_not_turn(tmp_path):
     assert read_image_size(path) == (8, 16)
     stored = np.asarray(Image.open(path)).transpose(2, 0, 1)
     np.testing.assert_array_equal(load_image(path, (8, 16)).numpy(), stored)
+
+
+@pytest.mark.parametrize("kind", ["PPM", "TGA", "PCX", "ICO", "PDF"])
+def test_formats_beyond_the_known_ones_are_refused_whatever_the_name(tmp_path, kind):
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "a.png", kind)
+    for read in (open_image, read_image_size):
+        with pytest.raises(UnreadableImageError, match=r"known format \(PNG, JPEG"):
+            read(tmp_path / "a.png")
+
+
+def test_a_program_in_the_place_of_an_image_is_not_run(tmp_path, monkeypatch):
+    """Pillow hands PostScript to an interpreter if one is installed."""
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("started a program"))
+    head = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+    (tmp_path / "a.png").write_bytes(head)
+    with pytest.raises(UnreadableImageError, match="not an image of a known format"):
+        open_image(tmp_path / "a.png")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    for read in (open_image, read_image_size):
+        with pytest.raises(UnreadableImageError, match="a pipe or a device, not a file"):
+            read(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("read", [read_mask, lambda path: load_image(path, (2, 2))])
+def test_more_transparent_colors_than_a_palette_has_name_the_file(tmp_path, read):
+    data = save(tmp_path / "a.png", Image.new("P", (8, 8), 2)).read_bytes()
+    place = data.index(b"IDAT") - 4
+    content = b"tRNS" + bytes(300)
+    chunk = (300).to_bytes(4, "big") + content + zlib.crc32(content).to_bytes(4, "big")
+    (tmp_path / "a.png").write_bytes(data[:place] + chunk + data[place:])
+    with pytest.raises(UnreadableImageError, match=r"a\.png.*palette index out of range"):
+        read(tmp_path / "a.png")
 
 
 def test_first_page_of_several(tmp_path):

@@ -157,6 +157,13 @@ def test_visa_table_with_byte_order_mark_and_windows_line_ends(tmp_path):
         ),
         pytest.param("candle,test,odd,a.JPG,", "line 2: label must be normal or ano", id="label"),
         pytest.param("candle,test,normal,,", "line 2: object and image", id="no-image"),
+        pytest.param("../a,test,normal,a.JPG,", "object must be a name without", id="way-out"),
+        pytest.param("..,test,normal,a.JPG,", "object must be a name without", id="parent"),
+        pytest.param("a\\b,test,normal,a.JPG,", "object must be a name without", id="backslash"),
+        pytest.param("a,test,normal,/etc/a.JPG,", "image must lie in the data set", id="absolute"),
+        pytest.param("a,test,normal,b/../../a.JPG,", "image must lie in the data", id="outside"),
+        pytest.param("a,test,anomaly,a.JPG,../m.png", "mask must lie in the data", id="mask"),
+        pytest.param("x" * 200_000, r"1cls\.csv' cannot be read: field larger", id="long-field"),
         pytest.param("candle,test,normal", "line 2: object and image", id="short-row"),
         pytest.param("candle,train,anomaly,a.JPG,", "only normal images", id="defect-in-training"),
     ],
@@ -165,6 +172,13 @@ def test_visa_table_errors_name_the_line(tmp_path, line, message):
     touch(tmp_path, "split_csv/1cls.csv")
     (tmp_path / "split_csv/1cls.csv").write_text(f"object,split,label,image,mask\n{line}\n")
     with pytest.raises(ValueError, match=message):
+        read_dataset(tmp_path)
+
+
+def test_visa_table_that_is_no_text_is_named(tmp_path):
+    touch(tmp_path, "split_csv/1cls.csv")
+    (tmp_path / "split_csv/1cls.csv").write_bytes(b"object,split,label,image,mask\n\xff,,,,\n")
+    with pytest.raises(ValueError, match=r"1cls\.csv' cannot be read: 'utf-8' codec"):
         read_dataset(tmp_path)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import save_picture
 from PIL import Image
 
@@ -57,6 +58,50 @@ def test_predict_writes_score_and_picture_of_each_file(model, tree, tmp_path):
     assert pictures == {
         f"pictures/test/{kind}/{i:03d}.png" for kind in ("good", "hole") for i in range(2)
     }
+
+
+def test_pictures_of_the_folder_above_stay_in_the_folder_of_pictures(tree, monkeypatch):
+    monkeypatch.chdir(tree / "bolt/test/hole")
+    names = {str(file.picture) for file in find_images([".."])}
+    assert names == {f"test/{kind}/00{i}.png" for kind in ("good", "hole") for i in range(2)}
+    assert {str(file.picture) for file in find_images(["."])} == {"000.png", "001.png"}
+
+
+def test_an_image_without_a_finite_score_is_left_out_and_told(model, tree, tmp_path):
+    with torch.no_grad():
+        next(model.levels.parameters()).mul_(1e38)
+    result = predict(model, find_images([tree / "bolt/test/hole"]), tmp_path / "out", None)
+    assert result.scored == 0 and not any(row[1] for row in rows(result.results)[1:])
+    assert all("its score is not finite" in failure for failure in result.failures)
+    assert len(result.failures) == 2
+
+
+def test_a_spreadsheet_runs_nothing_that_a_name_says(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = ["=1+1.png", "+1.png", "-1.png", "@SUM(1).png", "a.png"]
+    for name in names:
+        save_picture(tmp_path / name, 1)
+    files = [dataclasses.replace(file, category="=HYPERLINK(1)") for file in find_images(names)]
+    predict(model, files, tmp_path / "out", None)
+    _, *table = rows(tmp_path / "out/results.csv")
+    assert {row[0] for row in table} == {"a.png", *(f"./{name}" for name in names[:4])}
+    assert {row[2] for row in table} == {"'=HYPERLINK(1)"}
+    assert all((tmp_path / row[0]).exists() for row in table)  # the same file still
+    lines = map(json.loads, (tmp_path / "out/results.jsonl").read_text().splitlines())
+    assert {(line["path"], line["class"]) for line in lines} == {
+        (n, "=HYPERLINK(1)") for n in names
+    }
+
+
+def test_a_picture_that_cannot_be_written_whole_is_not_there(model, tree, tmp_path, monkeypatch):
+    def half(self, path, **_):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", half)
+    with pytest.raises(OSError, match="No space left"):
+        predict(model, find_images([tree / "bolt/test"]), tmp_path / "out", (0.0, 1.0))
+    assert not [p for p in (tmp_path / "out/pictures").rglob("*") if p.is_file()]
 
 
 def test_predict_skips_a_corrupt_file_among_fifty(model, tmp_path):

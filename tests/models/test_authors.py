@@ -135,6 +135,44 @@ def test_model_around_an_authors_checkpoint_saves_and_loads(checkpoint, states, 
     assert torch.equal(model(images).score_map, again(images).score_map)
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        pytest.param({"ref_mca": 3}, "must be tensors of floating point", id="number"),
+        pytest.param({"ref_mca": None}, "reference is missing", id="no-reference"),
+        pytest.param({"ref_mca": torch.ones(3)}, "reference is missing", id="flat"),
+        pytest.param({"ref_mca": torch.ones(2, 9, 24)}, r"must be \(1, N, C\)", id="two"),
+        pytest.param(
+            {"ref_mca": torch.ones(1).expand(1, 2**20, 2**30)}, "must be whole", id="huge-view"
+        ),
+        pytest.param({"ref_mca": torch.full((1, 9, 24), torch.nan)}, "finite", id="nan"),
+        pytest.param({"encoder.encode_layers": torch.ones(3)}, "does not fit", id="no-layer"),
+        pytest.param(
+            {"encoder.encode_layers.999999999.norm1.weight": torch.ones(32)},
+            "does not fit",
+            id="a-billion-layers",
+        ),
+        pytest.param(
+            {"embedding.project_embedding.project.weight": torch.ones(2**20, 24, 1)},
+            "does not fit",
+            id="a-million-wide",
+        ),
+    ],
+)
+def test_a_damaged_level_is_told_before_it_fills_the_memory(states, tmp_path, change, reason):
+    level = {k: v for k, v in (states[0] | change).items() if v is not None}
+    torch.save({"state_dict": [level]}, tmp_path / "authors.pth")
+    with pytest.raises(ValueError, match=rf"authors\.pth.* {reason}|authors\.pth.*{reason}"):
+        load_reconstructors(tmp_path / "authors.pth")
+
+
+@pytest.mark.parametrize("levels", [[3], [{3: torch.ones(2)}], [{}], [[]]], ids=str)
+def test_levels_that_are_none_are_told(tmp_path, levels):
+    torch.save({"state_dict": levels}, tmp_path / "authors.pth")
+    with pytest.raises(ValueError, match="level 0 of"):
+        load_reconstructors(tmp_path / "authors.pth")
+
+
 def test_a_backbone_with_other_levels_is_refused(checkpoint):
     config = RLRConfig(
         backbone="tf_efficientnet_lite0", backbone_weights="random", image_size=(64, 64)

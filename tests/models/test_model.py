@@ -7,6 +7,7 @@ import json
 import warnings
 
 import pytest
+import safetensors.torch
 import torch
 
 from rlr_fast import RLRConfig, RLRModel
@@ -140,6 +141,49 @@ def test_checkpoint_truncated_by_a_byte_is_named(model, tmp_path):
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged or incomplete"):
+        RLRModel.from_pretrained(tmp_path)
+
+
+def test_weights_with_a_flipped_byte_are_refused_and_not_scored_with(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-7] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
+        RLRModel.from_pretrained(tmp_path)
+
+
+def test_weights_of_older_versions_which_have_no_seal_are_read(model, images, tmp_path):
+    model.save_pretrained(tmp_path)
+    state = {k: v.contiguous() for k, v in model.checkpoint_state().items()}
+    file = tmp_path / "model.safetensors"
+    safetensors.torch.save_file(state, file, model.checkpoint_metadata())
+    again = RLRModel.from_pretrained(tmp_path)
+    assert torch.equal(again(images).score_map, model.eval()(images).score_map)
+
+
+@pytest.mark.parametrize("seal", ["", "[]", "{}", '{"digest": 3}', "[" * 100_000])
+def test_a_broken_seal_is_told(model, tmp_path, seal):
+    model.save_pretrained(tmp_path)
+    state = {k: v.contiguous() for k, v in model.checkpoint_state().items()}
+    safetensors.torch.save_file(state, tmp_path / "model.safetensors", {"rlr_fast": seal})
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
+        RLRModel.from_pretrained(tmp_path)
+
+
+def test_weights_that_are_not_finite_are_named(model, tmp_path):
+    with torch.no_grad():
+        next(model.levels.parameters())[0] = torch.nan
+    model.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"must be finite, and levels\.0\."):
+        RLRModel.from_pretrained(tmp_path)
+
+
+def test_a_configuration_nested_too_deeply_is_named(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):
         RLRModel.from_pretrained(tmp_path)
 
 

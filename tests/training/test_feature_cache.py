@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import threading
 
@@ -192,15 +193,41 @@ def test_a_file_that_can_be_read_again_is_taken_in(model, samples, tmp_path):
 
 
 def test_what_another_process_is_writing_is_not_stale(tmp_path):
-    partial = tmp_path / ".abc-1"
+    partial = tmp_path / f".{'0a' * 10}-x1"  # of any cache: its images may be others by now
     partial.mkdir()
     (partial / "level_0.bf16").write_bytes(b"1")
     os.utime(partial, (0, 0))
-    feature_cache._remove_stale(tmp_path, "abc")
+    feature_cache._remove_stale(tmp_path)
     assert partial.exists()
     os.utime(partial / "level_0.bf16", (0, 0))
-    feature_cache._remove_stale(tmp_path, "abc")
+    feature_cache._remove_stale(tmp_path)
     assert not partial.exists()
+
+
+def test_flipped_bytes_are_seen(model, samples, tmp_path):
+    folder = cached_features(model, samples, tmp_path).folder
+    file = folder / "level_1.bf16"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(CacheError, match="is damaged; delete"):
+        cached_features(model, samples, tmp_path)
+    file.write_bytes(whole)
+    meta = json.loads((folder / "meta.json").read_text())
+    for damage in (
+        {"levels": [[1, 1]] * 2},
+        {"failures": [{"index": 99, "path": "", "reason": ""}]},
+    ):
+        (folder / "meta.json").write_text(json.dumps(meta | damage))
+        with pytest.raises(CacheError, match="is damaged; delete"):
+            cached_features(model, samples, tmp_path)
+    del meta["digests"]  # of an older version
+    (folder / "meta.json").write_text(json.dumps(meta))
+    assert len(cached_features(model, samples, tmp_path)) == len(samples)
+
+
+def test_a_cache_deleted_meanwhile_is_told(tmp_path):
+    with pytest.raises(CacheError, match=r"level_0\.bf16' cannot be read"):
+        feature_cache._map(tmp_path / "level_0.bf16", (1, 2, 3))
 
 
 def test_a_folder_that_cannot_be_written_is_named(model, samples, tmp_path):

@@ -241,6 +241,18 @@ def test_full_disk_keeps_the_last_checkpoint(dataset, tmp_path, monkeypatch):
     assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
 
 
+def test_a_full_disk_under_the_tensorboard_log_is_told(dataset, tmp_path, monkeypatch, capfd):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("tensorboard.summary.writer.record_writer.RecordWriter.write", full)
+    with pytest.raises(
+        TrainingError, match=r"cannot write the TensorBoard log in .*; no epoch was"
+    ):
+        run(dataset, tmp_path / "run", tmp_path)
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_a_second_run_does_not_overwrite_the_first(dataset, tmp_path):
     run(dataset, tmp_path / "run", tmp_path)
     before = weights(tmp_path / "run")
@@ -558,6 +570,50 @@ def test_a_lost_or_damaged_history_is_told_and_costs_the_curve_alone(dataset, tm
     result = run(dataset, tmp_path / "run", tmp_path, resume=True)
     assert result.history == [] and "history.jsonl is missing" in caplog.text
     assert same(weights(tmp_path / "run"), before)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ("3", "it must be an object"),
+        ('{"step": 1}', "a row has no epoch, images_per_s, loss"),
+        ('{"step": 1, "epoch": 1, "loss": [], "images_per_s": 1}', "loss must be a number"),
+        ('{"step": 1, "epoch": true, "loss": 1, "images_per_s": 1}', "epoch must be a number"),
+        ('{"step": 1, "epoch": 1, "loss": 1e300, "images_per_s": 1}', "loss must be a number of"),
+        ('{"step": 1%s, "epoch": 1, "loss": 1, "images_per_s": 1}' % ("0" * 400), "step must be a"),
+    ],
+)
+def test_a_damaged_row_of_the_history_is_told(tmp_path, row, reason):
+    (tmp_path / "history.jsonl").write_text(row)
+    with pytest.raises(TrainingError, match=rf"history\.jsonl cannot be read: {reason}"):
+        run_dir._read_history(tmp_path / "history.jsonl", 9)
+
+
+def test_a_training_state_with_a_flipped_byte_is_refused_and_not_resumed(dataset, tmp_path):
+    run(dataset, tmp_path / "run", tmp_path)
+    file = tmp_path / "run/training_state.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-7] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(TrainingError, match=r"training_state\.safetensors is damaged"):
+        run(dataset, tmp_path / "run", tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("progress", ["{}", "[]", '{"epoch": "1"}', "[" * 100_000])
+def test_a_training_state_that_says_nothing_of_its_progress_is_told(tmp_path, progress):
+    tensors = {"optimizer.x": torch.zeros(1)}
+    run_dir.write_tensors(tmp_path / run_dir.STATE_FILE, tensors, {"progress": progress})
+    with pytest.raises(TrainingError, match="holds no training state"):
+        run_dir.read_checkpoint(tmp_path)
+
+
+def test_two_trainings_do_not_work_in_one_folder(dataset, tmp_path):
+    with (
+        run_dir.lock_run(tmp_path / "run"),
+        pytest.raises(TrainingError, match="another process works in"),
+    ):
+        run(dataset, tmp_path / "run", tmp_path)
+    run(dataset, tmp_path / "run", tmp_path)
 
 
 def test_weights_in_place_of_the_training_state_are_told(dataset, tmp_path):

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from rlr_fast.data.files import write_atomically
 from rlr_fast.data.synthetic.render import PRODUCTS, render_sample
 from rlr_fast.data.threads import map_ahead
 
@@ -110,7 +111,7 @@ def make_dataset(
     folder.mkdir(parents=True, exist_ok=True)
     # While pictures are missing only the unfinished name exists; the rename at the end is atomic.
     (folder / _MANIFEST).unlink(missing_ok=True)
-    (folder / _UNFINISHED).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    write_atomically(folder / _UNFINISHED, json.dumps(manifest, indent=1) + "\n")
     for part in sorted({Path(path).parent for picture in pictures for path in picture.paths()}):
         (folder / part).mkdir(parents=True, exist_ok=True)
 
@@ -155,7 +156,7 @@ def _is_complete(folder: Path, manifest: dict[str, Any], pictures: Sequence[_Pic
         return False
     if not folder.is_dir():
         raise NotADirectoryError(f"root must be a folder, got root={str(folder)!r}")
-    if not any(folder.iterdir()):
+    if all(path.name.startswith(".") for path in folder.iterdir()):
         return False
     for name in (_MANIFEST, _UNFINISHED):
         try:

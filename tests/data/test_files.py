@@ -1,0 +1,60 @@
+"""Files that appear whole or not at all, and records that are read back."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from rlr_fast.data import files
+from rlr_fast.data.files import file_digest, replacing
+from rlr_fast.data.records import parse_record
+
+
+@dataclasses.dataclass
+class Number:
+    value: float
+    more: Any = None
+
+
+def test_a_file_that_is_replaced_is_the_old_one_until_the_new_one_is_whole(tmp_path):
+    path = tmp_path / "a.png"
+    path.write_text("old")
+    with pytest.raises(OSError, match="full"), replacing(path) as unfinished:
+        unfinished.write_text("ne")
+        assert unfinished.suffix == ".png" and unfinished.name.startswith(".")
+        raise OSError("the disk is full")
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    with replacing(path) as unfinished:
+        unfinished.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_long_name_can_be_replaced(tmp_path):
+    path = tmp_path / ("x" * 251 + ".png")
+    with replacing(path) as unfinished:
+        unfinished.write_text("new")
+    assert path.read_text() == "new"
+
+
+def test_digests_of_equal_files_are_equal_in_any_parts(tmp_path, monkeypatch):
+    (tmp_path / "a").write_bytes(b"0123456789")
+    whole = file_digest(tmp_path / "a")
+    monkeypatch.setattr(files, "_PART", 3)
+    assert file_digest(tmp_path / "a") == whole
+    (tmp_path / "a").write_bytes(b"0123456780")
+    assert file_digest(tmp_path / "a") != whole
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"more":' * 100_000 + "1" + "}" * 100_000])
+def test_a_record_that_is_nested_too_deeply_is_refused(text):
+    with pytest.raises(ValueError, match=r"nested too deeply|must be an object|Expecting"):
+        parse_record(Number, text)
+
+
+@pytest.mark.parametrize("value", ["1" + "0" * 400, "1e400", "NaN", "true", "null"])
+def test_what_is_no_finite_number_is_refused(value):
+    with pytest.raises(ValueError, match="value must be a finite number"):
+        parse_record(Number, f'{{"value": {value}}}')
