@@ -205,7 +205,7 @@ def test_a_file_of_flags(tmp_path):
         ("hidden: [64, many]", "must be a whole number, got 'many'"),
         ("residual: 2", "--config: --residual is true or false, got 2"),
         ("fusion: lerned", 'Did you mean "learned"?'),
-        ("alpha: {a: 1}", "Invalid value for --alpha from --config"),
+        ("alpha: {a: 1}", "'alpha' must be a value, or a list of values"),
     ],
 )
 def test_a_mistake_in_the_file_is_one_line(content, message, tmp_path, capsys):
