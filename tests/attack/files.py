@@ -51,9 +51,10 @@ def _predict(lab: Lab, files: list[tuple[str, str, bytes]], more: list[str]) -> 
             return verdict.fault or f"code {verdict.code}: {verdict.err[-300:]}"
         rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
         told = verdict.err.count("left out: cannot ")
-        if len(rows) + told != len(files):
-            return f"{len(files)} files, {len(rows)} rows, {told} left out"
-        if not all(isinstance(row["score"], float) and np.isfinite(row["score"]) for row in rows):
+        scores = [row["score"] for row in rows if row["failure"] is None]
+        if len(rows) != len(files) or len(scores) + told != len(files):
+            return f"{len(files)} files, {len(rows)} rows, {len(scores)} scores, {told} left out"
+        if not all(isinstance(score, float) and np.isfinite(score) for score in scores):
             return "a score is not finite"
         return None
 

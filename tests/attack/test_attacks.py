@@ -27,7 +27,9 @@ def test_damaged_files_end_in_a_result_or_in_a_line(lab, name):
     assert [fault for fault, _ in found] == []
 
 
-@pytest.mark.parametrize("place", range(4), ids=["train", "features", "eval", "predict"])
+@pytest.mark.parametrize(
+    "place", [0, 1, 2, 3, 6], ids=["train", "features", "eval", "predict", "resumed"]
+)
 def test_the_same_command_goes_on_after_a_kill(lab, place):
     job = kills.jobs(lab)[place]
     found = list(kills.killed(job, np.random.default_rng(place), 1))
