@@ -111,12 +111,13 @@ def lock_folder(folder: Path) -> Iterator[None]:
     The system itself frees the lock with the process, however that ends.
 
     Args:
-        folder: Made where it is missing.
+        folder: Made where it is missing, and removed again if nothing is written into it.
 
     Raises:
         BlockingIOError: Another process is in it.
         OSError: The folder cannot be written.
     """
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK_FILE)
     try:
@@ -130,4 +131,8 @@ def lock_folder(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        if is_new and [path.name for path in folder.iterdir()] == [LOCK_FILE]:
+            with contextlib.suppress(OSError):  # nothing came of it: leave nothing
+                (folder / LOCK_FILE).unlink()
+                folder.rmdir()
         lock.release()

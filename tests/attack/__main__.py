@@ -24,8 +24,8 @@ ATTACKS = {
 }
 
 
-def main() -> None:
-    """Run attacks and print a table of what they found."""
+def main() -> int:
+    """Run attacks and print a table of what they found; return 1 if it is anything."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("attack", choices=[*ATTACKS, "all"])
     parser.add_argument("--count", type=int, default=1000)
@@ -34,10 +34,12 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="folder for the files that show a fault")
     arguments = parser.parse_args()
     chosen = ATTACKS if arguments.attack == "all" else {arguments.attack: ATTACKS[arguments.attack]}
+    faults = 0
     print(f"{'attack':40s} {'tries':>7s} {'found':>6s} {'seconds':>8s}", flush=True)
     for attack in chosen.values():
         start = time.perf_counter()
         for name, tries, found in attack(arguments.count, arguments.seed, arguments.only):
+            faults += len(found)
             spent, start = time.perf_counter() - start, time.perf_counter()
             print(f"{name:40s} {tries:7d} {len(found):6d} {spent:8.1f}", flush=True)
             for fault, times in collections.Counter(f for f, _ in found).most_common():
@@ -49,6 +51,8 @@ def main() -> None:
                     place.write_bytes(data)
                     place.with_suffix(".txt").write_text(fault)
 
+    return 1 if faults else 0
+
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from rlr_fast.functional import unsupported_reason
-from tests.attack import figures, files, kills, operators, together
+from tests.attack import figures, files, operators
 from tests.attack.lab import Lab, quick
 
 # Of each attack on files: enough to meet most kinds of damage.
 TRIES = {"images": 64, "masks": 12, "split tables": 20, "YAML files": 20, "config.json": 12}
 FEW = 6
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -28,25 +33,21 @@ def test_damaged_files_end_in_a_result_or_in_a_line(lab, name):
 
 
 @pytest.mark.parametrize(
-    "place", [0, 1, 2, 3, 6], ids=["train", "features", "eval", "predict", "resumed"]
+    "words",
+    [
+        ["kills", "--count", "1"],
+        ["together", "--count", "4", "--only", "one"],
+        ["together", "--count", "4", "--only", "files"],
+    ],
+    ids=["kills", "one", "files"],
 )
-def test_the_same_command_goes_on_after_a_kill(lab, place):
-    job = kills.jobs(lab)[place]
-    found = list(kills.killed(job, np.random.default_rng(place), 1))
-    assert [fault for fault, _ in found] == []
-
-
-@pytest.mark.parametrize("subject", [together.two_in_one_folder, together.one_cache])
-def test_commands_at_once(lab, subject):
-    assert list(subject(lab, np.random.default_rng(1), 2)) == []
-
-
-def test_a_file_that_cannot_be_written_to_its_end(lab):
-    assert list(together.long_files(lab, np.random.default_rng(2), 3)) == []
-
-
-def test_two_hundred_open_files_are_enough(lab):
-    assert list(together.few_files(lab, np.random.default_rng(2), 1)) == []
+def test_commands_that_are_killed_or_meet_each_other(words):
+    """In a process of its own: they are forked, and PyTorch's threads must not run before."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.attack", *words], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("\n") > 1, "nothing has that name"
 
 
 def test_the_portable_operators_on_random_problems():

@@ -11,7 +11,7 @@ from conftest import BRIEF, SMALL
 from rlr_fast import RLRModel
 from rlr_fast.training.distributed import Processes
 from rlr_fast.training.muon import Muon, orthogonalized
-from rlr_fast.training.trainer import Trainer
+from rlr_fast.training.steps import Steps
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 16), (2, 48, 12), (1, 8, 40)])
@@ -49,10 +49,10 @@ def test_steps_are_those_of_the_formula():
         torch.testing.assert_close(weight.detach(), value)
 
 
-def test_muon_takes_the_matrices_of_the_blocks_and_adam_all_else(tmp_path):
+def test_muon_takes_the_matrices_of_the_blocks_and_adam_all_else():
     model = RLRModel(SMALL)
     recipe = dataclasses.replace(BRIEF, optimizer="muon")
-    adam, muon = Trainer(model, recipe, [None] * 4, tmp_path, Processes()).optimizers
+    adam, muon = Steps(model, recipe, [4], Processes()).optimizers
     names = {id(p): name for name, p in model.levels.named_parameters()}
 
     def of(optimizer):
