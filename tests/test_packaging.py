@@ -88,22 +88,3 @@ def test_nothing_that_one_system_lacks_is_imported():
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert POSIX.isdisjoint(name.partition(".")[0] for name in names), file
-
-
-def test_without_triton_all_but_its_kernels_works():
-    """As on macOS and Windows, which have no Triton."""
-    program = """
-import sys
-sys.modules["triton"] = None
-import torch
-from rlr_fast import RLRConfig, RLRModel
-from rlr_fast.functional import unsupported_reason
-size = dict(image_size=(32, 32), out_indices=(2,), hidden=(16,), heads=(1,), windows=(3,), blocks=1)
-model = RLRModel(RLRConfig(backbone="tf_efficientnet_lite0", backbone_weights="random", **size))
-assert model.eval()(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).score.isfinite().all()
-print(unsupported_reason("triton", torch.device("cpu")))
-"""
-    found = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
-    )
-    assert "triton" in found.stdout.lower()

@@ -7,11 +7,7 @@ import errno
 import json
 import math
 import os
-import signal
-import subprocess
-import sys
 import threading
-import time
 
 import pytest
 import safetensors.torch
@@ -167,41 +163,6 @@ def test_seed_decides_the_result(dataset, tmp_path):
     run(dataset, tmp_path / "c", tmp_path, recipe=dataclasses.replace(BRIEF, seed=1))
     assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
     assert not same(weights(tmp_path / "a"), weights(tmp_path / "c"))
-
-
-def command(tree, out, tmp_path, *flags):
-    return [
-        *("-m", "rlr_fast", "train", str(tree), "--out", str(out)),
-        *(
-            "--preset",
-            "tiny",
-            "--backbone-weights",
-            "random",
-            "--image-size",
-            "32",
-            "--blocks",
-            "1",
-        ),
-        *("--hidden", "16", "--heads", "2", "--windows", "3", "--device", "cpu", "--quiet"),
-        *("--cache-dir", str(tmp_path / "cache"), "--epochs", "6", "--batch-size", "4", *flags),
-    ]
-
-
-def test_kill_9_at_any_moment_then_resume_ends_with_the_same_bits(tree, tmp_path):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    arguments = command(tree, tmp_path / "whole", tmp_path)
-    subprocess.run([sys.executable, *arguments], check=True, env=environment)
-    killed = tmp_path / "killed"
-    arguments = command(tree, killed, tmp_path, "--resume")
-    process = subprocess.Popen([sys.executable, *arguments], env=environment)
-    while not (killed / "training_state.safetensors").exists():
-        assert process.poll() is None
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    subprocess.run([sys.executable, *arguments], check=True, env=environment)
-    for name in ("model.safetensors", "training_state.safetensors"):
-        assert (killed / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_loss_that_is_not_finite_stops_with_step_and_level(dataset, tmp_path, monkeypatch):
