@@ -35,7 +35,7 @@ def test_damaged_files_end_in_a_result_or_in_a_line(lab, name):
 @pytest.mark.parametrize(
     "words",
     [
-        ["kills", "--count", "1"],
+        ["kills", "--count", "1", "--only", ", "],  # those that go on where they were
         ["together", "--count", "4", "--only", "w"],  # of all but those of sizes and disks
     ],
     ids=["kills", "together"],
