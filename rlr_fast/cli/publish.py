@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import dataclasses
 import tempfile
 from pathlib import Path
 from typing import Annotated
@@ -38,8 +38,9 @@ def publish(
     """
     from huggingface_hub import HfApi
 
-    from rlr_fast.inference.model_card import write_published
-    from rlr_fast.models.checkpoint import CheckpointError, check_checkpoint
+    from rlr_fast.data.records import read_record
+    from rlr_fast.inference.model_card import MeasuredMetrics, write_published
+    from rlr_fast.models.checkpoint import check_checkpoint, hub_errors
 
     if not run.is_dir():
         raise ValueError(f"RUN: there is no folder {str(run)!r}")
@@ -47,10 +48,11 @@ def publish(
         raise ValueError(f"REPOSITORY must be OWNER/NAME, got {repository!r}")
     metrics = None
     if results is not None:
+        path = results / "metrics.json"
         try:
-            metrics = json.loads((results / "metrics.json").read_text(encoding="utf-8"))
+            metrics = dataclasses.asdict(read_record(MeasuredMetrics, path))
         except ValueError as error:
-            raise ValueError(f"{results / 'metrics.json'} is damaged: {error}") from None
+            raise ValueError(f"{path} is damaged: {error}") from None
     check_checkpoint(run)
     with contextlib.ExitStack() as stack:
         folder = out
@@ -69,13 +71,10 @@ def publish(
             print(out)
             return 0
         api = HfApi()
-        try:
+        with hub_errors(f"the hub did not take {repository}"):
             api.create_repo(repository, private=private, exist_ok=True)
             commit = api.upload_folder(
                 repo_id=repository, folder_path=folder, commit_message="A model of rlr_fast"
             )
-        except (OSError, ValueError) as error:  # which all errors of the hub are
-            first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise CheckpointError(f"the hub did not take {repository}: {first_line}") from error
     print(f"{commit.commit_url}\nas a checkpoint: {repository}@{commit.oid}")
     return 0

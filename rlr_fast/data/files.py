@@ -131,8 +131,8 @@ def lock_folder(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        if is_new and [path.name for path in folder.iterdir()] == [LOCK_FILE]:
-            with contextlib.suppress(OSError):  # nothing came of it: leave nothing
-                (folder / LOCK_FILE).unlink()
+        with contextlib.suppress(OSError):
+            if is_new and [path.name for path in folder.iterdir()] == [LOCK_FILE]:
+                (folder / LOCK_FILE).unlink()  # nothing came of it: leave nothing
                 folder.rmdir()
         lock.release()

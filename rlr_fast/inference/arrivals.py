@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from rlr_fast.data import list_images
+from rlr_fast.data.layouts import subfolders
 from rlr_fast.inference.image_files import image_folders
 
 # A folder in which something changed less than this many seconds ago is listed again: clocks of
@@ -58,7 +59,8 @@ class Arrivals:
         self._done = set(done)
         # Path → size, time of the last change, and since when both are known.
         self._waiting: dict[Path, tuple[int, int, float]] = {}
-        self._listed: dict[Path, int] = {}  # folder → its time of change when it was listed
+        # Folder → its time of change when it was listed, and its subfolders.
+        self._listed: dict[Path, tuple[int, Collection[str]]] = {}
 
     def poll(self) -> list[Path]:
         """Return the files that are complete now, by the time of their last change.
@@ -67,7 +69,7 @@ class Arrivals:
             OSError: A folder cannot be read.
         """
         for root in self._folders:
-            for folder in image_folders(root, self._out, quiet=True):
+            for folder in image_folders(root, self._out, self._subfolders, quiet=True):
                 self._list(folder)
         ready = []
         for path, (size, changed, since) in list(self._waiting.items()):
@@ -92,12 +94,21 @@ class Arrivals:
             changed = folder.stat().st_mtime_ns
         except FileNotFoundError:
             return
-        if self._listed.get(folder) == changed:
+        if self._listed.get(folder, (None,))[0] == changed:
             return
         for path in list_images(folder):
             if path not in self._waiting and str(path) not in self._done:
                 self._waiting[path] = -1, -1, self._clock()
         if time.time() - changed / 1e9 > _COARSE:
-            self._listed[folder] = changed
+            self._listed[folder] = changed, tuple(subfolders(folder))
         else:
             self._listed.pop(folder, None)
+
+    def _subfolders(self, folder: Path) -> Collection[str]:
+        """Return the names of a folder's subfolders, as they were listed if nothing changed."""
+        known = self._listed.get(folder)
+        try:
+            changed = folder.stat().st_mtime_ns
+        except FileNotFoundError:
+            return ()
+        return known[1] if known is not None and known[0] == changed else subfolders(folder)

@@ -6,14 +6,13 @@ import bisect
 import copy
 import itertools
 import logging
-import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import overload
 
 from rlr_fast.data import list_images
-from rlr_fast.data.layouts import IMAGE_SUFFIXES, find_class, holds_masks
+from rlr_fast.data.layouts import IMAGE_SUFFIXES, find_class, holds_masks, subfolders
 from rlr_fast.visualization.report import REPORT_FOLDER
 
 PICTURES_FOLDER = "pictures"
@@ -165,12 +164,18 @@ def _images(path: Path, out: Path | None) -> Iterator[tuple[Path, Path, list[str
         raise ValueError(f"paths: there is no {str(path)!r}")
 
 
-def image_folders(root: Path, out: Path | None, quiet: bool = False) -> Iterator[Path]:
+def image_folders(
+    root: Path,
+    out: Path | None,
+    names: Callable[[Path], Collection[str]] = subfolders,
+    quiet: bool = False,
+) -> Iterator[Path]:
     """Yield a folder and its subfolders that may hold images to score, see `find_images`.
 
     Args:
         root: The folder.
         out: Where results are written.
+        names: Return the names of a folder's subfolders.
         quiet: Do not log which are left out.
     """
     written = () if out is None else (PICTURES_FOLDER, MASKS_FOLDER, REPORT_FOLDER)
@@ -180,18 +185,13 @@ def image_folders(root: Path, out: Path | None, quiet: bool = False) -> Iterator
     def walk(folder: Path) -> Iterator[Path]:
         try:
             status = folder.stat()
-            names = sorted(
-                entry.name
-                for entry in os.scandir(folder)
-                if not entry.name.startswith(".") and entry.is_dir()
-            )
         except FileNotFoundError:  # it was removed meanwhile
             return
         if (status.st_dev, status.st_ino) in seen or folder.resolve() in ours:
             return
         seen.add((status.st_dev, status.st_ino))
         yield folder
-        for name in names:
+        for name in names(folder):
             if not holds_masks(folder / name):
                 yield from walk(folder / name)
             elif not quiet:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,19 @@ PICTURES_FOLDER = "pictures"
 
 # Where anybody can get a backbone's weights.
 _COMMON = ("timm", "package", "random")
+
+
+@dataclass(frozen=True)
+class MeasuredMetrics:
+    """What a card needs of ``metrics.json``: the mean over the classes, and each class.
+
+    Attributes:
+        mean: Metrics by name; None for one without meaning.
+        classes: The same of each class.
+    """
+
+    mean: dict[str, float | None]
+    classes: dict[str, dict[str, float | None]]
 
 
 def write_published(
@@ -55,7 +69,7 @@ def write_published(
         OSError: A file cannot be read or written.
     """
     config = read_config(run / CONFIG_FILE)
-    source = backbone_weights or config["backbone_weights"]
+    source = backbone_weights or RLRConfig.from_dict(config).backbone_weights
     if source not in _COMMON:
         raise ValueError(
             f"backbone_weights must be timm or package, which others can have, got {source!r}"
@@ -119,10 +133,9 @@ def model_card(
         _LOAD.format(repository=repository),
     ]
     if data:
-        kind = "validation and training images" if not data.get("images") else "normal images"
         parts += [
             "## Training",
-            f"{data.get('images')} {kind}, layout {data.get('layout')}; digest of the files "
+            f"{data.get('images')} normal images, layout {data.get('layout')}; digest of the files "
             f"`{str(data.get('files_digest'))[:12]}`. Recipe: {_recipe(record)}.",
         ]
     parts += ["## Metrics", _metrics(metrics)]
@@ -179,7 +192,10 @@ def _recipe(record: Mapping[str, Any]) -> str:
     recipe = record["recipe"]
     for name, preset in PRESETS.items():
         model = json.loads(preset.model.to_json())
-        if all(record["model"].get(k) == v for k, v in model.items() if k != "level_offsets"):
+        same = all(record["model"].get(k) == v for k, v in model.items())
+        free = ("epochs", "seed", "calibration_share")  # told, or not a part of the recipe
+        wanted = {k: v for k, v in asdict(preset.train).items() if k not in free}
+        if same and all(recipe.get(k) == v for k, v in wanted.items()):
             return f"preset {name}, {recipe['epochs']} epochs"
     told = (f"{k} {recipe[k]}" for k in ("epochs", "batch_size", "optimizer", "lr") if k in recipe)
     return ", ".join(told)
@@ -191,7 +207,7 @@ def _metrics(metrics: Mapping[str, Any] | None) -> str:
     keys = [key for key in HEADINGS if key in metrics["mean"]]
 
     def row(name: str, values: Mapping[str, float | None]) -> str:
-        shown = ("" if values[k] is None else f"{100 * values[k]:.1f}" for k in keys)  # type: ignore[operator]
+        shown = ("" if values.get(k) is None else f"{100 * values[k]:.1f}" for k in keys)  # type: ignore[operator]
         return f"| {name} | {' | '.join(shown)} |"
 
     lines = [

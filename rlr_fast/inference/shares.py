@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 SETTINGS_FILE = "prediction.json"
 PARTS_FOLDER = "parts"
 
+_PARTS = "rows-*-*-*.jsonl"
 _ANEW = "without --resume all files are scored anew"
 
 _log = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ class Share:
     @property
     def part(self) -> str:
         """Name of the file with the process's rows."""
-        return f"{self.first}-{self.rank}-{self.world_size}.jsonl"
+        return f"rows-{self.first}-{self.rank}-{self.world_size}.jsonl"
 
 
 class PartWriter:
@@ -185,10 +186,10 @@ def part_rows(out: Path, batch_size: int, files: int, done: int) -> Iterator[Row
     Raises:
         OSError: A part cannot be read.
     """
-    names = [path.stem.split("-") for path in (out / PARTS_FOLDER).glob("*-*-*.jsonl")]
+    names = [path.stem.split("-") for path in (out / PARTS_FOLDER).glob(_PARTS)]
     if not names:
         return
-    first, _, world_size = map(int, names[0])
+    first, _, world_size = map(int, names[0][1:])
     parts = []
     for rank in range(world_size):
         share = Share(files, batch_size, first, rank, world_size)
@@ -209,7 +210,7 @@ def check_no_parts(out: Path) -> None:
     Raises:
         ValueError: There are some.
     """
-    if any((out / PARTS_FOLDER).glob("*-*-*.jsonl")):
+    if any((out / PARTS_FOLDER).glob(_PARTS)):
         raise ValueError(
             f"{out} holds a prediction that several processes have not finished; finish it by "
             "predict --resume, or choose another --out"
@@ -222,7 +223,7 @@ def remove_parts(out: Path) -> None:
     Raises:
         OSError: A part cannot be removed.
     """
-    for path in (out / PARTS_FOLDER).glob("*-*-*.jsonl"):
+    for path in (out / PARTS_FOLDER).glob(_PARTS):
         path.unlink()
     with contextlib.suppress(OSError):
         (out / PARTS_FOLDER).rmdir()

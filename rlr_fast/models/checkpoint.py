@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,16 +61,33 @@ def fetch_checkpoint(name: str | Path, revision: str | None = None, **options: A
     if Path(name).is_dir():
         return Path(name)
     repository, _, pinned = str(name).partition("@")
-    try:
-        folder = snapshot_download(
-            repository, revision=revision or pinned or None, allow_patterns=_PUBLISHED, **options
+    with hub_errors(f"there is no folder {str(name)!r}, and the hub does not give it"):
+        return Path(
+            snapshot_download(
+                repository,
+                revision=revision or pinned or None,
+                allow_patterns=_PUBLISHED,
+                **options,
+            )
         )
-    except (OSError, ValueError) as error:  # which all errors of the hub are
+
+
+@contextlib.contextmanager
+def hub_errors(what: str) -> Iterator[None]:
+    """Tell an error of the hub, or of the way to it, in a line.
+
+    Raises:
+        CheckpointError: Begins with ``what``.
+    """
+    try:
+        yield
+    except Exception as error:
+        # Its HTTP library, another one from version to version, has errors of its own.
+        of_http = type(error).__module__.partition(".")[0].startswith("httpx")
+        if not of_http and not isinstance(error, (OSError, ValueError)):
+            raise
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(
-            f"there is no folder {str(name)!r}, and the hub does not give it: {first_line}"
-        ) from error
-    return Path(folder)
+        raise CheckpointError(f"{what}: {first_line}") from error
 
 
 def read_config(path: Path) -> dict[str, Any]:

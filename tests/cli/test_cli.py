@@ -204,6 +204,30 @@ def test_predict_with_a_corrupt_image_exits_with_1(trained, tmp_path, capsys):
     assert "left out" in captured.err and "000.png" in captured.err
 
 
+def test_predict_watches_a_folder_until_it_is_interrupted(trained, tmp_path, monkeypatch, capsys):
+    from rlr_fast.inference.arrivals import Arrivals
+
+    poll, looks = Arrivals.poll, []
+
+    def look(self):
+        looks.append(1)
+        if len(looks) > 3:
+            raise KeyboardInterrupt
+        return poll(self)
+
+    monkeypatch.setattr(Arrivals, "poll", look)
+    words = ["predict", str(trained / "data/bolt/test/good"), "--checkpoint", str(trained / "run")]
+    words += ["--out", str(tmp_path / "out"), "--no-pictures"]
+    assert main([*words, "--watch", "--settle", "0"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in printed[:2]] == ["scored", "scored"]
+    assert printed[2].startswith("2 of 2 images scored: ")
+    assert "--settle is of --watch" in refused(capsys, *words, "--settle", "1")
+    assert "not with torchrun, --resume or --report" in refused(
+        capsys, *words, "--watch", "--report", "--scale", "0", "1"
+    )
+
+
 def test_predict_in_tiles(trained, tmp_path, capsys):
     argv = ["predict", str(trained / "data/bolt/test"), "--checkpoint", str(trained / "run")]
     argv += ["--out", str(tmp_path / "out"), "--quiet", "--tile", "32x40", "--overlap", "8"]

@@ -13,6 +13,7 @@ import yaml
 from conftest import SMALL, make_tree, save_picture
 
 from rlr_fast import TrainConfig
+from rlr_fast.cli import main
 from rlr_fast.config import TrainExecution
 from rlr_fast.data import read_dataset
 from rlr_fast.inference.evaluate import evaluate
@@ -70,7 +71,7 @@ def test_backbone_weights_that_others_do_not_have_are_refused(run, tmp_path):
 
     shutil.copytree(run / "run", tmp_path / "run")
     config = json.loads((tmp_path / "run/config.json").read_text())
-    config["backbone_weights"] = "/home/me/weights.pth"
+    config["backbone_weights"] = "mine/weights.pth"
     (tmp_path / "run/config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="must be timm or package, which others can have"):
         write_published(tmp_path / "run", tmp_path / "out", "me/parts", license="mit")
@@ -85,6 +86,25 @@ def test_backbone_weights_that_others_do_not_have_are_refused(run, tmp_path):
 def test_what_is_no_run_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="is not a checkpoint"):
         write_published(tmp_path, tmp_path / "out", "me/parts", license="mit")
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"mean": {}, "classes": {"bolt": 1}}'])
+def test_damaged_metrics_are_told_in_a_line(run, tmp_path, text, capsys):
+    (tmp_path / "metrics.json").write_text(text)
+    words = ["publish", str(run / "run"), "me/parts", "--license", "mit"]
+    assert main([*words, "--results", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert "metrics.json is damaged" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_hub_that_cannot_be_reached_is_told_in_a_line(run, tmp_path):
+    words = ["-m", "rlr_fast", "publish", str(run / "run"), "me/parts", "--license", "mit"]
+    environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "hf_test"}
+    done = subprocess.run(
+        [sys.executable, *words], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "the hub did not take me/parts: " in done.stderr
 
 
 # Run where the address of the hub is that of the stand-in: it is read when a library is imported.

@@ -120,7 +120,7 @@ def test_without_resume_all_is_scored_anew(whole, tmp_path):
     folder, _ = whole
     shutil.copytree(folder / "out", tmp_path / "out")
     (tmp_path / "out" / PARTS_FOLDER).mkdir()
-    (tmp_path / "out" / PARTS_FOLDER / "0-0-2.jsonl").write_text("{}")
+    (tmp_path / "out" / PARTS_FOLDER / "rows-0-0-2.jsonl").write_text("{}")
     done = []
     again(whole, tmp_path / "out", resume=False, progress=done.append)
     assert done == [3, 3, 3, 1] and same(folder, tmp_path / "out")

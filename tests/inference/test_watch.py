@@ -147,7 +147,7 @@ def test_other_settings_are_refused(model, folder):
 def test_rows_of_processes_that_were_killed_are_not_thrown_away(model, folder):
     start(model, folder, arrive(folder, "a.png"))
     (folder.parent / "out" / PARTS_FOLDER).mkdir()
-    (folder.parent / "out" / PARTS_FOLDER / "1-0-2.jsonl").touch()
+    (folder.parent / "out" / PARTS_FOLDER / "rows-1-0-2.jsonl").touch()
     with pytest.raises(ValueError, match="finish it by predict --resume"):
         start(model, folder)
 

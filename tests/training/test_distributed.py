@@ -132,8 +132,8 @@ def work(folder: Path) -> None:
             lines = (folder / "kept/results.jsonl").read_text().splitlines(keepends=True)
             (folder / "kept/results.jsonl").write_text("".join(lines[:6]))
             (folder / "kept/parts").mkdir()
-            (folder / "kept/parts/2-0-2.jsonl").write_text("".join(lines[6:9] + lines[12:14]))
-            (folder / "kept/parts/2-1-2.jsonl").write_text(lines[9][:20])
+            (folder / "kept/parts/rows-2-0-2.jsonl").write_text("".join(lines[6:9] + lines[12:14]))
+            (folder / "kept/parts/rows-2-1-2.jsonl").write_text(lines[9][:20])
         resumed = [
             *predicted,
             "--checkpoint",
