@@ -17,7 +17,7 @@ import torch
 from rlr_fast.models.authors import load_reconstructors
 from tests.attack.damage import Random, damaged, damaged_json, damaged_text, flipped
 from tests.attack.hostile import hostile_pickles
-from tests.attack.lab import MEMORY_DISK, SCORING, Lab, Verdict, call, judged, mask, quick
+from tests.attack.lab import SCORING, Lab, Verdict, attacked, call, judged, mask
 from tests.attack.pictures import encoded, hard_picture
 
 Found = tuple[str, bytes]
@@ -407,10 +407,4 @@ def attack(
     count: int, seed: int, only: str | None = None
 ) -> Iterator[tuple[str, int, list[Found]]]:
     """Yield each attack with its tries and what it found."""
-    with tempfile.TemporaryDirectory(dir=MEMORY_DISK) as place, quick():
-        lab = Lab(Path(place, "lab"))
-        for number, (name, (subject, share)) in enumerate(SUBJECTS.items()):
-            if only is None or only in name:
-                tries = max(2, round(share * count))
-                random = np.random.default_rng([seed, number])
-                yield name, tries, list(subject(lab, random, tries))
+    yield from attacked(SUBJECTS, count, seed, only, least=2)

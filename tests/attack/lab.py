@@ -9,9 +9,10 @@ import logging
 import re
 import resource
 import signal
+import tempfile
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -210,3 +211,22 @@ class Lab:
 def without_seconds(text: str) -> str:
     """Return text without the numbers that differ between equal runs."""
     return re.sub(r'"images_per_s": [^,}]+', "", text)
+
+
+def attacked(
+    subjects: Mapping[str, tuple[Callable[[Lab, np.random.Generator, int], Iterator[Any]], float]],
+    count: int,
+    seed: int,
+    only: str | None,
+    *,
+    first: int = 0,
+    least: int = 1,
+) -> Iterator[tuple[str, int, list[Any]]]:
+    """Yield each subject with its share of the tries, ``least`` of them at least, and its finds."""
+    with tempfile.TemporaryDirectory(dir=MEMORY_DISK) as place, quick():
+        lab = Lab(Path(place, "lab"))
+        for number, (name, (subject, share)) in enumerate(subjects.items()):
+            if only is None or only in name:
+                tries = max(least, round(share * count))
+                random = np.random.default_rng([seed, first + number])
+                yield name, tries, list(subject(lab, random, tries))

@@ -8,17 +8,14 @@ import resource
 import shutil
 import signal
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 from tests.attack.damage import Random
 from tests.attack.kills import Job, content, half_written
-from tests.attack.lab import MEMORY_DISK, SCORING, Lab, quick
+from tests.attack.lab import SCORING, Lab, attacked
 from tests.attack.processes import Child, fault_of, leftovers
 
 Found = tuple[str, bytes]
@@ -173,12 +170,5 @@ def attack(
     count: int, seed: int, only: str | None = None
 ) -> Iterator[tuple[str, int, list[Found]]]:
     """Yield each attack with its tries and what was found; disks are mounted by root alone."""
-    with tempfile.TemporaryDirectory(dir=MEMORY_DISK) as place, quick():
-        lab = Lab(Path(place, "lab"))
-        for number, (name, (subject, share)) in enumerate(SUBJECTS.items()):
-            if subject is full_disk and os.geteuid() != 0:
-                continue
-            if only is None or only in name:
-                tries = max(1, round(share * count))
-                random = np.random.default_rng([seed, 100 + number])
-                yield name, tries, list(subject(lab, random, tries))
+    subjects = {k: v for k, v in SUBJECTS.items() if v[0] is not full_disk or os.geteuid() == 0}
+    yield from attacked(subjects, count, seed, only, first=100)
