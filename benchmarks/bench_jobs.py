@@ -23,10 +23,10 @@ from benchmarks.record import bench_device
 from rlr_fast import RLRConfig, RLRModel, TrainConfig
 from rlr_fast.config import Cache, TrainExecution
 from rlr_fast.data import DataSet, load_image, read_dataset
-from rlr_fast.inference.image_files import find_images
 from rlr_fast.inference.metrics import class_metrics
-from rlr_fast.inference.predict import predict
-from rlr_fast.inference.results import LINES_FILE, read_rows
+from rlr_fast.prediction.image_files import find_images
+from rlr_fast.prediction.predict import predict
+from rlr_fast.prediction.results import LINES_FILE, read_rows
 from rlr_fast.training.feature_cache import cached_features
 from rlr_fast.training.train import train
 

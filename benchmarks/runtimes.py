@@ -27,7 +27,7 @@ from rlr_fast.export.graph import ExportGraph, describe
 from rlr_fast.export.images import comparison_images
 from rlr_fast.export.runtimes import Outputs, runtimes
 from rlr_fast.inference.batches import load_model
-from rlr_fast.inference.image_files import find_images
+from rlr_fast.prediction.image_files import find_images
 
 FILES: tuple[tuple[str, Format, int], ...] = (
     (f"ONNX, opset {OPSETS[0]}", "onnx", OPSETS[0]),

@@ -19,6 +19,7 @@ FLOORS = (
     {"visualization"},
     {"training"},
     {"inference"},
+    {"prediction"},
     {"export"},
     {"paper", "integrations"},
     {"cli"},

@@ -30,9 +30,9 @@ def demo(
     from rlr_fast.inference.batches import load_model
     from rlr_fast.inference.decisions import Decider
     from rlr_fast.inference.evaluate import FigureOptions, evaluate
-    from rlr_fast.inference.image_files import find_images
-    from rlr_fast.inference.predict import predict
     from rlr_fast.models.rlr import RLRModel
+    from rlr_fast.prediction.image_files import find_images
+    from rlr_fast.prediction.predict import predict
     from rlr_fast.training.calibration import color_scale, read_calibration, trained_classes
     from rlr_fast.training.progress import follow, progress_bar
     from rlr_fast.training.train import CURVE_FILE, train

@@ -16,7 +16,7 @@ from rlr_fast.config import InferenceExecution
 
 if TYPE_CHECKING:
     from rlr_fast.inference.decisions import Decider
-    from rlr_fast.inference.predict import Prediction
+    from rlr_fast.prediction.predict import Prediction
 
 _log = logging.getLogger(__name__)
 
@@ -65,14 +65,14 @@ def predict(
     """
     from rlr_fast.cli.common import check_class, check_out, given_decider, given_scale
     from rlr_fast.data.check import counted
-    from rlr_fast.inference.arrivals import check_watched
     from rlr_fast.inference.batches import load_model
-    from rlr_fast.inference.image_files import find_images
-    from rlr_fast.inference.predict import check_report_run, predict
     from rlr_fast.inference.report import model_facts
     from rlr_fast.inference.tiling import optional_tiles
-    from rlr_fast.inference.watch import watch as watch_folders
     from rlr_fast.models.checkpoint import fetch_checkpoint
+    from rlr_fast.prediction.arrivals import check_watched
+    from rlr_fast.prediction.image_files import find_images
+    from rlr_fast.prediction.predict import check_report_run, predict
+    from rlr_fast.prediction.watch import watch as watch_folders
     from rlr_fast.training.calibration import scoring_identity, trained_classes
     from rlr_fast.training.distributed import processes
     from rlr_fast.training.progress import progress_bar

@@ -94,7 +94,7 @@ def export(
 ) -> Exported:
     """Write a model as a file that needs nothing of this package; compare it, then keep it.
 
-    The file computes, in float32, what `rlr_fast.inference.predict.predict` computes of an image
+    The file computes, in float32, what `rlr_fast.prediction.predict.predict` computes of an image
     that has the model's size. It appears whole, or, where a runtime disagrees, not at all.
 
     Args:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rlr_fast.data import list_images
 from rlr_fast.data.layouts import subfolders
-from rlr_fast.inference.image_files import image_folders
+from rlr_fast.prediction.image_files import image_folders
 
 # A folder in which something changed less than this many seconds ago is listed again: clocks of
 # file systems are coarse, so a second change may show the same time.

@@ -17,10 +17,13 @@ from rlr_fast.data.files import lock_folder
 from rlr_fast.inference.batches import check_placed
 from rlr_fast.inference.conformal import MIN_DRIFT_IMAGES, drift
 from rlr_fast.inference.decisions import Decider, Rule
-from rlr_fast.inference.image_files import ImageFile
-from rlr_fast.inference.results import RESULTS_FILE, ResultsWriter, Row
-from rlr_fast.inference.row_maker import RowMaker
-from rlr_fast.inference.shares import (
+from rlr_fast.inference.tiling import Sides, Tiles, optional_tiles
+from rlr_fast.models.precision import check_precision
+from rlr_fast.models.rlr import RLRModel
+from rlr_fast.prediction.image_files import ImageFile
+from rlr_fast.prediction.results import RESULTS_FILE, ResultsWriter, Row
+from rlr_fast.prediction.row_maker import RowMaker
+from rlr_fast.prediction.shares import (
     PARTS_FOLDER,
     SETTINGS_FILE,
     PartWriter,
@@ -29,9 +32,6 @@ from rlr_fast.inference.shares import (
     part_rows,
     remove_parts,
 )
-from rlr_fast.inference.tiling import Sides, Tiles, optional_tiles
-from rlr_fast.models.precision import check_precision
-from rlr_fast.models.rlr import RLRModel
 from rlr_fast.training.calibration import scoring_identity
 from rlr_fast.training.distributed import processes
 from rlr_fast.visualization import Scale
@@ -45,7 +45,7 @@ class Prediction:
     Attributes:
         scored: Number of files with a score.
         failures: What is wrong with the others.
-        results: The table, a row per file with the columns of `rlr_fast.inference.results.COLUMNS`.
+        results: The table, a row per file, columns as in `rlr_fast.prediction.results.COLUMNS`.
         decided: Number of images that were called normal or anomalous.
         anomalous: Number of those called anomalous.
         drift: In words, which classes' images differ from the calibration's, see
@@ -89,7 +89,7 @@ def predict(
 
     Args:
         model: A trained model, on its device.
-        files: From `rlr_fast.inference.image_files.find_images`.
+        files: From `rlr_fast.prediction.image_files.find_images`.
         out: Folder for the results; other processes that predict into it are refused.
         scale: Fixed color scale (low, high) of the pictures; None writes none.
         execution: Batch size, precision and threads, as many that decode images as that write

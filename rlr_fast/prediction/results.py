@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlr_fast.inference.decisions import Decision
-from rlr_fast.inference.image_files import ImageFile
 from rlr_fast.inference.scored_files import ScoredImage
+from rlr_fast.prediction.image_files import ImageFile
 
 if TYPE_CHECKING:
     from typing_extensions import Self

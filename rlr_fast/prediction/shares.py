@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlr_fast.data.files import write_atomically
-from rlr_fast.inference.image_files import ImageFile
-from rlr_fast.inference.results import LINES_FILE, ResultsWriter, Row, line, read_rows
+from rlr_fast.prediction.image_files import ImageFile
+from rlr_fast.prediction.results import LINES_FILE, ResultsWriter, Row, line, read_rows
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -11,12 +11,15 @@ from pathlib import Path
 from rlr_fast.config import InferenceExecution
 from rlr_fast.data.files import lock_folder
 from rlr_fast.data.layouts import find_class
-from rlr_fast.inference.arrivals import Arrivals, check_watched
 from rlr_fast.inference.batches import check_placed
 from rlr_fast.inference.decisions import Decider
-from rlr_fast.inference.image_files import ImageFile, picture_name, picture_place
-from rlr_fast.inference.predict import Prediction, Tally, prediction_settings
-from rlr_fast.inference.results import (
+from rlr_fast.inference.tiling import Sides, optional_tiles
+from rlr_fast.models.precision import check_precision
+from rlr_fast.models.rlr import RLRModel
+from rlr_fast.prediction.arrivals import Arrivals, check_watched
+from rlr_fast.prediction.image_files import ImageFile, picture_name, picture_place
+from rlr_fast.prediction.predict import Prediction, Tally, prediction_settings
+from rlr_fast.prediction.results import (
     LINES_FILE,
     RESULTS_FILE,
     ResultsWriter,
@@ -24,11 +27,8 @@ from rlr_fast.inference.results import (
     left_out_row,
     read_rows,
 )
-from rlr_fast.inference.row_maker import RowMaker
-from rlr_fast.inference.shares import SETTINGS_FILE, check_no_parts, check_settings, write_settings
-from rlr_fast.inference.tiling import Sides, optional_tiles
-from rlr_fast.models.precision import check_precision
-from rlr_fast.models.rlr import RLRModel
+from rlr_fast.prediction.row_maker import RowMaker
+from rlr_fast.prediction.shares import SETTINGS_FILE, check_no_parts, check_settings, write_settings
 from rlr_fast.visualization import Scale
 
 _PAUSE = 0.2  # seconds between two looks, while nothing comes
@@ -62,7 +62,7 @@ def watch(
         model: A trained model, on its device.
         folders: Watched, with all their subfolders.
         out: Folder for the results. What a prediction with the same settings has left is added to.
-        scale: See `rlr_fast.inference.predict.predict`, as for all that is not explained here.
+        scale: See `rlr_fast.prediction.predict.predict`, as for all that is not explained here.
         execution: Batch size: the most files that are scored at once.
         classes: Of the run: a file's class is the one in whose folder it lies.
         category: Class of all files, instead.

@@ -205,7 +205,7 @@ def test_predict_with_a_corrupt_image_exits_with_1(trained, tmp_path, capsys):
 
 
 def test_predict_watches_a_folder_until_it_is_interrupted(trained, tmp_path, monkeypatch, capsys):
-    from rlr_fast.inference.arrivals import Arrivals
+    from rlr_fast.prediction.arrivals import Arrivals
 
     poll, looks = Arrivals.poll, []
 

@@ -16,8 +16,8 @@ from rlr_fast import RLRModel, Scorer
 from rlr_fast.config import InferenceExecution
 from rlr_fast.data import load_image
 from rlr_fast.inference.decisions import Decider
-from rlr_fast.inference.image_files import find_images
-from rlr_fast.inference.predict import predict
+from rlr_fast.prediction.image_files import find_images
+from rlr_fast.prediction.predict import predict
 from rlr_fast.training.calibration import (
     Calibration,
     ClassScores,

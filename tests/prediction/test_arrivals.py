@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from rlr_fast.inference.arrivals import Arrivals
+from rlr_fast.prediction.arrivals import Arrivals
 
 
 class Clock:
@@ -88,7 +88,7 @@ def test_a_file_that_goes_before_it_is_complete_is_forgotten(folder, tmp_path, c
 
 
 def test_a_folder_without_changes_is_not_listed_again(folder, tmp_path, clock, monkeypatch):
-    from rlr_fast.inference import arrivals as module
+    from rlr_fast.prediction import arrivals as module
 
     listed = []
     list_images = module.list_images

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import save_picture
 
-from rlr_fast.inference.image_files import find_images, picture_name
+from rlr_fast.prediction.image_files import find_images, picture_name
 
 
 def test_masks_of_a_data_set_are_left_out_and_told(tree, caplog):

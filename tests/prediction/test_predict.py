@@ -18,12 +18,12 @@ from PIL import Image
 from rlr_fast import RLRModel
 from rlr_fast.config import InferenceExecution
 from rlr_fast.data import load_image
-from rlr_fast.inference import row_maker
 from rlr_fast.inference.decisions import Decider
-from rlr_fast.inference.image_files import find_images
-from rlr_fast.inference.predict import predict
-from rlr_fast.inference.results import COLUMNS
 from rlr_fast.inference.tiling import predict_tiled
+from rlr_fast.prediction import row_maker
+from rlr_fast.prediction.image_files import find_images
+from rlr_fast.prediction.predict import predict
+from rlr_fast.prediction.results import COLUMNS
 from rlr_fast.training.calibration import Calibration, ClassScores
 from rlr_fast.visualization import prediction_picture
 

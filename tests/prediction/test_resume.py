@@ -10,12 +10,12 @@ from conftest import SMALL, save_picture
 
 from rlr_fast import RLRModel
 from rlr_fast.config import InferenceExecution
-from rlr_fast.inference import row_maker
 from rlr_fast.inference.decisions import Decider
-from rlr_fast.inference.image_files import find_images
-from rlr_fast.inference.predict import predict
-from rlr_fast.inference.results import line
-from rlr_fast.inference.shares import PARTS_FOLDER, Share
+from rlr_fast.prediction import row_maker
+from rlr_fast.prediction.image_files import find_images
+from rlr_fast.prediction.predict import predict
+from rlr_fast.prediction.results import line
+from rlr_fast.prediction.shares import PARTS_FOLDER, Share
 from rlr_fast.training.calibration import Calibration, ClassScores
 
 TABLES = ("results.csv", "results.jsonl", "prediction.json")

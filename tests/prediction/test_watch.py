@@ -10,10 +10,10 @@ from conftest import SMALL, save_picture
 
 from rlr_fast import RLRModel
 from rlr_fast.config import InferenceExecution
-from rlr_fast.inference import row_maker
-from rlr_fast.inference.predict import predict
-from rlr_fast.inference.shares import PARTS_FOLDER
-from rlr_fast.inference.watch import watch
+from rlr_fast.prediction import row_maker
+from rlr_fast.prediction.predict import predict
+from rlr_fast.prediction.shares import PARTS_FOLDER
+from rlr_fast.prediction.watch import watch
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +161,7 @@ def test_two_folders_with_a_name_of_a_file_share_no_picture(model, tmp_path):
 
 
 def test_it_goes_on_with_a_prediction(model, folder, tmp_path):
-    from rlr_fast.inference.image_files import find_images
+    from rlr_fast.prediction.image_files import find_images
 
     arrive(folder, "a.png", "b.png")()
     out = tmp_path / "out"

@@ -27,9 +27,9 @@ from rlr_fast.config import InferenceExecution, TrainExecution
 from rlr_fast.data import read_dataset
 from rlr_fast.functional import unsupported_reason
 from rlr_fast.inference.evaluate import evaluate
-from rlr_fast.inference.image_files import find_images
-from rlr_fast.inference.predict import predict
 from rlr_fast.models.environment import choose_device
+from rlr_fast.prediction.image_files import find_images
+from rlr_fast.prediction.predict import predict
 from rlr_fast.training import run_dir
 from rlr_fast.training.calibration import color_scale
 from rlr_fast.training.distributed import PeerError, Processes, processes
