@@ -19,31 +19,30 @@ LOCK_FILE = ".lock"
 
 _PART = 2**22  # bytes of a file in memory at once
 
-# What a file system without locks answers.
+# What a file system without locks answers, and one that does not sync folders.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
+_NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EACCES)
 
 _log = logging.getLogger(__name__)
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
-    """Write a file so that a reader, a kill or a full disk meets the old content or the new.
+    """Write a file as in `replacing`.
 
     Raises:
         OSError: The file cannot be written; the old one is as it was.
     """
     data = content.encode() if isinstance(content, str) else content
-    with replacing(path) as partial, open(partial, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    with replacing(path) as partial:
+        partial.write_bytes(data)
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a name to write a file under, which gets its own name when the block ends well.
 
-    So a reader or a kill meets the old file or the new. Unlike `write_atomically` it does not wait
-    for the disk: after a loss of power the new file may be empty.
+    So a reader, a kill, a full disk or a loss of power meets the old file or the new. After the
+    block the new one is on the disk.
 
     Args:
         path: The file; the other name lies beside it, is hidden, and has its suffix.
@@ -55,13 +54,47 @@ def replacing(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".{name}.partial{path.suffix}")
     try:
         yield partial
-        os.replace(partial, path)
+        put_in_place(partial, path)
     except BaseException as error:
         if isinstance(error, OSError) and error.errno and error.filename is None:
             error.filename = str(path)  # a full disk names no file
         with contextlib.suppress(OSError):
             partial.unlink()
         raise
+
+
+def put_in_place(partial: Path, path: Path) -> None:
+    """Give a finished file, or a folder of synced files, its own name on the same disk.
+
+    Raises:
+        OSError: It cannot be synced or renamed.
+    """
+    if partial.is_dir():
+        sync_folder(partial)
+    else:
+        with open(partial, "r+b") as file:
+            os.fsync(file.fileno())
+    os.replace(partial, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk, where the system can do so.
+
+    Raises:
+        OSError: The disk cannot be written.
+    """
+    if os.name == "nt":  # Windows cannot open a folder
+        return
+    try:
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
 
 
 def file_digest(path: Path) -> str:

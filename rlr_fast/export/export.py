@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from rlr_fast.data.files import check_writable
+from rlr_fast.data.files import check_writable, put_in_place
 from rlr_fast.export.compare import TOLERANCE, Comparison, compare, model_outputs
 from rlr_fast.export.formats import (
     FORMATS,
@@ -149,7 +148,7 @@ def export(
             elif not result.agrees:
                 differs.append(result)
         for file in FORMATS[kind].files(out):
-            os.replace(part.with_name(file.name), file)
+            put_in_place(part.with_name(file.name), file)
     return Exported(FORMATS[kind].files(out), nodes, seconds, compared, differs)
 
 

@@ -20,7 +20,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from rlr_fast.data.files import file_digest, write_atomically
+from rlr_fast.data.files import file_digest, put_in_place, write_atomically
 from rlr_fast.data.images import (
     ImageFailure,
     UnreadableImageError,
@@ -286,7 +286,7 @@ def _build(
         meta = _Meta(identity, _shapes(model), failures, digests)
         write_atomically(partial / _META, json.dumps(asdict(meta), indent=2))
         try:
-            partial.rename(folder)
+            put_in_place(partial, folder)
         except OSError:
             if not folder.is_dir():  # else another process made the same cache meanwhile
                 raise

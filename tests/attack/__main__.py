@@ -13,11 +13,12 @@ from pathlib import Path
 os.environ.setdefault("TRITON_INTERPRET", "1")
 sys.path.append(str(Path(__file__).parents[1]))
 
-from tests.attack import figures, files, kills, operators, together
+from tests.attack import figures, files, kills, operators, power, together
 
 ATTACKS = {
     "files": files.attack,
     "kills": kills.attack,
+    "power": power.attack,
     "together": together.attack,
     "operators": operators.attack,
     "metrics": figures.attack,

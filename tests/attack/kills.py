@@ -103,14 +103,14 @@ def killed(
     signals: Sequence[int] = (signal.SIGKILL,),
 ) -> Iterator[Found]:
     """Kill a job ``count`` times, each at its own moment, and let the same command go on."""
-    _clear(job)
+    clear(job)
     start = time.perf_counter()
     code, told = Child(job.argv).wait()
     seconds = time.perf_counter() - start
     assert code == 0, told
     expected = content(job.out)
     for _ in range(count):
-        _clear(job)
+        clear(job)
         for _ in range(int(random.integers(1, 3))):
             number = signals[int(random.integers(len(signals)))]
             code, told = Child(job.argv).after(random.uniform(0, seconds), number).wait()
@@ -132,7 +132,8 @@ def killed(
             yield f"another result: {', '.join(names[:6])}", b""
 
 
-def _clear(job: Job) -> None:
+def clear(job: Job) -> None:
+    """Remove what a job writes, and what it is to make again."""
     for folder in (job.out, *job.clear):
         shutil.rmtree(folder, ignore_errors=True)
 

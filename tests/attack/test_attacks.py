@@ -36,9 +36,10 @@ def test_damaged_files_end_in_a_result_or_in_a_line(lab, name):
     "words",
     [
         ["kills", "--count", "1", "--only", ", "],  # those that go on where they were
+        ["power", "--count", "10", "--only", "train"],
         ["together", "--count", "4", "--only", "w"],  # of all but those of sizes and disks
     ],
-    ids=["kills", "together"],
+    ids=["kills", "power", "together"],
 )
 def test_commands_that_are_killed_or_meet_each_other(words):
     """In a process of its own: they are forked, and PyTorch's threads must not run before."""

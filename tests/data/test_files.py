@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
+import stat
 from typing import Any
 
 import pytest
 
 from rlr_fast.data import files
-from rlr_fast.data.files import file_digest, replacing
+from rlr_fast.data.files import file_digest, put_in_place, replacing, write_atomically
 from rlr_fast.data.records import parse_record
 
 
@@ -30,6 +33,51 @@ def test_a_file_that_is_replaced_is_the_old_one_until_the_new_one_is_whole(tmp_p
         unfinished.write_text("new")
         assert path.read_text() == "old"
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="folders are not synced there")
+def test_a_new_file_is_on_the_disk_before_it_has_its_name_and_its_name_before_the_end(
+    tmp_path, monkeypatch
+):
+    done = []
+    sync, replace = os.fsync, os.replace
+
+    def fsync(number):
+        done.append("folder" if stat.S_ISDIR(os.fstat(number).st_mode) else "file")
+        sync(number)
+
+    def rename(*paths):
+        done.append("name")
+        replace(*paths)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", rename)
+    with replacing(tmp_path / "a.png") as unfinished:
+        unfinished.write_text("new")
+    assert done == ["file", "name", "folder"]
+    done.clear()
+    (tmp_path / "partial").mkdir()
+    put_in_place(tmp_path / "partial", tmp_path / "whole")
+    assert done == ["folder", "name", "folder"] and (tmp_path / "whole").is_dir()
+
+
+def test_a_disk_that_cannot_sync_folders_is_written_and_a_broken_one_is_told(tmp_path, monkeypatch):
+    sync = os.fsync
+
+    def broken(error):
+        def fsync(number):
+            if stat.S_ISDIR(os.fstat(number).st_mode):
+                raise OSError(error, "no")
+            sync(number)
+
+        return fsync
+
+    monkeypatch.setattr(os, "fsync", broken(errno.EINVAL))
+    write_atomically(tmp_path / "a", "new")
+    assert (tmp_path / "a").read_text() == "new"
+    monkeypatch.setattr(os, "fsync", broken(errno.EIO))
+    with pytest.raises(OSError, match="no"):
+        write_atomically(tmp_path / "a", "newer")
 
 
 def test_a_long_name_can_be_replaced(tmp_path):

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from rlr_fast.data.files import write_atomically
+from rlr_fast.data.files import put_in_place, sync_folder, write_atomically
 from rlr_fast.data.synthetic.render import PRODUCTS, render_sample
 from rlr_fast.data.threads import map_ahead
 
@@ -112,7 +112,8 @@ def make_dataset(
     # While pictures are missing only the unfinished name exists; the rename at the end is atomic.
     (folder / _MANIFEST).unlink(missing_ok=True)
     write_atomically(folder / _UNFINISHED, json.dumps(manifest, indent=1) + "\n")
-    for part in sorted({Path(path).parent for picture in pictures for path in picture.paths()}):
+    parts = sorted({Path(path).parent for picture in pictures for path in picture.paths()})
+    for part in parts:
         (folder / part).mkdir(parents=True, exist_ok=True)
 
     def write(picture: _Picture) -> None:
@@ -129,7 +130,9 @@ def make_dataset(
     for done, _ in enumerate(map_ahead(write, pictures, threads), start=1):
         if progress is not None:
             progress(done, len(pictures))
-    os.replace(folder / _UNFINISHED, folder / _MANIFEST)
+    for part in parts:
+        sync_folder(folder / part)
+    put_in_place(folder / _UNFINISHED, folder / _MANIFEST)
     return folder
 
 
@@ -147,7 +150,10 @@ def _pictures(
 
 
 def _save(pixels: np.ndarray, path: Path) -> None:
-    Image.fromarray(pixels).save(path, format="PNG", compress_level=4)
+    with open(path, "wb") as file:
+        Image.fromarray(pixels).save(file, format="PNG", compress_level=4)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _is_complete(folder: Path, manifest: dict[str, Any], pictures: Sequence[_Picture]) -> bool:

@@ -18,6 +18,7 @@ from urllib.parse import quote_from_bytes
 import torch
 from numpy.typing import ArrayLike
 
+from rlr_fast.data.files import put_in_place
 from rlr_fast.visualization.heat_maps import Scale
 from rlr_fast.visualization.report.page import embedded, page_parts
 from rlr_fast.visualization.report.thumbnails import Thumbnails, color_tables, thumbnails
@@ -238,10 +239,8 @@ class ReportWriter:
             "tables": self._tables,
         }
         self._file.write("\n]" + self._between + embedded(facts) + self._after)
-        self._file.flush()
-        os.fsync(self._file.fileno())
         self._file.close()
-        os.replace(self._partial, self._out / REPORT_FILE)
+        put_in_place(self._partial, self._out / REPORT_FILE)
 
     def __enter__(self) -> Self:
         return self
