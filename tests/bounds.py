@@ -39,6 +39,7 @@ def lowest(requirements: list[Requirement]) -> list[str]:
     """Return each requirement with a lower bound as that very version."""
     return [
         f"{requirement.name}=={bound.version}"
+        + (f"; {requirement.marker}" if requirement.marker else "")
         for requirement in requirements
         for bound in requirement.specifier
         if bound.operator == ">="

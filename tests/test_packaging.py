@@ -49,6 +49,28 @@ def test_every_file_that_a_package_reads_is_installed():
     assert others == listed
 
 
+def test_every_dependency_is_listed_with_its_license():
+    text = (ROOT / "docs/install.md").read_text(encoding="utf-8")
+    table = text.split("| package | license | for |")[1].split("\n\n")[0]
+    rows = [row.split("|")[1:3] for row in table.splitlines()[2:]]
+    licenses = {re.split(r"[¹ ]", name.strip())[0]: license.strip() for name, license in rows}
+    assert licenses.keys() == {r.name for r in requirements("dependencies")}
+    assert all(licenses.values())
+    of_extras = re.search(r"^With an extra: (.*?)\n\n", text, re.M | re.S)
+    assert of_extras is not None
+    named = set(re.findall(r"([a-z0-9_]+)¹? \(", of_extras[1]))
+    extras = ("anomalib", "demo", "export", "openvino")
+    assert named == {r.name for extra in extras for r in requirements(extra)} - {"rlr_fast"}
+
+
+def requirements(name: str) -> list[Requirement]:
+    """Return the requirements of a list in pyproject.toml."""
+    text = (ROOT / "pyproject.toml").read_text()
+    listed = re.search(rf"^{name} = \[(.*?)\]\n", text, re.M | re.S)
+    assert listed is not None
+    return [Requirement(text) for text in re.findall(r'"([^"]+)"', listed[1])]
+
+
 @pytest.mark.parametrize(
     ("system", "machine", "wanted"),
     [
