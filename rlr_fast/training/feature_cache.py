@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -31,6 +30,7 @@ from rlr_fast.data.layouts import Sample
 from rlr_fast.data.records import read_record
 from rlr_fast.data.threads import BackgroundWriter
 from rlr_fast.models.rlr import RLRModel
+from rlr_fast.training.memory import available_memory
 
 Placement = Literal["auto", "gpu", "ram", "disk"]
 
@@ -317,5 +317,4 @@ def _choose(placement: Placement, size: int, device: torch.device, sharers: int)
         return placement
     if device.type == "cuda" and size < _SHARE * torch.cuda.mem_get_info(device)[0]:
         return "gpu"
-    memory = psutil.virtual_memory().available / sharers
-    return "ram" if size < _SHARE * memory else "disk"
+    return "ram" if size < _SHARE * available_memory() / sharers else "disk"
