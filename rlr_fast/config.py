@@ -28,7 +28,14 @@ Cache = Literal["auto", "gpu", "ram", "disk", "none"]
 REFERENCE_VALUES = ("cross", "lca")
 
 # Fields of `RLRConfig` that turn distances into scores: they may change after training.
-SCORE_FIELDS = ("level_offsets", "level_weights", "smoothing", "surround", "top_share")
+SCORE_FIELDS = (
+    "align_corners",
+    "level_offsets",
+    "level_weights",
+    "smoothing",
+    "surround",
+    "top_share",
+)
 
 
 LARGEST = 2**16
@@ -176,6 +183,8 @@ class RLRConfig:
         references: Learnable references per level (K of the supplement); LCA is summed over them.
         diversity: Weight in the loss of the mean cosine between the references' tokens; 0 is off.
         perturbation: s of the training noise, randn * norm(token) / channels * s (eq. 3); 0 is off.
+        align_corners: Stretch each level's map until its corner tokens' centers lie in the image's
+            corners; otherwise every token's center stays where it is.
         level_offsets: Subtracted from the token distances of each level before their mean.
         level_weights: Weight of each level in the score map; all 1 is the plain mean of eq. 16.
         smoothing: Sigma, in pixels at 256 px, of the Gaussian before the image score; 0 is off.
@@ -206,6 +215,7 @@ class RLRConfig:
     references: int = 1
     diversity: float = 0.0
     perturbation: float = 4.0
+    align_corners: bool = True
     level_offsets: tuple[float, ...] = (0.0,)
     level_weights: tuple[float, ...] = (1.0,)
     smoothing: float = 4.0
@@ -504,9 +514,10 @@ PRESETS: dict[str, Preset] = {
             standardize=True,
             hidden=(256, 256),
             heads=(8, 8),
-            windows=((5, 5), (5, 5)),
+            windows=((7, 7), (7, 7)),
             patches=(2, 1),
             blocks=2,
+            align_corners=False,
             surround=32.0,
             top_share=0.005,
         ),

@@ -229,6 +229,7 @@ def protocol(model: RLRModel, data: DataSet) -> dict[str, Any]:
         "mask": "non-zero in the file, nearest-neighbor resize",
         "pixel_score": "score map, not smoothed",
         "image_score": f"{highest} of the score map{smoothed}",
+        "upsampling": f"bilinear, {'corners aligned' if config.align_corners else 'centers kept'}",
         "level_offsets": list(config.level_offsets),
         "level_weights": list(config.level_weights),
         "f1max": "every distinct score as threshold",

@@ -164,6 +164,7 @@ class RLRModel(
             self.config.level_weights,
             self.config.top_share,
             self.config.surround,
+            self.config.align_corners,
         ).to(self.device)
 
     def set_backend(self, backend: Backend) -> None:

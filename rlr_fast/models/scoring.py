@@ -107,8 +107,8 @@ def top_mean(values: Tensor, share: float, pixels: int) -> Tensor:
 class ScoreMap(nn.Module):
     """Token distances of all levels → score map and image score (eq. 16).
 
-    Each level's map is upsampled bilinearly (corners aligned); the score map is the mean over the
-    levels of ``weight * (distance - offset)``, which is eq. 16 where weights are 1 and offsets 0.
+    Each level's map is upsampled bilinearly; the score map is the mean over the levels of
+    ``weight * (distance - offset)``, which is eq. 16 where weights are 1 and offsets 0.
     The image score is the mean of the highest pixels after a Gaussian, less what a wider Gaussian
     makes of the score map; their sigmas grow with the image, see `smooth` and `top_mean`.
 
@@ -119,6 +119,7 @@ class ScoreMap(nn.Module):
         weights: Of the levels; one stands for all levels.
         top_share: Share of the pixels that the image score is the mean of; 0 is their maximum.
         surround: Sigma of the wider Gaussian, in pixels at 256 px; 0 subtracts nothing.
+        align_corners: See `torch.nn.functional.interpolate`.
     """
 
     def __init__(
@@ -129,9 +130,11 @@ class ScoreMap(nn.Module):
         weights: Sequence[float] = (1.0,),
         top_share: float = 0.0,
         surround: float = 0.0,
+        align_corners: bool = True,
     ) -> None:
         super().__init__()
         self.image_size = image_size
+        self.align_corners = align_corners
         self.offsets, self.weights, self.top_share = offsets, weights, top_share
         # A filter with its border rule as a matrix an axis: two small products, on any device.
         sigmas = {"blur": smoothing} | ({"surround": surround} if surround else {})
@@ -146,7 +149,10 @@ class ScoreMap(nn.Module):
         levels = len(level_maps)
         maps = [
             F.interpolate(
-                (level_map - offset) * weight, self.image_size, mode="bilinear", align_corners=True
+                (level_map - offset) * weight,
+                self.image_size,
+                mode="bilinear",
+                align_corners=self.align_corners,
             )
             for level_map, offset, weight in zip(
                 level_maps,

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 MODEL = """--backbone --backbone-weights --out-indices --image-size --neighborhood --standardize
     --no-standardize --hidden --heads --windows --patches --blocks --ffn-ratio --attention
     --residual --no-residual --alpha --fusion --references --diversity --perturbation --smoothing
-    --surround --level-offsets --level-weights --top-share"""
+    --surround --align-corners --no-align-corners --level-offsets --level-weights --top-share"""
 RECIPE = """--epochs --batch-size --optimizer --lr --schedule --clip-grad --loss-power --precision
     --seed --score-fit --calibration-share"""
 MACHINE = "--device --backend --workers --quiet"

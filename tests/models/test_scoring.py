@@ -54,6 +54,18 @@ def test_image_score_is_the_maximum_after_scipys_gaussian(size):
         assert score[b].item() == pytest.approx(smooth.max(), rel=1e-5)
 
 
+def test_the_centers_of_tokens_stay_where_they_are_or_the_corners_do():
+    rows, columns = torch.arange(6.0), torch.arange(5.0)
+    level = (rows[:, None] + 0.5) / 6 + (columns + 0.5) / 5  # of each token's center in the image
+    pixels = (torch.arange(48) + 0.5) / 48 + (torch.arange(40)[:, None] + 0.5) / 40
+    score_map, _ = ScoreMap((48, 40), 0.0, align_corners=False)([level[None, None]])
+    inside = (0, 0, slice(4, 44), slice(4, 36))
+    torch.testing.assert_close(score_map[inside], pixels.T[inside[2:]])
+    assert score_map[0, 0, 0, 0] == level[0, 0] and score_map[0, 0, 3, 3] == level[0, 0]
+    score_map, _ = ScoreMap((48, 40), 0.0)([level[None, None]])
+    assert score_map[0, 0, 0, 0] == level[0, 0] and score_map[0, 0, 3, 3] > level[0, 0]
+
+
 @pytest.mark.parametrize("axis", [0, 1, -1])
 @pytest.mark.parametrize("sigma", [9.0, 40.0, 200.0])
 def test_a_wide_gaussian_is_scipys(sigma, axis):

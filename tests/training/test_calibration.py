@@ -100,15 +100,18 @@ def test_a_damaged_calibration_is_named(classes, message, tmp_path):
         read_calibration(tmp_path)
 
 
-def test_a_calibration_from_before_a_setting_of_the_score_had_its_default(small, tmp_path):
+@pytest.mark.parametrize(("name", "value"), [("surround", 32.0), ("align_corners", False)])
+def test_a_calibration_from_before_a_setting_of_the_score_had_its_default(
+    name, value, small, tmp_path
+):
     model = RLRModel(small)
     scoring = scoring_identity(model)
-    del scoring["surround"]
+    del scoring[name]
     calibration = Calibration(scoring, {"bolt": ClassScores([1.0], [2.0], "validation", ["a"])})
     write_calibration(tmp_path, calibration, {})
     read = read_calibration(tmp_path)
     assert read is not None and read.is_of(model)
-    model.set_score(surround=32.0)
+    model.set_score(**{name: value})
     assert not read.is_of(model)
 
 
