@@ -40,7 +40,7 @@ def demo(
     start = time.perf_counter()
     preset, scoring = PRESETS["accurate"], InferenceExecution(**execution)
     # A quarter of the time, and of the tokens: 8 x 8, of which a larger window would leave few out.
-    small = dataclasses.replace(preset.model, image_size=(128, 128), windows=(5, 5))
+    small = dataclasses.replace(preset.model, image_size=(128, 128), windows=((5, 5), (5, 5)))
     data_root, run = out / "data", out / "run"
     RLRModel(small)  # fails without the backbone's weights, before the data are made
 
