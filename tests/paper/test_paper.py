@@ -237,17 +237,26 @@ def test_an_interrupted_table_ends_as_an_uninterrupted_one(dataset, tmp_path, mo
         ),
     ],
 )
-def test_a_damaged_result_is_named_and_measured_again(
-    change, message, once, finished, tmp_path, caplog
+def test_a_damaged_result_is_named_and_counts_as_missing(
+    change, message, finished, tmp_path, caplog
 ):
-    before = (tmp_path / "out/table.json").read_text()
     file = tmp_path / "out/runs/on-seed0/metrics.json"
+    configs = {row.name: configure(TABLE, row, SMALL) for row in TABLE.rows}
+    table = folder.TableFolder(
+        tmp_path / "out", TABLE.name, SMALL, configs, SHORT, read_dataset(finished)
+    )
     changed = change(json.loads(file.read_text()))
     file.write_text(changed if isinstance(changed, str) else json.dumps(changed))
-    run(read_dataset(once / "data"), tmp_path / "out", tmp_path, only=["on"])
-    assert (tmp_path / "out/table.json").read_text() == before
+    assert table.metrics("on", 0) is None
     [told] = [r.getMessage() for r in caplog.records if r.name == folder.__name__]
     assert str(file) in told and re.search(message, told)
+
+
+def test_a_damaged_result_is_measured_again(once, finished, tmp_path):
+    before = (tmp_path / "out/table.json").read_text()
+    (tmp_path / "out/runs/on-seed0/metrics.json").write_text("{")
+    run(read_dataset(once / "data"), tmp_path / "out", tmp_path, only=["on"])
+    assert (tmp_path / "out/table.json").read_text() == before
 
 
 def test_a_failed_run_is_told_and_the_others_go_on(dataset, tmp_path, monkeypatch):
