@@ -1,24 +1,15 @@
-"""Files that appear whole or not at all, and records that are read back."""
+"""Files that appear whole or not at all."""
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import os
 import stat
-from typing import Any
 
 import pytest
 
-from rlr_fast.data import files
-from rlr_fast.data.files import file_digest, put_in_place, replacing, write_atomically
-from rlr_fast.data.records import parse_record
-
-
-@dataclasses.dataclass
-class Number:
-    value: float
-    more: Any = None
+from rlr_fast import files
+from rlr_fast.files import file_digest, put_in_place, replacing, write_atomically
 
 
 def test_a_file_that_is_replaced_is_the_old_one_until_the_new_one_is_whole(tmp_path):
@@ -94,15 +85,3 @@ def test_digests_of_equal_files_are_equal_in_any_parts(tmp_path, monkeypatch):
     assert file_digest(tmp_path / "a") == whole
     (tmp_path / "a").write_bytes(b"0123456780")
     assert file_digest(tmp_path / "a") != whole
-
-
-@pytest.mark.parametrize("text", ["[" * 100_000, '{"more":' * 100_000 + "1" + "}" * 100_000])
-def test_a_record_that_is_nested_too_deeply_is_refused(text):
-    with pytest.raises(ValueError, match=r"nested too deeply|must be an object|Expecting"):
-        parse_record(Number, text)
-
-
-@pytest.mark.parametrize("value", ["1" + "0" * 400, "1e400", "NaN", "true", "null"])
-def test_what_is_no_finite_number_is_refused(value):
-    with pytest.raises(ValueError, match="value must be a finite number"):
-        parse_record(Number, f'{{"value": {value}}}')

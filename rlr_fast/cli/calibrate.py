@@ -37,8 +37,8 @@ def calibrate(
     """
     from rlr_fast.cli.common import check_class, report_failures
     from rlr_fast.data import read_dataset
-    from rlr_fast.data.files import lock_folder
     from rlr_fast.data.layouts import find_class
+    from rlr_fast.files import lock_folder
     from rlr_fast.inference.batches import load_model
     from rlr_fast.inference.calibrate import calibrate, calibration_images
     from rlr_fast.inference.conformal import smallest_alpha

@@ -25,8 +25,8 @@ def demo(
         seed: Seed of data and training.
     """
     from rlr_fast.data import read_dataset
-    from rlr_fast.data.files import write_atomically
     from rlr_fast.data.synthetic import make_dataset
+    from rlr_fast.files import write_atomically
     from rlr_fast.inference.batches import load_model
     from rlr_fast.inference.decisions import Decider
     from rlr_fast.inference.evaluate import FigureOptions, evaluate

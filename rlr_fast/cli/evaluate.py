@@ -35,7 +35,7 @@ def evaluate(
     """
     from rlr_fast.cli.common import check_out, given_decider, given_scale, report_failures
     from rlr_fast.data import read_dataset
-    from rlr_fast.data.files import lock_folder, write_atomically
+    from rlr_fast.files import lock_folder, write_atomically
     from rlr_fast.inference.batches import load_model
     from rlr_fast.inference.evaluate import FigureOptions, evaluate
     from rlr_fast.inference.report import model_facts

@@ -1,6 +1,6 @@
 """Data sets on disk: reading, decoding and checking them; files, and threads that write them.
 
-May import `config` and `functional`, and does not know of models.
+May import `config`, `files` and `functional`, and does not know of models.
 """
 
 from __future__ import annotations

@@ -34,7 +34,6 @@ from typing import Literal
 
 import numpy as np
 
-from rlr_fast.data.files import file_digest
 from rlr_fast.data.images import (
     UnreadableImageError,
     checked_size,
@@ -52,6 +51,7 @@ from rlr_fast.data.layouts import (
     subfolders,
 )
 from rlr_fast.data.threads import map_ahead
+from rlr_fast.files import file_digest
 
 _ERRORS = frozenset({"missing", "unreadable", "mask-size", "no-mask", "no-train"})
 _SHOWN_OF_A_KIND = 5

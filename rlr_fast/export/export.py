@@ -10,7 +10,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from rlr_fast.data.files import check_writable, put_in_place
 from rlr_fast.export.compare import TOLERANCE, Comparison, compare, model_outputs
 from rlr_fast.export.formats import (
     FORMATS,
@@ -24,6 +23,7 @@ from rlr_fast.export.formats import (
 )
 from rlr_fast.export.graph import ExportGraph, columns, describe
 from rlr_fast.export.runtimes import Outputs, Runtime, runtimes
+from rlr_fast.files import check_writable, put_in_place
 from rlr_fast.inference.decisions import Decider, Rule
 from rlr_fast.models.rlr import RLRModel
 

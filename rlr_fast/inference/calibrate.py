@@ -11,8 +11,8 @@ import torch
 from rlr_fast.config import InferenceExecution
 from rlr_fast.data import DataSet, Sample
 from rlr_fast.data.contents import describe_images
-from rlr_fast.data.files import file_digest
 from rlr_fast.data.hold_out import hold_out
+from rlr_fast.files import file_digest
 from rlr_fast.inference.batches import check_placed
 from rlr_fast.inference.scored_files import LeftOut, score_files
 from rlr_fast.inference.tiling import Tiles

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from rlr_fast.data.files import file_digest
+from rlr_fast.files import file_digest
 from rlr_fast.inference.decisions import Rule
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from rlr_fast.config import PRESETS, RLRConfig
-from rlr_fast.data.files import replacing, write_atomically
+from rlr_fast.files import replacing, write_atomically
 from rlr_fast.inference.decisions import ALPHA, Decider
 from rlr_fast.inference.metrics import HEADINGS
 from rlr_fast.models.checkpoint import CONFIG_FILE, WEIGHTS_FILE, CheckpointError, read_config

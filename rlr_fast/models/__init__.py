@@ -1,4 +1,4 @@
 """The model: frozen backbone, reconstructors around learnable references, scores, checkpoints.
 
-May import `config` and `functional`.
+May import `config`, `files` and `functional`.
 """

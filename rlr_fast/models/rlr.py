@@ -10,12 +10,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-import safetensors.torch
 import torch
 from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 
 from rlr_fast.config import SCORE_FIELDS, RLRConfig, per_level
+from rlr_fast.files import write_atomically, write_tensors
 from rlr_fast.functional import Backend, require_head_width, unsupported_reason
 from rlr_fast.models.authors import load_reconstructors
 from rlr_fast.models.backbone import Backbone, neighborhood_mean
@@ -382,10 +382,10 @@ class RLRModel(
             )
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        (save_directory / CONFIG_FILE).write_text(self.config.to_json(), encoding="utf-8")
-        state = {k: v.contiguous() for k, v in self.checkpoint_state().items()}
-        safetensors.torch.save_file(
-            state, save_directory / WEIGHTS_FILE, sealed(state, self.checkpoint_metadata())
+        state = self.checkpoint_state()
+        write_atomically(save_directory / CONFIG_FILE, self.config.to_json())
+        write_tensors(
+            save_directory / WEIGHTS_FILE, state, sealed(state, self.checkpoint_metadata())
         )
 
     @classmethod

@@ -14,8 +14,8 @@ from typing import Any
 from rlr_fast.config import RLRConfig, TrainConfig
 from rlr_fast.data import DataSet
 from rlr_fast.data.contents import changed_files, describe_images, file_digests
-from rlr_fast.data.files import lock_folder, write_atomically
 from rlr_fast.data.records import read_record
+from rlr_fast.files import lock_folder, write_atomically
 from rlr_fast.inference.metrics import HEADINGS
 from rlr_fast.training.run_dir import TrainingError, changed_settings
 

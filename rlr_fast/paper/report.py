@@ -14,7 +14,7 @@ from typing import Any
 from rlr_fast.config import RLRConfig, TrainConfig
 from rlr_fast.data import DataSet
 from rlr_fast.data.check import counted
-from rlr_fast.data.files import write_atomically
+from rlr_fast.files import write_atomically
 from rlr_fast.inference.metrics import HEADINGS
 from rlr_fast.paper.folder import Metrics
 from rlr_fast.paper.tables import CLASSES, Figures, Table, in_words, is_paper_data

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rlr_fast.config import InferenceExecution
-from rlr_fast.data.files import lock_folder
+from rlr_fast.files import lock_folder
 from rlr_fast.inference.batches import check_placed
 from rlr_fast.inference.conformal import MIN_DRIFT_IMAGES, drift
 from rlr_fast.inference.decisions import Decider, Rule

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from rlr_fast.config import InferenceExecution
-from rlr_fast.data.files import replacing
 from rlr_fast.data.images import resize_mask
 from rlr_fast.data.threads import BackgroundWriter, default_workers
+from rlr_fast.files import replacing
 from rlr_fast.inference.decisions import Decider
 from rlr_fast.inference.report import add_prediction
 from rlr_fast.inference.scored_files import LeftOut, ScoredImage, score_files

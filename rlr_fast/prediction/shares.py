@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlr_fast.data.files import write_atomically
+from rlr_fast.files import write_atomically
 from rlr_fast.prediction.image_files import ImageFile
 from rlr_fast.prediction.results import LINES_FILE, ResultsWriter, Row, line, read_rows
 

@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from rlr_fast.config import InferenceExecution
-from rlr_fast.data.files import lock_folder
 from rlr_fast.data.layouts import find_class
+from rlr_fast.files import lock_folder
 from rlr_fast.inference.batches import check_placed
 from rlr_fast.inference.decisions import Decider
 from rlr_fast.inference.tiling import Sides, optional_tiles

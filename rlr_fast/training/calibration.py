@@ -17,8 +17,8 @@ import torch
 
 from rlr_fast.config import SCORE_FIELDS, RLRConfig
 from rlr_fast.data import ImageFailure, Sample, iterate_images
-from rlr_fast.data.files import file_digest, write_atomically
 from rlr_fast.data.records import read_record
+from rlr_fast.files import file_digest, write_atomically
 from rlr_fast.models.checkpoint import CheckpointError
 from rlr_fast.models.rlr import RLRModel
 from rlr_fast.training.distributed import Processes
@@ -37,7 +37,7 @@ class ClassScores:
         image: Image scores.
         pixel: Highest pixel of each image's score map, which is not smoothed.
         source: Where the images come from.
-        files: Digests of their content, see `rlr_fast.data.files.file_digest`.
+        files: Digests of their content, see `rlr_fast.files.file_digest`.
     """
 
     image: list[float]

@@ -19,7 +19,6 @@ from typing import Any, BinaryIO, Literal
 import torch
 from torch import Tensor
 
-from rlr_fast.data.files import file_digest, put_in_place, write_atomically
 from rlr_fast.data.images import (
     ImageFailure,
     UnreadableImageError,
@@ -29,6 +28,7 @@ from rlr_fast.data.images import (
 from rlr_fast.data.layouts import Sample
 from rlr_fast.data.records import read_record
 from rlr_fast.data.threads import BackgroundWriter
+from rlr_fast.files import file_digest, put_in_place, write_atomically
 from rlr_fast.models.rlr import RLRModel
 from rlr_fast.training.memory import available_memory
 

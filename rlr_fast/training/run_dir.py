@@ -19,9 +19,9 @@ from torch import Tensor
 
 from rlr_fast.config import TrainConfig, short_windows
 from rlr_fast.data import DataSet
-from rlr_fast.data.files import check_writable, lock_folder, write_atomically, write_tensors
 from rlr_fast.data.records import parse_record, read_record
 from rlr_fast.data.threads import BackgroundWriter
+from rlr_fast.files import check_writable, lock_folder, write_atomically, write_tensors
 from rlr_fast.models.checkpoint import (
     CONFIG_FILE,
     WEIGHTS_FILE,

@@ -20,8 +20,8 @@ from rlr_fast.config import RLRConfig, TrainConfig, TrainExecution
 from rlr_fast.data import DataSet, ImageFailure, Sample
 from rlr_fast.data.check import counted
 from rlr_fast.data.contents import describe_images
-from rlr_fast.data.files import write_atomically
 from rlr_fast.data.hold_out import MIN_IMAGES, hold_out
+from rlr_fast.files import write_atomically
 from rlr_fast.models.checkpoint import CONFIG_FILE, CheckpointError
 from rlr_fast.models.environment import environment, start_device
 from rlr_fast.models.precision import check_precision

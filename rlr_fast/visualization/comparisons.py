@@ -14,7 +14,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw
 
-from rlr_fast.data.files import replacing
+from rlr_fast.files import replacing
 from rlr_fast.visualization.fonts import FAINT, INK, PAPER, number, one_line, shortened, typeface
 from rlr_fast.visualization.heat_maps import (
     HIGH,

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from numpy.typing import NDArray
 
-from rlr_fast.data.files import replacing
+from rlr_fast.files import replacing
 
 
 def loss_curve(history: Sequence[Mapping[str, float]], path: str | os.PathLike[str]) -> None:

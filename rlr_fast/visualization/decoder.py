@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlr_fast.data import ImageFailure
-from rlr_fast.data.files import check_writable, write_atomically, write_tensors
+from rlr_fast.files import check_writable, write_atomically, write_tensors
 from rlr_fast.models.checkpoint import CheckpointError, read_weights, sealed
 from rlr_fast.models.rlr import RLRModel
 

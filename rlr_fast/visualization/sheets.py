@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from rlr_fast.data.files import replacing
+from rlr_fast.files import replacing
 from rlr_fast.visualization.fonts import (
     EMPTY,
     FAINT,

@@ -23,7 +23,7 @@ from torch._inductor.exc import InductorError
 from rlr_fast.cli import main
 from rlr_fast.config import PRESETS, Preset
 from rlr_fast.data import synthetic
-from rlr_fast.data.files import lock_folder, write_atomically
+from rlr_fast.files import lock_folder, write_atomically
 from rlr_fast.inference import batches
 from rlr_fast.models.checkpoint import read_weights, sealed
 from rlr_fast.visualization import comparison_sheet, reconstructions

@@ -14,7 +14,7 @@ from sklearn.metrics import roc_auc_score
 
 from rlr_fast import RLRModel
 from rlr_fast.data import load_image, load_sample_mask, read_dataset
-from rlr_fast.data.files import file_digest
+from rlr_fast.files import file_digest
 from rlr_fast.inference.decisions import Decider
 from rlr_fast.inference.evaluate import FigureOptions, evaluate, protocol
 from rlr_fast.training.calibration import Calibration, ClassScores

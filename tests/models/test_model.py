@@ -303,3 +303,16 @@ def test_another_backend_gives_the_same_scores_and_ends_a_preparation(small):
         torch.testing.assert_close(model(images).score_map, before.score_map)
     with pytest.raises(ValueError, match="backend must be one of"):
         model.set_backend("fast")
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(small, tmp_path, monkeypatch):
+    RLRModel(small).save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(_number):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        RLRModel(small).save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

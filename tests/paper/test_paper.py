@@ -25,7 +25,7 @@ from rlr_fast import RLRConfig, TrainConfig
 from rlr_fast.cli import main
 from rlr_fast.config import TrainExecution
 from rlr_fast.data import DataSet, read_dataset
-from rlr_fast.data.files import lock_folder, write_atomically
+from rlr_fast.files import lock_folder, write_atomically
 from rlr_fast.inference.metrics import HEADINGS
 from rlr_fast.paper import configure, folder, run_table, runs
 from rlr_fast.paper.report import summary, to_csv, to_markdown
@@ -427,7 +427,7 @@ def test_a_folder_that_cannot_be_made_is_told(dataset, tmp_path):
 
 def test_a_killed_command_leaves_the_folder_free(dataset, tmp_path):
     code = (
-        "import pathlib, sys; from rlr_fast.data.files import lock_folder\n"
+        "import pathlib, sys; from rlr_fast.files import lock_folder\n"
         "with lock_folder(pathlib.Path(sys.argv[1])):\n"
         "    print('in', flush=True); sys.stdin.read()"
     )

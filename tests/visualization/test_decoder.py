@@ -11,7 +11,7 @@ import torch
 
 from rlr_fast import RLRModel
 from rlr_fast.data import iterate_images
-from rlr_fast.data.files import write_tensors
+from rlr_fast.files import write_tensors
 from rlr_fast.models.checkpoint import CheckpointError, read_weights
 from rlr_fast.training.decoder import train_decoder
 from rlr_fast.training.run_dir import TrainingError

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from rlr_fast.data.files import put_in_place, sync_folder, write_atomically
 from rlr_fast.data.synthetic.render import PRODUCTS, render_sample
 from rlr_fast.data.threads import map_ahead
+from rlr_fast.files import put_in_place, sync_folder, write_atomically
 
 CLASS_NAMES: tuple[str, ...] = tuple(sorted(PRODUCTS))
 

@@ -18,7 +18,7 @@ from urllib.parse import quote_from_bytes
 import torch
 from numpy.typing import ArrayLike
 
-from rlr_fast.data.files import put_in_place
+from rlr_fast.files import put_in_place
 from rlr_fast.visualization.heat_maps import Scale
 from rlr_fast.visualization.report.page import embedded, page_parts
 from rlr_fast.visualization.report.thumbnails import Thumbnails, color_tables, thumbnails
