@@ -188,8 +188,8 @@ class RLRConfig:
         level_offsets: Subtracted from the token distances of each level before their mean.
         level_weights: Weight of each level in the score map; all 1 is the plain mean of eq. 16.
         smoothing: Sigma, in pixels at 256 px, of the Gaussian before the image score; 0 is off.
-        surround: Sigma of a wider Gaussian, whose map is subtracted before the image score, so that
-            a defect counts by what it exceeds its surroundings; 0 is off.
+        surround: Sigma, in pixels at 256 px, of a wide Gaussian of the score map that is subtracted
+            from it, so that a defect counts by what it exceeds its surroundings; 0 is off.
         top_share: Share of the pixels whose mean is the image score; 0 is their maximum.
 
     Raises:
@@ -518,7 +518,7 @@ PRESETS: dict[str, Preset] = {
             patches=(2, 1),
             blocks=2,
             align_corners=False,
-            surround=32.0,
+            surround=96.0,
             top_share=0.005,
         ),
         TrainConfig(

@@ -160,13 +160,11 @@ def predict_tiled(
                 )[0, 0]
             part = score_map[tops[i] : tops[i] + h, lefts[j] : lefts[j] + w]
             part += weights[0][i][:, None] * weights[1][j] * tile_map
-    smoothed = surround = score_map.numpy()
+    smoothed = score_map.numpy()
     for axis, side in enumerate(tiles.size):
         smoothed = smooth(smoothed, model.config.smoothing, side, axis)
-        surround = smooth(surround, model.config.surround, side, axis)
-    contrast = smoothed - surround if model.config.surround else smoothed
-    highest = torch.from_numpy(contrast).flatten()[None]
-    return TiledOutput(score_map, float(top_mean(highest, model.config.top_share, h * w)))
+    pixels = torch.from_numpy(smoothed).flatten()[None]
+    return TiledOutput(score_map, float(top_mean(pixels, model.config.top_share, h * w)))
 
 
 def tile_starts(length: int, tile: int, overlap: int) -> list[int]:

@@ -108,13 +108,13 @@ class ScoreMap(nn.Module):
     """Token distances of all levels → score map and image score (eq. 16).
 
     Each level's map is upsampled bilinearly; the score map is the mean over the levels of
-    ``weight * (distance - offset)``, which is eq. 16 where weights are 1 and offsets 0.
-    The image score is the mean of the highest pixels after a Gaussian, less what a wider Gaussian
-    makes of the score map; their sigmas grow with the image, see `smooth` and `top_mean`.
+    ``weight * (distance - offset)``, which is eq. 16 where weights are 1 and offsets 0, less what a
+    wide Gaussian makes of it. The image score is the mean of the highest pixels after a Gaussian.
+    Both sigmas grow with the image, see `smooth` and `top_mean`.
 
     Args:
         image_size: (H, W) of the score map.
-        smoothing: Sigma in pixels at 256 px; 0 leaves the map as it is.
+        smoothing: Sigma before the image score in pixels at 256 px; 0 leaves the map as it is.
         offsets: Of the levels' distances; one stands for all levels.
         weights: Of the levels; one stands for all levels.
         top_share: Share of the pixels that the image score is the mean of; 0 is their maximum.
@@ -138,7 +138,7 @@ class ScoreMap(nn.Module):
         self.offsets, self.weights, self.top_share = offsets, weights, top_share
         # A filter with its border rule as a matrix an axis: two small products, on any device.
         sigmas = {"blur": smoothing} | ({"surround": surround} if surround else {})
-        self.filters = tuple(sigmas)
+        self.has_surround = "surround" in sigmas
         for filter_name, sigma in sigmas.items():
             for axis, size in zip("yx", image_size, strict=True):
                 matrix = torch.from_numpy(smooth(np.eye(size), sigma, size, axis=0)).float()
@@ -163,10 +163,14 @@ class ScoreMap(nn.Module):
         ]
         score_map = torch.stack(maps).mean(0)
         with torch.autocast(score_map.device.type, enabled=False):
-            smoothed, *surround = (
-                getattr(self, f"{name}_y") @ score_map.float() @ getattr(self, f"{name}_x").T
-                for name in self.filters
-            )
-            contrast = smoothed - surround[0] if surround else smoothed
+            if self.has_surround:
+                score_map = score_map.float() - self._filtered("surround", score_map)
+            smoothed = self._filtered("blur", score_map)
         height, width = self.image_size
-        return score_map, top_mean(contrast.flatten(1), self.top_share, height * width)
+        return score_map, top_mean(smoothed.flatten(1), self.top_share, height * width)
+
+    def _filtered(self, name: str, score_map: Tensor) -> Tensor:
+        filtered: Tensor = (
+            getattr(self, f"{name}_y") @ score_map.float() @ getattr(self, f"{name}_x").T
+        )
+        return filtered

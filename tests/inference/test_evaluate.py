@@ -71,9 +71,10 @@ def test_the_image_score_is_told_in_words(small, dataset, size, smoothing, words
 
 def test_the_surround_is_told(small, dataset):
     config = dataclasses.replace(small, image_size=(64, 128), smoothing=4.0, surround=32.0)
-    assert protocol(RLRModel(config), dataset)["image_score"].endswith(
-        "the score map after a Gaussian, sigma 1 x 2 px, less the score map after one of sigma "
-        "8 x 16 px"
+    told = protocol(RLRModel(config), dataset)
+    assert told["image_score"].endswith("the score map after a Gaussian, sigma 1 x 2 px")
+    assert told["pixel_score"] == (
+        "score map, less what a Gaussian of sigma 8 x 16 px makes of it, not smoothed"
     )
 
 

@@ -77,16 +77,16 @@ def test_a_wide_gaussian_is_scipys(sigma, axis):
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 4.0])
-def test_image_score_is_what_exceeds_the_surround(smoothing):
-    full, score = ScoreMap((24, 40), smoothing, surround=32.0)([torch.rand(2, 1, 6, 5)])
+def test_the_score_map_is_what_exceeds_the_surround(smoothing):
+    levels = [torch.rand(2, 1, 6, 5)]
+    plain, _ = ScoreMap((24, 40), smoothing)(levels)
+    full, score = ScoreMap((24, 40), smoothing, surround=32.0)(levels)
     for b in range(2):
-        near, wide = (
-            scipy.ndimage.gaussian_filter(
-                full[b, 0].double().numpy(), [s * 24 / 256, s * 40 / 256], mode="reflect"
-            )
-            for s in (smoothing, 32.0)
-        )
-        assert score[b].item() == pytest.approx((near - wide).max(), rel=1e-4)
+        around = scipy.ndimage.gaussian_filter(plain[b, 0].double().numpy(), [3, 5], mode="reflect")
+        np.testing.assert_allclose(full[b, 0], plain[b, 0] - around, atol=1e-6)
+        sigma = [smoothing * 24 / 256, smoothing * 40 / 256]
+        near = scipy.ndimage.gaussian_filter(full[b, 0].double().numpy(), sigma, mode="reflect")
+        assert score[b].item() == pytest.approx(near.max(), rel=1e-4)
 
 
 def test_levels_are_shifted_and_weighed_before_their_mean():
