@@ -71,6 +71,19 @@ def test_a_disk_that_cannot_sync_folders_is_written_and_a_broken_one_is_told(tmp
         write_atomically(tmp_path / "a", "newer")
 
 
+def test_atomic_write_keeps_the_old_file_when_the_new_cannot_be_written(tmp_path, monkeypatch):
+    write_atomically(tmp_path / "a", "old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_atomically(tmp_path / "a", "new")
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_text() == "old"
+
+
 def test_a_long_name_can_be_replaced(tmp_path):
     path = tmp_path / ("x" * 251 + ".png")
     with replacing(path) as unfinished:

@@ -9,12 +9,11 @@ import shutil
 import signal
 import subprocess
 import sys
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 import torch
+from cli_cases import FLAGS, refused
 from conftest import make_tree
 from gpu import ON_GPU
 from PIL import Image
@@ -25,35 +24,9 @@ from rlr_fast.config import PRESETS, Preset
 from rlr_fast.data import synthetic
 from rlr_fast.files import lock_folder, write_atomically
 from rlr_fast.inference import batches
-from rlr_fast.models.checkpoint import read_weights, sealed
-from rlr_fast.visualization import comparison_sheet, reconstructions
-
-FLAGS = [
-    *("--preset", "tiny", "--backbone-weights", "random", "--image-size", "32", "--blocks", "1"),
-    *("--hidden", "16", "--heads", "2", "--windows", "3", "--device", "cpu", "--quiet"),
-    *("--epochs", "2", "--batch-size", "4"),
-]
 
 CALIBRATED = ["predict", "DATA", "--checkpoint", "CAL", "--out", "OUT"]
 PREDICT = ["predict", "DATA", "--checkpoint", "RUN", "--out", "OUT"]
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A data set and a run trained on it by the command."""
-    root = tmp_path_factory.mktemp("cli")
-    data = make_tree(root / "data")
-    arguments = ["train", str(data), "--out", str(root / "run"), "--cache-dir", str(root / "cache")]
-    assert main([*arguments, *FLAGS]) == 0
-    return root
-
-
-def refused(capsys, *argv):
-    """Run a command that must fail; return its message, which must not be a traceback."""
-    assert main([str(word) for word in argv]) == 2
-    message = capsys.readouterr().err
-    assert message.startswith("rlr-fast: error: ") and "Traceback" not in message
-    return message
 
 
 def test_train_eval_predict(trained, tmp_path, capsys):
@@ -378,30 +351,6 @@ def test_a_termination_is_told_as_an_interruption_is(trained, tmp_path, capsys, 
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("[" * 5000, "is nested too deeply"),
-        ("classes: [[[bolt]]]", "'classes' must be a value, or a list of values"),
-        ("workers: {a: 1}", "'workers' must be a value, or a list of values"),
-        ("classes: !!set {bolt}", "'classes' must be a value, or a list of values"),
-        ("workers: &a [*a]", "'workers' must be a value, or a list of values"),
-    ],
-)
-def test_a_file_of_flags_that_is_nested_is_refused(tmp_path, capsys, text, message):
-    (tmp_path / "flags.yaml").write_text(text)
-    argv = ("data", "check", tmp_path, "--config", tmp_path / "flags.yaml")
-    assert message in refused(capsys, *argv)
-
-
-def test_aliases_in_a_file_of_flags_are_not_written_out(tmp_path, capsys):
-    """A dozen lines of them name ten to the twelfth words."""
-    lists = ", ".join(f"&{b} [{', '.join([f'*{a}'] * 10)}]" for a, b in pairwise("abcdefghijkl"))
-    (tmp_path / "flags.yaml").write_text(f"workers: [&a [{', '.join('x' * 10)}], {lists}]")
-    message = refused(capsys, "data", "check", tmp_path, "--config", tmp_path / "flags.yaml")
-    assert "'workers' must be a value, or a list of values" in message
-
-
 @pytest.mark.parametrize("verb", ["eval", "predict"])
 def test_a_gpu_out_of_memory_says_what_needs_less(verb, trained, tmp_path, capsys, monkeypatch):
     def full(*_):
@@ -462,58 +411,6 @@ def test_predict_takes_a_name_that_is_no_text(trained, tmp_path):
     argv = ["predict", str(images), "--checkpoint", str(trained / "run"), "--quiet"]
     assert main([*argv, "--out", str(tmp_path / "out")]) == 0
     assert b"/\xff.png," in (tmp_path / "out/results.csv").read_bytes()
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("image-size: []", "--image-size takes one value or more, got []"),
-        ("scale: [0, 1, 2]", "--scale takes 2 values, got [0, 1, 2]"),
-        ("batch-size: 2020-13-45", "is not YAML: month must be in 1..12"),
-    ],
-)
-def test_a_files_mistake_is_one_line(text, message, trained, tmp_path, capsys):
-    (tmp_path / "flags.yaml").write_text(text)
-    verb = ["train", trained / "data", "--out", tmp_path / "run"]
-    if text.startswith("scale"):
-        verb = ["predict", trained / "data", "--checkpoint", trained / "run", "--out", tmp_path]
-    told = refused(capsys, *verb, "--config", tmp_path / "flags.yaml")
-    assert message in told and len(told.splitlines()) == 1
-
-
-def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path, capsys):
-    (tmp_path / "flags.yaml").write_text("alpha: 5\nimage-size: 64\nwindows: [3, 3x5]\nblocks: 1\n")
-    arguments = ["--config", str(tmp_path / "flags.yaml"), "--preset", "tiny", "--blocks", "3"]
-    assert main(["info", *arguments, "--backbone-weights", "random", "--json"]) == 0
-    config = json.loads(capsys.readouterr().out)["model"]["config"]
-    assert (config["alpha"], config["blocks"], config["image_size"]) == (5, 3, [64, 64])
-    assert config["windows"] == [3, [3, 5]] and config["backbone"] == "tf_efficientnet_lite0"
-
-
-def test_the_file_may_hold_every_flag_that_is_needed(trained, tmp_path):
-    (tmp_path / "flags.yaml").write_text(
-        f"checkpoint: {trained / 'run'}\nout: {tmp_path / 'out'}\n"
-    )
-    data = str(trained / "data")
-    assert main(["eval", data, "--quiet", "--config", str(tmp_path / "flags.yaml")]) == 0
-    assert (tmp_path / "out/metrics.json").exists()
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("alfa: 5", "did you mean 'alpha'"),
-        ("alpha: many", "Invalid value for --alpha from --config"),
-        ("preset: papr", 'Did you mean "paper"?'),
-        ("quiet: 3", "--quiet is true or false"),
-        ("[1, 2", "is not YAML"),
-        ("- 1", "must hold flags and values"),
-    ],
-)
-def test_mistakes_in_the_file_are_told(content, message, trained, tmp_path, capsys):
-    (tmp_path / "flags.yaml").write_text(content)
-    argv = ("train", trained / "data", "--out", tmp_path, "--config", tmp_path / "flags.yaml")
-    assert message in refused(capsys, *argv)
 
 
 @pytest.mark.parametrize(
@@ -611,176 +508,3 @@ def test_info_without_a_model_loads_no_network_and_no_compiler():
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "set()"
-
-
-def test_atomic_write_keeps_the_old_file_when_the_new_cannot_be_written(tmp_path, monkeypatch):
-    write_atomically(tmp_path / "a", "old")
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        write_atomically(tmp_path / "a", "new")
-    assert [p.name for p in tmp_path.iterdir()] == ["a"]
-    assert (tmp_path / "a").read_text() == "old"
-
-
-@pytest.fixture(scope="module")
-def decoder(trained):
-    """A decoder trained by the command."""
-    argv = ["decoder", "train", str(trained / "data"), "--checkpoint", str(trained / "run")]
-    file = trained / "decoder.safetensors"
-    assert main([*argv, "--out", str(file), "--epochs", "2", "--quiet"]) == 0
-    rows = [json.loads(row) for row in file.with_suffix(".jsonl").read_text().splitlines()]
-    assert [row["epoch"] for row in rows] == [1, 2] and rows[1]["loss"] < rows[0]["loss"]
-    return file
-
-
-def test_figures_of_one_run_and_of_two(trained, decoder, tmp_path, capsys):
-    shutil.copytree(trained / "run", tmp_path / "again")
-    argv = ["figures", str(trained / "data"), "--out", str(tmp_path / "out"), "--quiet"]
-    argv += ["--checkpoint", str(trained / "run")]
-    assert main([*argv, "--level", "3"]) == 0
-    assert "2 sheets" in capsys.readouterr().out
-    with Image.open(tmp_path / "out/bolt.png") as sheet:
-        size = sheet.size
-    assert main([*argv, str(tmp_path / "again"), "--decoder", str(decoder)]) == 0
-    with Image.open(tmp_path / "out/bolt.png") as sheet:
-        assert sheet.width > 1.8 * size[0] and sheet.height >= size[1]
-    capsys.readouterr()
-    assert main([*argv, "--classes", "cloth", "--per-defect", "2"]) == 0
-    assert capsys.readouterr().out.startswith("1 sheet: ")
-    with Image.open(tmp_path / "out/cloth.png") as sheet:
-        assert sheet.height > 1.5 * size[1]
-
-
-@pytest.fixture
-def shown(monkeypatch):
-    """The runs' names and the rows of each sheet that is written."""
-    sheets = {}
-
-    def spy(rows, runs, title, *rest):
-        sheets[title] = [name for name, _ in runs], rows
-        return comparison_sheet(rows, runs, title, *rest)
-
-    monkeypatch.setattr(reconstructions, "comparison_sheet", spy)
-    return sheets
-
-
-def test_figures_name_runs_by_as_much_of_their_paths_as_tells_them_apart(
-    trained, tmp_path, shown, monkeypatch, capsys
-):
-    for name in ("one", "two"):
-        shutil.copytree(trained / "run", tmp_path / name / "run")
-    argv = ["figures", str(trained / "data"), "--out", str(tmp_path / "out"), "--quiet"]
-    argv += ["--classes", "bolt", "--checkpoint"]
-    monkeypatch.chdir(tmp_path / "two/run")
-    assert main([*argv, ".", str(tmp_path / "one/run")]) == 0
-    assert shown["bolt"][0] == ["two/run", "one/run"]
-    assert main([*argv, "."]) == 0
-    assert shown["bolt"][0] == ["run"]
-    assert "names the same run twice" in refused(capsys, *argv, ".", tmp_path / "two/run/")
-
-
-def test_figures_show_each_runs_own_maps_and_scores(trained, tmp_path, shown, capsys):
-    shutil.copytree(trained / "run", tmp_path / "other")
-    state, metadata = read_weights(tmp_path / "other/model.safetensors")
-    state = {k: v + 0.1 if v.is_floating_point() else v for k, v in state.items()}
-    metadata = sealed(state, metadata)
-    safetensors.torch.save_file(state, tmp_path / "other/model.safetensors", metadata)
-    argv = ["figures", str(trained / "data"), "--out", str(tmp_path / "out"), "--quiet"]
-    runs = [str(trained / "run"), str(tmp_path / "other")]
-    found = {}
-    for order in (runs[:1], runs[1:], runs, runs[::-1]):
-        assert main([*argv, "--checkpoint", *order]) == 0
-        names, rows = shown["bolt"]
-        for i, name in enumerate(names):
-            scores = [row.runs[i].score for row in rows]
-            assert scores == pytest.approx(found.setdefault(name, scores))
-    assert found["run"] != found["other"]
-
-
-def test_figures_show_the_next_image_for_an_unreadable_one(trained, tmp_path, shown, capsys):
-    shutil.copytree(trained / "data", tmp_path / "data")
-    (tmp_path / "data/bolt/test/hole/000.png").write_bytes(b"no image")
-    (tmp_path / "data/cloth/ground_truth/hole/000_mask.png").write_bytes(b"no mask")
-    argv = ["figures", str(tmp_path / "data"), "--checkpoint", str(trained / "run"), "--quiet"]
-    assert main([*argv, "--out", str(tmp_path / "out")]) == 1
-    told = capsys.readouterr().err
-    assert "bolt/test/hole/000.png" in told and "cloth/ground_truth/hole/000_mask.png" in told
-    for name in ("bolt", "cloth"):
-        assert [row.defect for row in shown[name][1]] == ["good", "hole"]
-
-
-def test_figures_find_what_stops_them_before_any_sheet(trained, tmp_path, capsys):
-    shutil.copytree(trained / "data", tmp_path / "data")
-    argv = ["figures", tmp_path / "data", "--checkpoint", trained / "run", "--quiet"]
-    argv += ["--out", tmp_path / "out"]
-    mask = tmp_path / "data/cloth/ground_truth/hole/000_mask.png"
-    Image.new("L", (8, 8)).save(mask)
-    assert "a mask must have the size of its image" in refused(capsys, *argv)
-    for path in (tmp_path / "data/cloth/test").glob("*/*"):
-        path.write_bytes(b"no image")
-    assert "no test image of cloth can be read" in refused(capsys, *argv)
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        *("[]", "{}", '{"pixel": 3}', '{"pixel": {"0.5": 1}}'),
-        '{"pixel": {"0.5": "low", "0.999": 2}}',
-        '{"pixel": {"0.5": 2, "0.999": 2}}',
-        '{"pixel": {"0.5": [1], "0.999": 2}}',
-    ],
-)
-def test_a_damaged_calibration_is_named(text, trained, tmp_path, capsys):
-    shutil.copytree(trained / "run", tmp_path / "run")
-    (tmp_path / "run/calibration.json").write_text(text)
-    argv = ("figures", trained / "data", "--checkpoint", tmp_path / "run", "--out", tmp_path / "o")
-    assert "calibration.json cannot be read" in refused(capsys, *argv)
-
-
-def test_figures_refuse_runs_of_other_features_and_unknown_levels(trained, tmp_path, capsys):
-    shutil.copytree(trained / "run", tmp_path / "pooled")
-    values = json.loads((tmp_path / "pooled/config.json").read_text())
-    write_atomically(tmp_path / "pooled/config.json", json.dumps(values | {"neighborhood": 1}))
-    argv = ("figures", trained / "data", "--out", tmp_path / "out", "--checkpoint", trained / "run")
-    message = refused(capsys, *argv, tmp_path / "pooled")
-    assert "features of run and pooled differ: neighborhood 3 and 1" in message
-    assert "one or two runs, got 3" in refused(capsys, *argv, trained / "run", trained / "run")
-    assert "level must be one of the runs' out_indices (2, 3)" in refused(
-        capsys, *argv, "--level", "7"
-    )
-    assert "is no decoder" in refused(capsys, *argv, "--decoder", trained / "run/model.safetensors")
-    assert not (tmp_path / "out").exists()
-
-
-def test_decoder_train_refuses_a_wrong_file_before_any_work(trained, tmp_path, capsys):
-    argv = ("decoder", "train", trained / "data", "--checkpoint", trained / "run", "--out")
-    assert "named *.safetensors" in refused(capsys, *argv, tmp_path / "decoder.pt")
-    assert "lr must be positive" in refused(
-        capsys, *argv, tmp_path / "d.safetensors", "--lr", "0", "--quiet"
-    )
-    assert "something else" in refused(capsys, *argv, trained / "run/model.safetensors")
-    assert "/proc/none" in refused(capsys, *argv, "/proc/none/d.safetensors")
-
-
-def test_decoders_of_one_seed_are_equal_to_the_byte(trained, tmp_path):
-    argv = ["decoder", "train", str(trained / "data"), "--checkpoint", str(trained / "run")]
-    argv += ["--quiet", "--epochs", "1", "--device", "cpu"]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        for out, *options in (
-            ("a", "--workers", "1"),
-            ("b", "--workers", "3"),
-            ("c", "--seed", "1"),
-        ):
-            file = str(tmp_path / f"{out}.safetensors")
-            assert main([*argv, "--out", file, *options]) == 0
-    finally:
-        torch.set_num_threads(threads)
-    one, again, other = ((tmp_path / f"{out}.safetensors").read_bytes() for out in "abc")
-    assert one == again and one != other
