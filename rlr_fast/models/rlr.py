@@ -249,7 +249,11 @@ class RLRModel(
             digest.update(name.encode() + tensor.cpu().numpy().tobytes())
         config: dict[str, Any] = json.loads(self.config.to_json())
         del config["backbone_weights"]  # where they were taken from; the fingerprint decides
-        return config | {"digest of the weights": digest.hexdigest()[:12]}
+        identity = config | {"digest of the weights": digest.hexdigest()[:12]}
+        if self.config.surround:
+            # Once it was subtracted for the image score alone; scores from then are others.
+            identity["surround is subtracted from"] = "the score map"
+        return identity
 
     def reconstruct(self, tokens: Sequence[Tensor]) -> list[Tensor]:
         """Return the reconstructed tokens [(B, N_j, C_j)], in the features' own scale.

@@ -12,6 +12,7 @@ from rlr_fast import RLRModel
 from rlr_fast.config import TrainExecution
 from rlr_fast.data import load_image, read_dataset
 from rlr_fast.data.hold_out import hold_out
+from rlr_fast.inference.decisions import Decider
 from rlr_fast.models.checkpoint import CheckpointError
 from rlr_fast.training.calibration import (
     Calibration,
@@ -98,6 +99,16 @@ def test_a_damaged_calibration_is_named(classes, message, tmp_path):
     (tmp_path / "calibration.json").write_text(json.dumps(values))
     with pytest.raises(CheckpointError, match=r"calibration\.json cannot be read: .*" + message):
         read_calibration(tmp_path)
+
+
+def test_a_calibration_from_when_the_surround_changed_the_image_score_alone_is_refused(small):
+    model = RLRModel(dataclasses.replace(small, surround=32.0))
+    classes = {"bolt": ClassScores([1.0], [2.0], "validation", ["a"])}
+    now = scoring_identity(model)
+    then = {name: value for name, value in now.items() if name != "surround is subtracted from"}
+    assert Calibration(now, classes).is_of(model) and not Calibration(then, classes).is_of(model)
+    with pytest.raises(ValueError, match="surround is subtracted from was None, now the score map"):
+        Decider(Calibration(then, classes), 0.5).check_scoring(now)
 
 
 @pytest.mark.parametrize(("name", "value"), [("surround", 32.0), ("align_corners", False)])
