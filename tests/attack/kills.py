@@ -8,7 +8,7 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -82,18 +82,24 @@ def attack(
     count: int, seed: int, only: str | None = None
 ) -> Iterator[tuple[str, int, list[Found]]]:
     """Yield each job with its tries and what was found."""
+    for job, tries, random in attacked_jobs(count, seed, only):
+        yield f"kill: {job.name}", tries, list(killed(job, random, tries))
+        yield (
+            f"SIGINT, SIGTERM: {job.name}",
+            tries // 4,
+            list(killed(job, random, tries // 4, (signal.SIGINT, signal.SIGTERM))),
+        )
+
+
+def attacked_jobs(
+    count: int, seed: int, only: str | None, *, first: int = 0
+) -> Iterator[tuple[Job, int, np.random.Generator]]:
+    """Yield each job with its share of the tries and its random numbers."""
     with tempfile.TemporaryDirectory(dir=MEMORY_DISK) as place, quick():
-        lab = Lab(Path(place, "lab"))
-        for number, job in enumerate(jobs(lab)):
+        for number, job in enumerate(jobs(Lab(Path(place, "lab")))):
             if only is None or only in job.name:
                 tries = max(1, round(job.share * count))
-                random = np.random.default_rng([seed, number])
-                yield f"kill: {job.name}", tries, list(killed(job, random, tries))
-                yield (
-                    f"SIGINT, SIGTERM: {job.name}",
-                    tries // 4,
-                    list(killed(job, random, tries // 4, (signal.SIGINT, signal.SIGTERM))),
-                )
+                yield job, tries, np.random.default_rng([seed, first + number])
 
 
 def killed(
@@ -124,18 +130,22 @@ def killed(
         if fault:
             yield f"going on: {fault}", b""
             continue
-        found = content(job.out)
-        if found != expected:
-            names = sorted(
-                k for k in found.keys() | expected.keys() if found.get(k) != expected.get(k)
-            )
-            yield f"another result: {', '.join(names[:6])}", b""
+        fault = another_result(job, expected)
+        if fault:
+            yield fault, b""
 
 
 def clear(job: Job) -> None:
     """Remove what a job writes, and what it is to make again."""
     for folder in (job.out, *job.clear):
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def another_result(job: Job, expected: Mapping[str, bytes]) -> str | None:
+    """Return which files of a job are not the expected ones."""
+    found = content(job.out)
+    names = sorted(k for k in found.keys() | expected if found.get(k) != expected.get(k))
+    return f"another result: {', '.join(names[:6])}" if names else None
 
 
 def content(folder: Path) -> dict[str, bytes]:

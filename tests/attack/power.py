@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from tests.attack.kills import Found, Job, clear, content, jobs
-from tests.attack.lab import MEMORY_DISK, Lab, quick
+from tests.attack.kills import Found, Job, another_result, attacked_jobs, clear, content
+from tests.attack.lab import MEMORY_DISK
 from tests.attack.processes import Child, fault_of
 
 _CHANGES = {"os.rename": 2, "os.remove": 1, "os.rmdir": 1, "os.truncate": 1}  # paths of each
@@ -139,11 +139,7 @@ def losses(job: Job, random: np.random.Generator, count: int) -> Iterator[Found]
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
         code, told = Child(job.argv).wait()
-        fault = fault_of(code, told)
-        if fault is None:
-            found = content(job.out)
-            other = sorted(k for k in found.keys() | expected if found.get(k) != expected.get(k))
-            fault = f"another result: {', '.join(other[:6])}" if other else None
+        fault = fault_of(code, told) or another_result(job, expected)
         if fault:
             yield fault, "\n".join(f"{path} {len(data)}" for path, data in left.items()).encode()
 
@@ -152,10 +148,5 @@ def attack(
     count: int, seed: int, only: str | None = None
 ) -> Iterator[tuple[str, int, list[Found]]]:
     """Yield each job with its tries and what was found."""
-    with tempfile.TemporaryDirectory(dir=MEMORY_DISK) as place, quick():
-        lab = Lab(Path(place, "lab"))
-        for number, job in enumerate(jobs(lab)):
-            if only is None or only in job.name:
-                tries = max(1, round(job.share * count))
-                random = np.random.default_rng([seed, 200 + number])
-                yield f"loss of power: {job.name}", tries, list(losses(job, random, tries))
+    for job, tries, random in attacked_jobs(count, seed, only, first=200):
+        yield f"loss of power: {job.name}", tries, list(losses(job, random, tries))
