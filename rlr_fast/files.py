@@ -70,15 +70,15 @@ def put_in_place(partial: Path, path: Path) -> None:
         OSError: It cannot be synced or renamed.
     """
     if partial.is_dir():
-        sync_folder(partial)
+        _sync_folder(partial)
     else:
         with open(partial, "r+b") as file:
             os.fsync(file.fileno())
     os.replace(partial, path)
-    sync_folder(path.parent)
+    _sync_folder(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
+def _sync_folder(folder: Path) -> None:
     """Wait until the names in a folder are on the disk, where the system can do so.
 
     Raises:

@@ -219,8 +219,9 @@ def protocol(model: RLRModel, data: DataSet) -> dict[str, Any]:
         return f"sigma {' x '.join(dict.fromkeys(f'{of * s / 256:.3g}' for s in size))} px"
 
     smoothed = f" after a Gaussian, {sigma(config.smoothing)}" if config.smoothing else ""
-    surround = f", less what a Gaussian of {sigma(config.surround)} makes of it"
-    surround = surround if config.surround else ""
+    surround = ""
+    if config.surround:
+        surround = f", less what a Gaussian of {sigma(config.surround)} makes of it"
     highest = f"mean of the highest {config.top_share:.3%}" if config.top_share else "maximum"
     return {
         "setting": "one model for all classes",

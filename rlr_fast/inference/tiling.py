@@ -104,10 +104,11 @@ def predict_tiled(
     """Score a picture of any size at its own resolution.
 
     It is cut into the fewest tiles that cover it and share ``overlap`` pixels, spread evenly from
-    border to border. Each is resized to the model's image size (Lanczos), scored, and its map
-    resized back (bilinear). Where two tiles meet, the map goes linearly from one to the other;
-    where one tile is alone it is that tile's own map. The score is that of a model whose image is
-    as large as a tile: its Gaussian, and the mean of as many highest pixels.
+    border to border. Each is resized to the model's image size (Lanczos), scored, and its map, less
+    the surround within the tile, resized back (bilinear). Where two tiles meet, the map goes
+    linearly from one to the other; where one tile is alone it is that tile's own map. The score is
+    that of a model whose image is as large as a tile: its Gaussian, and the mean of as many highest
+    pixels.
 
     One batch of tiles is held at a time (two on a GPU).
 

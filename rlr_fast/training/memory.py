@@ -49,5 +49,5 @@ def _left(root: Path) -> Iterator[int]:
             with contextlib.suppress(OSError, ValueError, KeyError):  # "max" is no number
                 most = int((folder / limit).read_text())
                 used = int((folder / use).read_text())
-                stat = dict(line.split() for line in (folder / "memory.stat").open())
+                stat = dict(map(str.split, (folder / "memory.stat").read_text().splitlines()))
                 yield max(0, most - used + int(stat[cache]))

@@ -15,7 +15,7 @@ from PIL import Image
 
 from rlr_fast.data.synthetic.render import PRODUCTS, render_sample
 from rlr_fast.data.threads import map_ahead
-from rlr_fast.files import put_in_place, sync_folder, write_atomically
+from rlr_fast.files import put_in_place, replacing, write_atomically
 
 CLASS_NAMES: tuple[str, ...] = tuple(sorted(PRODUCTS))
 
@@ -112,8 +112,7 @@ def make_dataset(
     # While pictures are missing only the unfinished name exists; the rename at the end is atomic.
     (folder / _MANIFEST).unlink(missing_ok=True)
     write_atomically(folder / _UNFINISHED, json.dumps(manifest, indent=1) + "\n")
-    parts = sorted({Path(path).parent for picture in pictures for path in picture.paths()})
-    for part in parts:
+    for part in sorted({Path(path).parent for picture in pictures for path in picture.paths()}):
         (folder / part).mkdir(parents=True, exist_ok=True)
 
     def write(picture: _Picture) -> None:
@@ -130,8 +129,6 @@ def make_dataset(
     for done, _ in enumerate(map_ahead(write, pictures, threads), start=1):
         if progress is not None:
             progress(done, len(pictures))
-    for part in parts:
-        sync_folder(folder / part)
     put_in_place(folder / _UNFINISHED, folder / _MANIFEST)
     return folder
 
@@ -150,10 +147,8 @@ def _pictures(
 
 
 def _save(pixels: np.ndarray, path: Path) -> None:
-    with open(path, "wb") as file:
-        Image.fromarray(pixels).save(file, format="PNG", compress_level=4)
-        file.flush()
-        os.fsync(file.fileno())
+    with replacing(path) as partial:
+        Image.fromarray(pixels).save(partial, format="PNG", compress_level=4)
 
 
 def _is_complete(folder: Path, manifest: dict[str, Any], pictures: Sequence[_Picture]) -> bool:
