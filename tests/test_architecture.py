@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "rlr_fast"
 
 # From the bottom; who stands on a floor imports from the floors below it.
 FLOORS = (
-    {"config", "files", "kernels", "ops"},
+    {"config", "files", "kernels", "memory", "ops"},
     {"functional"},
     {"models", "data"},
     {"visualization"},
@@ -27,7 +27,15 @@ FLOORS = (
 )
 # The face of the package: whoever imports anything of it runs this first.
 FACE = "__init__"
-ROOT_FILES = {"__init__.py", "__main__.py", "config.py", "files.py", "functional.py", "py.typed"}
+ROOT_FILES = {
+    "__init__.py",
+    "__main__.py",
+    "config.py",
+    "files.py",
+    "functional.py",
+    "memory.py",
+    "py.typed",
+}
 
 
 def floor(part: str) -> int:

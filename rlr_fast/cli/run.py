@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
+from rlr_fast.cli.memory_watch import watched_memory
 from rlr_fast.cli.messages import follow_peer, refuse, tells, wants_traceback
 from rlr_fast.cli.verbs import Verb
 
@@ -26,7 +27,7 @@ def run(verb: Verb, job: Callable[[], int]) -> int:
         message = f"rlr-fast {verb.name} works in one process; start it without torchrun"
         return refuse(message) if tells() else follow_peer()
     try:
-        with _terminable():
+        with _terminable(), watched_memory(verb.less_memory):
             return job()
     except BrokenPipeError:  # an OSError, but nobody is left to read a message
         return 1

@@ -39,7 +39,7 @@ class Verb:
 
 
 _SCORING = "a smaller --batch-size needs less, and so does --precision bf16"
-_TRAINING = "--grad-checkpointing or a smaller --image-size needs less"
+_TRAINING = "--grad-checkpointing or a smaller --batch-size or --image-size needs less"
 
 _ALL = (
     Verb(

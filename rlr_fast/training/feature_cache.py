@@ -29,8 +29,8 @@ from rlr_fast.data.layouts import Sample
 from rlr_fast.data.records import read_record
 from rlr_fast.data.threads import BackgroundWriter
 from rlr_fast.files import file_digest, put_in_place, write_atomically
+from rlr_fast.memory import available_memory
 from rlr_fast.models.rlr import RLRModel
-from rlr_fast.training.memory import available_memory
 
 Placement = Literal["auto", "gpu", "ram", "disk"]
 
