@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tests.attack.damage import Random
 from tests.attack.kills import Job, content, half_written
-from tests.attack.lab import SCORING, Lab, attacked
+from tests.attack.lab import SCORING, Lab, attacked, make_data
 from tests.attack.processes import Child, fault_of, leftovers
 
 Found = tuple[str, bytes]
@@ -148,6 +148,48 @@ def full_disk(lab: Lab, random: Random, count: int) -> Iterator[Found]:
                 lab.cache = cache
 
 
+def little_memory(lab: Lab, random: Random, count: int) -> Iterator[Found]:
+    """256 MiB to 1 GiB beside what this process holds: a command ends well or in a line."""
+    data, out, run = lab.root / "many", lab.root / "little", lab.root / "large-run"
+    make_data(data, train=64)
+
+    def train(to: Path, side: int, batch: int) -> list[object]:
+        words = [data if word == lab.data else word for word in lab.train(to, epochs=1)]
+        for name, value in (("--image-size", side), ("--batch-size", batch)):
+            words[words.index(name) + 1] = value
+        return [*words, "--cache", "none"]
+
+    lab.must(*train(run, 256, 4))
+    for i in range(count):
+        limit, batch = int(2 ** random.uniform(28, 30)), int(4 ** random.uniform(1, 3))
+        argv = train(out, int(random.choice([64, 128, 256])), batch)
+        if i % 2:
+            scored = ["--checkpoint", run, "--out", out, *SCORING, "--batch-size", batch]
+            argv = ["predict", data, *scored]
+        with _group_of(limit) as join:
+            code, told = Child(argv, join).wait()
+        fault = fault_of(code, told, (0, 2))
+        if code == 2 and "out of memory: " not in told:
+            fault = f"another line: {told[-200:]}"
+        if fault:
+            yield f"{limit >> 20} MiB: {' '.join(map(str, argv))}: {fault}", b""
+        shutil.rmtree(out, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _group_of(limit: int) -> Iterator[Callable[[], object]]:
+    """Make a control group of so many bytes; yield what puts a process into it."""
+    old, new = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
+    folder = (old if old.is_dir() else new) / f"rlr-fast-{os.getpid()}"
+    folder.mkdir()
+    try:
+        name = "memory.limit_in_bytes" if old.is_dir() else "memory.max"
+        (folder / name).write_text(str(limit))
+        yield lambda: (folder / "cgroup.procs").write_text(str(os.getpid()))
+    finally:
+        folder.rmdir()
+
+
 @contextlib.contextmanager
 def _mounted(folder: Path, options: str) -> Iterator[None]:
     subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], check=True)
@@ -163,12 +205,14 @@ SUBJECTS = {
     "200 open files, and fewer": (few_files, 0.1),
     "a limit on the size of files": (long_files, 0.25),
     "full and read-only disks": (full_disk, 0.25),
+    "a container of little memory": (little_memory, 0.25),
 }
+_BY_ROOT = (full_disk, little_memory)
 
 
 def attack(
     count: int, seed: int, only: str | None = None
 ) -> Iterator[tuple[str, int, list[Found]]]:
-    """Yield each attack with its tries and what was found; disks are mounted by root alone."""
-    subjects = {k: v for k, v in SUBJECTS.items() if v[0] is not full_disk or os.geteuid() == 0}
+    """Yield each attack with its tries and what was found; root alone mounts and limits."""
+    subjects = {k: v for k, v in SUBJECTS.items() if v[0] not in _BY_ROOT or os.geteuid() == 0}
     yield from attacked(subjects, count, seed, only, first=100)
