@@ -8,6 +8,7 @@ import shutil
 import signal
 import tempfile
 import time
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,10 +51,12 @@ def jobs(lab: Lab) -> list[Job]:
     words = ["--checkpoint", lab.run, "--out", results, *SCORING]
     resumed = [*words[:2], "--out", lab.root / "killed-prediction", *SCORING]
     recipe = [*MODEL, *RECIPE, "--epochs", 1, "--cache-dir", lab.cache, "--seeds", 1]
+    package = lab.root / "killed-package"
+    to = ["--to", "torch", "--out", package / "model.pt2"]
     # Trained to the end, or gone on with: the command is the same.
     begin = [*lab.train(train, "--resume", epochs=3), "--score-fit", "scaled"]
     return [
-        Job("train", begin, train, 0.3),
+        Job("train", begin, train, 0.28),
         Job("train, with the features", begin, train, 0.1, (lab.cache,)),
         Job("eval", ["eval", lab.data, *words, "--figures", "--report"], results, 0.15),
         Job(
@@ -62,6 +65,7 @@ def jobs(lab: Lab) -> list[Job]:
             results,
             0.15,
         ),
+        Job("export", ["export", lab.run, *to, "--alpha", 0.4], package, 0.02),
         Job("paper", ["paper", "perturbation", lab.data, "--out", table, *recipe], table, 0.1),
         Job(
             "data make",
@@ -182,6 +186,9 @@ def half_written(job: Job) -> str | None:
                 list(map(json.loads, path.read_text().splitlines()))
             elif path.suffix == ".safetensors":
                 safetensors.torch.load_file(path)
+            elif path.suffix == ".pt2":
+                with zipfile.ZipFile(path) as archive:
+                    archive.testzip()
             elif path.suffix in (".png", ".jpg") and job.name != "data make":
                 with Image.open(path) as image:
                     image.load()
