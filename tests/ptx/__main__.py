@@ -1,6 +1,7 @@
 """The command of the machine; see the README beside it.
 
-python -m tests.ptx [cases] [planted] [barriers] [examples] [--arch 90] [--dtype bf16] [--case NAME]
+python -m tests.ptx [cases] [random] [planted] [barriers] [examples]
+    [--arch 90] [--dtype bf16] [--case NAME]
 """
 
 from __future__ import annotations
@@ -16,11 +17,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from tests.ptx import examples, planted
 from tests.ptx.alu import Inexact
-from tests.ptx.cases import ARCHES, CASES, CHOICE, DTYPES, applies
+from tests.ptx.cases import (
+    ARCHES,
+    CASES,
+    CHOICE,
+    DTYPES,
+    Attention,
+    Case,
+    applies,
+    random_case,
+)
 from tests.ptx.findings import Unsupported
 from tests.ptx.runs import run
 
@@ -39,30 +50,53 @@ def run_cases(options: argparse.Namespace) -> Iterator[Row]:
                 if options.choice and name not in CHOICE[dtype]:
                     continue
                 about = {"name": name, "arch": arch, "dtype": dtype}
-                began = time.process_time()
-                try:
-                    result = run(case, arch, dtype)
-                except Unsupported as refusal:
-                    yield about | {"ok": False, "verdicts": {}, "findings": [f"refused: {refusal}"]}
-                    continue
-                yield about | {
-                    "ok": result.ok,
-                    "verdicts": {n: asdict(verdict) for n, verdict in result.verdicts.items()},
-                    "findings": [f"{k}: {f}" for k, f in result.log.findings(mild=False)],
-                    "mild": [f"{k}: {f}" for k, f in result.log.findings(mild=True)],
-                    "seconds": round(time.process_time() - began, 2),
-                    "launches": [
-                        {
-                            "kernel": r.kernel,
-                            "programs": r.programs,
-                            "options": r.options,
-                            "constants": {key: str(value) for key, value in r.constants.items()},
-                            "instructions": r.executed.total(),
-                            "seconds": round(r.seconds, 2),
-                        }
-                        for r in result.log.runs
-                    ],
-                }
+                yield about | _judged(case, arch, dtype)
+
+
+def run_random(options: argparse.Namespace) -> Iterator[Row]:
+    """Run random attention cases, each on one architecture in one dtype."""
+    random = np.random.default_rng(options.seed)
+    for number in range(options.count):
+        case = random_case(random)
+        arch, dtype = (str(random.choice(list(names))) for names in (options.arch, options.dtype))
+        about = {"name": f"{number}: {_told(case)}", "arch": arch, "dtype": dtype}
+        yield about | _judged(case, arch, dtype)
+
+
+def _told(case: Attention) -> str:
+    """Return what is not usual in a case."""
+    usual = Attention(case.operator, case.grid, case.window, case.width)
+    more = {k: v for k, v in asdict(case).items() if v != getattr(usual, k)}
+    words = [f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in more.items()]
+    grid = "x".join(map(str, case.grid))
+    return ", ".join([f"{case.operator} {grid} w{case.window} d{case.width}", *words])
+
+
+def _judged(case: Case, arch: str, dtype: str) -> Row:
+    """Run a case, and return what it gave."""
+    began = time.process_time()
+    try:
+        result = run(case, arch, dtype)
+    except Unsupported as refusal:
+        return {"ok": False, "verdicts": {}, "findings": [f"refused: {refusal}"]}
+    return {
+        "ok": result.ok,
+        "verdicts": {n: asdict(verdict) for n, verdict in result.verdicts.items()},
+        "findings": [f"{k}: {f}" for k, f in result.log.findings(mild=False)],
+        "mild": [f"{k}: {f}" for k, f in result.log.findings(mild=True)],
+        "seconds": round(time.process_time() - began, 2),
+        "launches": [
+            {
+                "kernel": r.kernel,
+                "programs": r.programs,
+                "options": r.options,
+                "constants": {key: str(value) for key, value in r.constants.items()},
+                "instructions": r.executed.total(),
+                "seconds": round(r.seconds, 2),
+            }
+            for r in result.log.runs
+        ],
+    }
 
 
 def run_planted(options: argparse.Namespace) -> Iterator[Row]:
@@ -126,6 +160,7 @@ def line(row: Row) -> str:
 
 _COMMANDS = {
     "cases": run_cases,
+    "random": run_random,
     "planted": run_planted,
     "barriers": run_barriers,
     "examples": run_examples,
@@ -139,6 +174,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--arch", nargs="+", choices=ARCHES, default=ARCHES)
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument("--case", nargs="+", default=(), help="names, or patterns of them")
+    parser.add_argument("--count", type=int, default=200, help="of random cases")
+    parser.add_argument("--seed", type=int, default=0, help="of random cases")
     parser.add_argument("--choice", action="store_true", help="only what the tests run")
     parser.add_argument("--exact", action="store_true", help="round approximate functions and sums")
     parser.add_argument("--out", type=Path, help="write all rows to this JSON file as well")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
+
 DTYPES = ("bf16", "fp16", "fp32")
 ARCHES = ("80", "90")
 
@@ -22,6 +24,7 @@ class Attention:
         batch: B.
         scale: Of the queries: large ones leave MLKA's bound of scores.
         mixed: Whether only every other image has large queries.
+        offset: Of the size of what all keys have in common, which moves every score alike.
         programs: That a launch over the batch aims at: few walk over several images each.
         strided: Whether query, key, value and output gradient lie between others in memory.
         shared_value: Whether MLKA's value is without a batch.
@@ -37,6 +40,7 @@ class Attention:
     batch: int = 3
     scale: float = 1.0
     mixed: bool = False
+    offset: float = 0.0
     programs: int | None = None
     strided: bool = False
     shared_value: bool = False
@@ -137,6 +141,29 @@ CHOICE = {
         "distance-100-strided",
     ),
 }  # fmt: skip
+
+
+def random_case(random: np.random.Generator) -> Attention:
+    """Return an attention case on a grid of up to 18 × 18 tokens; the rest is random, too."""
+    grid = (int(random.integers(1, 19)), int(random.integers(1, 19)))
+    operator = str(random.choice(["mlka", "lca"]))
+    chunks = random.random() < 0.3
+    return Attention(
+        operator,
+        grid,
+        window=2 * int(random.integers(0, 8)) + 1,
+        width=int(random.choice([16, 32, 64, 128])),
+        heads=int(random.integers(1, 3)),
+        batch=int(random.integers(6, 12) if chunks else random.integers(1, 4)),
+        # Products of query and key up to a thousand: nearly all the weight lies on one key.
+        scale=float(10 ** random.uniform(-3, 2)),
+        mixed=bool(random.random() < 0.3),
+        offset=float(10 ** random.uniform(0, 2)) if random.random() < 0.3 else 0.0,
+        programs=int(random.integers(1, 5)) if chunks else None,
+        strided=bool(random.random() < 0.5),
+        shared_value=operator == "mlka" and bool(random.random() < 0.2),
+        deterministic=bool(random.random() < 0.5),
+    )
 
 
 def applies(case: Case, dtype: str) -> bool:

@@ -140,6 +140,8 @@ def _inputs(case: Attention, dtype: torch.dtype) -> list[Tensor]:
         return torch.randn(*lead, case.heads, tokens, case.width, generator=generator).to(dtype)
 
     query, key = draw(case.batch), draw()
+    if case.offset:
+        key = key + case.offset * draw()[..., :1, :]
     value = draw() if case.operator == "lca" or case.shared_value else draw(case.batch)
     grad = draw(case.batch)
     query[1 if case.mixed else 0 :: 2 if case.mixed else 1] *= case.scale
