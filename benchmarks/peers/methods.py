@@ -82,9 +82,23 @@ class PatchCore(_Anomalib):
         from anomalib.models.components.sampling import k_center_greedy
 
         # Its progress bar writes a line for each of thousands of patches into a log.
-        with mock.patch.object(k_center_greedy, "tqdm", lambda steps, **_: steps):
+        with (
+            mock.patch.object(k_center_greedy, "tqdm", lambda steps, **_: steps),
+            mock.patch.object(k_center_greedy.KCenterGreedy, "update_distances", _squares),
+        ):
             self.model.subsample_embedding(self.coreset)
         self.model.eval()
+
+
+def _squares(sampler: Any, cluster_center: Tensor) -> None:
+    """Take the squares of the distances in place of them: a tenth of the time, the same order."""
+    if sampler.min_distances is None:
+        sampler.squared_norms = sampler.features.square().sum(1)
+    center = sampler.features[cluster_center]
+    squares = sampler.squared_norms + center @ center - 2 * (sampler.features @ center)
+    if sampler.min_distances is not None:
+        squares = torch.minimum(squares, sampler.min_distances[:, 0])
+    sampler.min_distances = squares[:, None]
 
 
 class PaDiM(_Anomalib):
