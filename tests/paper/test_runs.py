@@ -1,11 +1,9 @@
-"""The paper's tables: what a row is, what is run again and what not, what stands in the table."""
+"""A table's runs: what is run again and what not, what stops them, what a folder keeps."""
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import errno
-import io
 import json
 import math
 import re
@@ -21,22 +19,19 @@ import torch
 from conftest import BRIEF, SMALL, make_tree, save_picture
 from PIL import Image
 
-from rlr_fast import RLRConfig, TrainConfig
 from rlr_fast.cli import main
 from rlr_fast.config import TrainExecution
-from rlr_fast.data import DataSet, read_dataset
+from rlr_fast.data import read_dataset
 from rlr_fast.files import lock_folder, write_atomically
 from rlr_fast.inference.metrics import HEADINGS
 from rlr_fast.paper import configure, folder, run_table, runs
-from rlr_fast.paper.report import summary, to_csv, to_markdown
-from rlr_fast.paper.tables import CLASSES, LEVELS, PER_LEVEL, TABLES, Row
+from rlr_fast.paper.tables import TABLES
 from rlr_fast.training import run_dir
 from rlr_fast.training.run_dir import TrainingError
 from rlr_fast.training.trainer import Trainer
 
 SHORT = dataclasses.replace(BRIEF, epochs=2)
 TABLE = TABLES["perturbation"]
-FIELDS = {item.name for item in dataclasses.fields(RLRConfig)}
 
 
 def run(dataset, out, tmp_path, table=TABLE, config=SMALL, recipe=SHORT, **options):
@@ -62,70 +57,6 @@ def finished(once, tmp_path):
 
 def content(out):
     return json.loads((out / "table.json").read_text())
-
-
-# The data
-
-
-@pytest.mark.parametrize("table", TABLES.values(), ids=lambda table: table.name)
-def test_every_row_is_a_model(table):
-    configs = [configure(table, row, RLRConfig()) for row in table.rows]
-    assert len(set(configs)) == len({row.name for row in table.rows}) == len(configs)
-
-
-@pytest.mark.parametrize("table", TABLES.values(), ids=lambda table: table.name)
-def test_published_figures_are_percents_of_known_metrics_and_classes(table):
-    published = [row.paper for row in table.rows] + [peer.figures for peer in table.peers]
-    published += table.classes.values()
-    assert set(table.classes) <= CLASSES[table.data]
-    for figures in published:
-        assert figures.keys() <= HEADINGS.keys()
-        assert all(30 < value <= 100 for value in figures.values())
-    assert all(peer.source for peer in table.peers)
-    assert bool(table.source) == any(row.paper for row in table.rows)
-
-
-def test_class_figures_of_visa_average_to_the_papers_mean():
-    table = TABLES["2"]
-    for key, mean in table.rows[0].paper.items():
-        values = [figures[key] for figures in table.classes.values()]
-        assert math.fsum(values) / 12 == pytest.approx(mean, abs=0.1)
-
-
-def test_the_model_itself_is_a_row_of_each_ablation():
-    for name in ("3", "4", "5", "windows", "perturbation"):
-        assert any(
-            configure(TABLES[name], r, RLRConfig()) == RLRConfig() for r in TABLES[name].rows
-        )
-
-
-def test_stages_take_their_own_values_from_the_base():
-    row = TABLES["4"].rows[1]
-    config = configure(TABLES["4"], row, RLRConfig())
-    assert config.out_indices == (2, 3)
-    assert (config.hidden, config.heads, config.windows) == ((256, 512), (8, 8), ((7, 7), (11, 11)))
-    assert configure(TABLES["4"], row, RLRConfig(patches=(4, 2, 1))).patches == (2, 1)
-
-
-def test_windows_of_the_bases_levels_are_taken():
-    rows = TABLES["windows"].rows
-    found = [configure(TABLES["windows"], row, SMALL).windows for row in rows]
-    assert SMALL.out_indices == (2, 3) and found == [((7, 7), (11, 11)), ((7, 7), (5, 5))]
-    assert all(len(row.changes["windows"]) == len(LEVELS) for row in rows)
-    assert set(PER_LEVEL) <= FIELDS
-
-
-def test_a_stage_that_the_base_does_not_describe_is_refused():
-    with pytest.raises(ValueError, match=r"stages-1-2: hidden .*\(1, 2\), .*\(2, 3\)"):
-        configure(TABLES["4"], TABLES["4"].rows[0], SMALL)
-
-
-def test_a_field_that_the_model_lacks_is_refused():
-    with pytest.raises(ValueError, match="no field 'colour'"):
-        configure(TABLE, Row("red", "red", {"colour": "red"}), SMALL)
-
-
-# Running
 
 
 def test_a_table_is_the_mean_and_deviation_of_its_runs(dataset, tmp_path):
@@ -483,118 +414,6 @@ def test_the_command(tree, tmp_path, capsys):
     assert "epochs was 1, now 2" in capsys.readouterr().err
     assert main(["paper", "6", str(tree), "--out", out]) == 2
     assert '"perturbation"' in capsys.readouterr().err
-
-
-# The table
-
-
-def told(table, classes, seeds=(0, 1)):
-    data = DataSet(Path("data"), "mvtec", {c: [] for c in classes}, {c: [] for c in classes})
-    metrics = dict.fromkeys(HEADINGS, 0.5)
-    one = folder.Metrics(
-        settings=folder.Settings({}, {}, {}),
-        mean=metrics,
-        classes=dict.fromkeys(classes, metrics),
-        protocol={"image_score": "the maximum"},
-        environment={},
-        failures=[],
-    )
-    finished = {row.name: dict.fromkeys(seeds, one) for row in table.rows}
-    return summary(table, RLRConfig(), TrainConfig(), data, seeds, finished, [])
-
-
-def test_the_papers_figures_stand_only_beside_its_data():
-    table = TABLES["5"]
-    on_it = to_markdown(told(table, sorted(CLASSES["MVTec-AD"])))
-    assert "| α = 1 | 50.0 ± 0.0 | 98.3 | 50.0 ± 0.0 | 98.4 |" in on_it
-    assert "MVTec-AD, 15 classes" in on_it and "Settings: the paper's." in on_it
-    for classes in (sorted(CLASSES["VisA"]), ["bolt"], sorted(CLASSES["MVTec-AD"])[:14]):
-        elsewhere = told(table, classes)
-        text = to_markdown(elsewhere)
-        assert "98.3" not in text and "| paper |" not in text and "98.3" not in to_csv(elsewhere)
-        assert "measured this table on MVTec-AD" in text
-
-
-def test_a_table_without_published_figures_claims_none():
-    for classes in (["bolt"], sorted(CLASSES["MVTec-AD"])):
-        text = to_markdown(told(TABLES["windows"], classes))
-        assert "no figures" in text and "measured this table" not in text and "paper |" not in text
-
-
-def test_the_data_are_named_by_folder_and_classes():
-    known = sorted(CLASSES["MVTec-AD"])
-    for classes, about in (
-        (known, "MVTec-AD, 15 classes; "),
-        (
-            [name for name in known if name != "pill"],
-            "14 of the 15 classes of MVTec-AD, without pill; ",
-        ),
-        (["bolt"], "1 class, not those of the paper's data sets; "),
-    ):
-        assert f"\nData: {Path('data').absolute()}: {about}" in to_markdown(
-            told(TABLES["5"], classes)
-        )
-
-
-@pytest.mark.parametrize("classes", [["bolt"], sorted(CLASSES["VisA"])], ids=["own", "VisA"])
-def test_titles_claim_no_data_set(classes):
-    text = to_markdown(told(TABLES["1"], classes))
-    assert text.startswith("# Table 1: the model itself\n")
-    assert all(data not in table.title for table in TABLES.values() for data in CLASSES)
-
-
-def test_the_strength_of_the_perturbation_that_ran_is_told():
-    base = RLRConfig(perturbation=1.5)
-    data = DataSet(Path("data"), "mvtec", {"bolt": []}, {"bolt": []})
-    finished = {row.name: {} for row in TABLE.rows}
-    text = to_markdown(summary(TABLE, base, TrainConfig(), data, [0], finished, []))
-    assert "strength s = 1.5 (eq. 3)" in text
-    assert "- perturbation 1.5 (paper: 4.0)" in text
-    assert "strength s = 4 (eq. 3)" in to_markdown(told(TABLE, ["bolt"]))
-
-
-def test_names_of_classes_break_neither_markdown_nor_csv():
-    classes = ["a|b", "c\nd", 'e,"f"', "mean"]
-    content = told(TABLES["1"], classes)
-    lines = to_markdown(content).splitlines()
-    start = lines.index("## By class") + 2
-    grid = lines[start : start + 2 + len(classes) + 1]
-    assert {len(re.findall(r"(?<!\\)\|", line)) for line in grid} == {2 + len(HEADINGS)}
-    assert grid[2].startswith("| a\\|b | ") and grid[3].startswith("| c d | ")
-    assert grid[5].startswith("| mean | ") and grid[6].startswith("| mean | ")
-    read = list(csv.DictReader(io.StringIO(to_csv(content))))
-    assert [line["class"] for line in read] == ["mean", *classes]
-
-
-def test_one_epoch_is_not_the_last_of_some():
-    data = DataSet(Path("data"), "mvtec", {"bolt": []}, {"bolt": []})
-    finished = {row.name: {} for row in TABLE.rows}
-    text = to_markdown(summary(TABLE, RLRConfig(), TrainConfig(epochs=1), data, [0], finished, []))
-    assert "Ours: after one epoch, in percent" in text
-
-
-def test_tables_1_and_2_show_classes_and_peers():
-    for name, peer in (("1", "| OmniAL | 97.2 |"), ("2", "| JNLD | 87.1 |")):
-        table = TABLES[name]
-        text = to_markdown(told(table, sorted(CLASSES[table.data])))
-        assert peer in text and "second hand" in text
-        for category, figures in table.classes.items():
-            line = next(t for t in text.splitlines() if t.startswith(f"| {category} |"))
-            assert line.endswith(f"| {figures['image_auroc']:.1f} | {figures['pixel_auroc']:.1f} |")
-    text = to_markdown(told(TABLES["1"], ["bolt"]))
-    assert "| bolt | 50.0 ± 0.0 |" in text and "OmniAL" not in text
-
-
-def test_csv_has_a_line_for_each_row_class_and_source():
-    table = TABLES["1"]
-    lines = list(csv.DictReader(to_csv(told(table, sorted(CLASSES["MVTec-AD"]))).splitlines()))
-    ours = [line for line in lines if line["source"] == "this table"]
-    assert len(ours) == 16 and ours[0]["class"] == "mean" and ours[0]["aupro"] == "50.0"
-    assert len(lines) == 16 + 1 + len(table.classes) + len(table.peers)
-
-
-def test_one_seed_has_no_deviation():
-    assert "±" not in to_markdown(told(TABLES["5"], ["bolt"], seeds=(3,))).split("row |", 1)[1]
 
 
 @pytest.mark.parametrize(
