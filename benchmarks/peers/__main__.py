@@ -111,6 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     for name, method in methods.items():
         torch.manual_seed(options.seed)
+        np.random.seed(options.seed)  # PatchCore's projection, on which its coreset depends
         fit_s = fit(method, data, size)
         classes, image_s = measure(method, data, size)
         add(name, PEERS[name].label, classes, fit_s=fit_s, image_s=image_s)
