@@ -60,7 +60,8 @@ def run_random(options: argparse.Namespace) -> Iterator[Row]:
         case = random_case(random)
         arch, dtype = (str(random.choice(list(names))) for names in (options.arch, options.dtype))
         about = {"name": f"{number}: {_told(case)}", "arch": arch, "dtype": dtype}
-        yield about | _judged(case, arch, dtype)
+        if _wanted(about["name"], options.case):
+            yield about | _judged(case, arch, dtype)
 
 
 def _told(case: Attention) -> str:
