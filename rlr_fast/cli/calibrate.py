@@ -40,7 +40,11 @@ def calibrate(
     from rlr_fast.data.layouts import find_class
     from rlr_fast.files import lock_folder
     from rlr_fast.inference.batches import load_model
-    from rlr_fast.inference.calibrate import calibrate, calibration_images
+    from rlr_fast.inference.calibrate import (
+        calibrate,
+        calibration_images,
+        check_not_trained_on,
+    )
     from rlr_fast.inference.conformal import smallest_alpha
     from rlr_fast.inference.tiling import optional_tiles
     from rlr_fast.models.checkpoint import check_checkpoint
@@ -76,6 +80,7 @@ def calibrate(
         raise ValueError(f"--class is for images of one class, there are {len(chosen)}")
     for name in chosen:
         check_class(name, known, run)
+    check_not_trained_on(chosen, run)
     model = load_model(checkpoint, how, backbone_weights)
     with (
         lock_folder(run),

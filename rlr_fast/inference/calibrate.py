@@ -10,6 +10,7 @@ import torch
 
 from rlr_fast.config import InferenceExecution
 from rlr_fast.data import DataSet, Sample
+from rlr_fast.data.check import counted
 from rlr_fast.data.contents import describe_images
 from rlr_fast.data.hold_out import hold_out
 from rlr_fast.files import file_digest
@@ -25,6 +26,7 @@ from rlr_fast.training.calibration import (
     scoring_identity,
     write_calibration,
 )
+from rlr_fast.training.run_dir import read_trained
 
 
 def calibration_images(
@@ -74,6 +76,34 @@ def _trained_on(data: DataSet, run: Mapping[str, Any]) -> bool:
         return False
     images = describe_images(data, {name: data.train[name] for name in names})
     return bool(images["files_digest"] == run["data"]["files_digest"])
+
+
+def check_not_trained_on(images: Mapping[str, Sequence[Path]], checkpoint: Path) -> None:
+    """Refuse images that a run was trained on, under whatever names: they score too low.
+
+    Args:
+        images: Files of each class.
+        checkpoint: Folder of the run.
+
+    Raises:
+        ValueError: There are some.
+        TrainingError: The run's list of its images is damaged.
+    """
+    trained = read_trained(checkpoint)
+    files = [path for paths in images.values() for path in paths]
+    known = [path for path in files if trained and _digest(path) in trained]
+    if known:
+        raise ValueError(
+            f"the run was trained on {len(known)} of these {counted(len(files), 'image')}, such as "
+            f"{str(known[0])!r}; take others"
+        )
+
+
+def _digest(path: Path) -> str | None:
+    try:
+        return file_digest(path)
+    except OSError:  # told when it is scored
+        return None
 
 
 def calibrate(

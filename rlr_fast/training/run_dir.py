@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,8 +21,14 @@ from torch import Tensor
 from rlr_fast.config import TrainConfig, short_windows
 from rlr_fast.data import DataSet
 from rlr_fast.data.records import parse_record, read_record
-from rlr_fast.data.threads import BackgroundWriter
-from rlr_fast.files import check_writable, lock_folder, write_atomically, write_tensors
+from rlr_fast.data.threads import BackgroundWriter, map_ahead
+from rlr_fast.files import (
+    check_writable,
+    file_digest,
+    lock_folder,
+    write_atomically,
+    write_tensors,
+)
 from rlr_fast.models.checkpoint import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -33,6 +40,7 @@ from rlr_fast.models.checkpoint import (
 RUN_FILE = "run.json"
 STATE_FILE = "training_state.safetensors"
 HISTORY_FILE = "history.jsonl"
+TRAINED_FILE = "trained_images.txt"
 
 _log = logging.getLogger(__name__)
 
@@ -40,6 +48,7 @@ _log = logging.getLogger(__name__)
 _MOST = 2**53
 _LARGEST = 3.5e38
 
+_DIGEST = re.compile("[0-9a-f]{32}")  # of `file_digest`
 _PARTS = ("model", "recipe", "data")
 _DIGESTS = {
     "files_digest": "the training images have other names or sizes",
@@ -107,6 +116,49 @@ def read_run(out: Path) -> dict[str, Any] | None:
         return asdict(read_record(_Record, path))
     except (OSError, ValueError) as error:
         raise TrainingError(f"{path} cannot be read: {error}") from error
+
+
+def write_trained(out: Path, images: Sequence[Path], workers: int | None = None) -> None:
+    """Write digests of the files that a run is trained on, if they are not there.
+
+    Args:
+        out: Folder of the run.
+        images: The files; one that is gone meanwhile is left out.
+        workers: Threads that read.
+
+    Raises:
+        OSError: They cannot be written.
+    """
+
+    def digest(path: Path) -> str | None:
+        try:
+            return file_digest(path)
+        except OSError:
+            return None
+
+    if not (out / TRAINED_FILE).exists():
+        digests = sorted({d for d in map_ahead(digest, images, workers) if d is not None})
+        write_atomically(out / TRAINED_FILE, "".join(f"{d}\n" for d in digests))
+
+
+def read_trained(out: Path) -> frozenset[str]:
+    """Return the digests of the files that a run was trained on; none where it does not say.
+
+    They are those of `rlr_fast.files.file_digest`.
+
+    Raises:
+        TrainingError: The list is damaged.
+    """
+    path = out / TRAINED_FILE
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:  # of a run of an older version
+        return frozenset()
+    except (OSError, UnicodeDecodeError) as error:
+        raise TrainingError(f"{path} cannot be read: {error}") from error
+    if not all(map(_DIGEST.fullmatch, lines)):
+        raise TrainingError(f"{path} cannot be read: it must hold a digest in each line")
+    return frozenset(lines)
 
 
 def check_folder(out: Path, record: Mapping[str, Any], resume: bool, data: DataSet) -> None:

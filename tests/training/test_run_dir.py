@@ -186,6 +186,15 @@ def test_cut_training_state_is_named_and_the_weights_still_load(finished, datase
     RLRModel.from_pretrained(tmp_path / "run")
 
 
+def test_a_damaged_list_of_the_images_is_told_and_an_old_run_has_none(finished):
+    assert len(run_dir.read_trained(finished)) == 10
+    (finished / "trained_images.txt").write_text("half")
+    with pytest.raises(TrainingError, match=r"trained_images\.txt cannot be read"):
+        run_dir.read_trained(finished)
+    (finished / "trained_images.txt").unlink()
+    assert run_dir.read_trained(finished) == frozenset()
+
+
 def test_a_folder_that_cannot_be_written_is_told_before_the_features(dataset, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(TrainingError, match="cannot write the run"):
