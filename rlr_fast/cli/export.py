@@ -55,6 +55,8 @@ def export(
     decider = given_decider(
         folder, scoring_identity(model), {*classes, None}, alpha=alpha, pool=pool, needed=False
     )
+    if decider is not None and decider.undecided({*classes, None}) is not None:
+        decider = None  # as the warning said
     result = export(
         model,
         out,

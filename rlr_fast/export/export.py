@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import tempfile
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from rlr_fast.export.formats import (
 )
 from rlr_fast.export.graph import ExportGraph, columns, describe
 from rlr_fast.export.runtimes import Outputs, Runtime, runtimes
-from rlr_fast.files import check_writable, put_in_place
+from rlr_fast.files import LOCK_FILE, check_writable, lock_folder, put_in_place
 from rlr_fast.inference.decisions import Decider, Rule
 from rlr_fast.models.rlr import RLRModel
 
@@ -125,9 +125,8 @@ def export(
         program = graph.trace()
     except RuntimeError as error:
         raise ExportError(f"the model cannot be traced: {first_line(error)}") from error
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
-        part = Path(folder, out.name)
+    with _workshop(out) as folder:
+        part = folder / out.name
         try:
             nodes = write(program, kind, part, outputs=graph.output_names, about=about, opset=opset)
         except OSError as error:
@@ -150,6 +149,32 @@ def export(
         for file in FORMATS[kind].files(out):
             put_in_place(part.with_name(file.name), file)
     return Exported(FORMATS[kind].files(out), nodes, seconds, compared, differs)
+
+
+@contextlib.contextmanager
+def _workshop(out: Path) -> Iterator[Path]:
+    """Make a folder beside a file to write it in, without what a kill has left there.
+
+    Raises:
+        BlockingIOError: Another process writes the file.
+        OSError: The folder cannot be written.
+    """
+    folder = out.with_name(f".{out.name}.partial")
+
+    def clear() -> None:
+        for path in folder.iterdir():
+            if path.name != LOCK_FILE:
+                path.unlink()
+
+    with lock_folder(folder):
+        clear()
+        try:
+            yield folder
+        finally:
+            clear()
+    with contextlib.suppress(OSError):
+        (folder / LOCK_FILE).unlink(missing_ok=True)
+        folder.rmdir()
 
 
 def _compared(

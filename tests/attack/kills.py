@@ -34,6 +34,7 @@ class Job:
         share: Of the tries.
         clear: What else is removed before each try.
         streamed: Files that grow as the command works, so that the last line may be unfinished.
+        done: What it says, with code 2, where all is done already.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Job:
     share: float
     clear: Sequence[Path] = ()
     streamed: Sequence[str] = field(default=("results.csv", "results.jsonl"))
+    done: str | None = None
 
 
 def jobs(lab: Lab) -> list[Job]:
@@ -65,7 +67,13 @@ def jobs(lab: Lab) -> list[Job]:
             results,
             0.15,
         ),
-        Job("export", ["export", lab.run, *to, "--alpha", 0.4], package, 0.02),
+        Job(
+            "export",
+            ["export", lab.run, *to, "--alpha", 0.4],
+            package,
+            0.02,
+            done="exists already",
+        ),
         Job("paper", ["paper", "perturbation", lab.data, "--out", table, *recipe], table, 0.1),
         Job(
             "data make",
@@ -125,18 +133,24 @@ def killed(
             number = signals[int(random.integers(len(signals)))]
             code, told = Child(job.argv).after(random.uniform(0, seconds), number).wait()
             asked = {signal.SIGINT: 130, signal.SIGTERM: 143}
-            fault = fault_of(code, told, (0, -number, asked.get(signal.Signals(number), 0)))
+            codes = (0, -number, asked.get(signal.Signals(number), 0), *done_code(job, told))
+            fault = fault_of(code, told, codes)
             fault = fault or half_written(job)
             if fault:
                 yield f"{signal.Signals(number).name}: {fault}", b""
         code, told = Child(job.argv).wait()
-        fault = fault_of(code, told)
+        fault = fault_of(code, told, (0, *done_code(job, told)))
         if fault:
             yield f"going on: {fault}", b""
             continue
         fault = another_result(job, expected)
         if fault:
             yield fault, b""
+
+
+def done_code(job: Job, told: str) -> tuple[int, ...]:
+    """Return the exit code of a command that says that all is done."""
+    return (2,) if job.done is not None and job.done in told else ()
 
 
 def clear(job: Job) -> None:

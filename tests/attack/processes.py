@@ -61,7 +61,8 @@ class Child:
 def fault_of(code: int, told: str, codes: Sequence[int] = (0,)) -> str | None:
     """Return what is wrong with the end of a command, in a line."""
     if "Traceback (most recent" in told or "escaped: " in told:
-        return f"traceback: {' '.join(told.split())[-300:]}"
+        start = max(0, told.find("Traceback (most recent") - 100)
+        return f"traceback: {' '.join(told[start:].split())[:1000]}"
     if "Exception ignored" in told or "Fatal" in told:
         return f"error at the end: {' '.join(told.split())[-300:]}"
     if code not in codes:

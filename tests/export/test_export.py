@@ -21,6 +21,7 @@ from rlr_fast.data import iterate_images
 from rlr_fast.export import export as module
 from rlr_fast.export.graph import ExportGraph
 from rlr_fast.export.runtimes import Runtime, openvino_model
+from rlr_fast.files import LOCK_FILE
 from rlr_fast.inference.calibrate import calibrate
 from rlr_fast.inference.decisions import Decider
 from rlr_fast.training.calibration import read_calibration
@@ -313,6 +314,39 @@ def test_a_run_without_calibration_has_no_decisions(folder, tmp_path, monkeypatc
     assert main(["export", str(folder / "bare"), "--to", "torch", "--out", str(out)]) == 0
     assert "no decisions" in capsys.readouterr().out
     assert "not decided: " in caplog.text and "has no calibration" in caplog.text
+
+
+def test_too_few_images_for_alpha_leave_decisions_out_unless_asked_for(
+    folder, tmp_path, monkeypatch, capsys, caplog
+):
+    monkeypatch.setattr(module, "write", lambda *args, **options: args[2].write_text("") and 1)
+    monkeypatch.setattr(ExportGraph, "trace", lambda graph: None)
+    monkeypatch.setattr(module, "runtimes", lambda kind: [])
+    words = [folder / "run", "--to", "torch", "--out", tmp_path / "model.pt2"]
+    assert "possible is --alpha" in refused(capsys, *words, "--alpha", "0.05")
+    assert main(["export", *map(str, words)]) == 0
+    assert "no decisions" in capsys.readouterr().out and "possible is --alpha" in caplog.text
+
+
+def test_what_a_kill_has_left_is_gone_and_two_do_not_write_one_file(
+    folder, tmp_path, monkeypatch, capsys
+):
+    def write(*args, **options):
+        assert [path.name for path in args[2].parent.iterdir()] == [LOCK_FILE]
+        with pytest.raises(BlockingIOError), module._workshop(tmp_path / "model.pt2"):
+            pass
+        args[2].write_text("")
+        return 1
+
+    monkeypatch.setattr(module, "write", write)
+    monkeypatch.setattr(ExportGraph, "trace", lambda graph: None)
+    monkeypatch.setattr(module, "runtimes", lambda kind: [])
+    left = tmp_path / ".model.pt2.partial"
+    left.mkdir()
+    (left / "model.pt2").write_text("half")
+    words = [str(folder / "run"), "--to", "torch", "--out", str(tmp_path / "model.pt2")]
+    assert main(["export", *words]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt2"]
 
 
 def test_openvino(folder, tmp_path, capsys):
