@@ -39,8 +39,9 @@ def publish(
     from huggingface_hub import HfApi
 
     from rlr_fast.data.records import read_record
+    from rlr_fast.files import file_digest
     from rlr_fast.inference.model_card import MeasuredMetrics, write_published
-    from rlr_fast.models.checkpoint import check_checkpoint, hub_errors
+    from rlr_fast.models.checkpoint import WEIGHTS_FILE, check_checkpoint, hub_errors
 
     if not run.is_dir():
         raise ValueError(f"RUN: there is no folder {str(run)!r}")
@@ -54,6 +55,8 @@ def publish(
         except ValueError as error:
             raise ValueError(f"{path} is damaged: {error}") from None
     check_checkpoint(run)
+    if metrics is not None and metrics["weights"] not in (None, file_digest(run / WEIGHTS_FILE)):
+        raise ValueError(f"--results: {str(results)!r} is the evaluation of another model")
     with contextlib.ExitStack() as stack:
         folder = out
         if folder is None:

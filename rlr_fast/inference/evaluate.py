@@ -58,8 +58,12 @@ class Evaluation:
     failures: list[str]
     decisions: DecisionErrors | None = None
 
-    def to_json(self) -> str:
-        """Return the content of ``metrics.json``; a metric that is not defined is null."""
+    def to_json(self, weights: str | None = None) -> str:
+        """Return the content of ``metrics.json``; a metric that is not defined is null.
+
+        Args:
+            weights: Digest of the file of the weights that were measured, if there is one.
+        """
         values: dict[str, Any] = {
             "mean": _plain(self.mean),
             "classes": {name: _plain(metrics) for name, metrics in self.classes.items()},
@@ -67,6 +71,8 @@ class Evaluation:
             "environment": self.environment,
             "failures": self.failures,
         }
+        if weights is not None:
+            values["weights"] = weights
         if self.decisions is not None:
             values["decisions"] = self.decisions.to_dict()
         return json.dumps(values, indent=2, allow_nan=False)

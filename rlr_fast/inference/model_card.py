@@ -33,10 +33,13 @@ class MeasuredMetrics:
     Attributes:
         mean: Metrics by name; None for one without meaning.
         classes: The same of each class.
+        weights: Digest of the weights that were measured, see `rlr_fast.files.file_digest`; results
+            of older versions do not say.
     """
 
     mean: dict[str, float | None]
     classes: dict[str, dict[str, float | None]]
+    weights: str | None = None
 
 
 def write_published(
@@ -183,9 +186,7 @@ def _counted(classes: Sequence[str]) -> str:
 def _plain(text: str) -> str:
     """Return a name of the data as text that Markdown and HTML leave as it is."""
     kept = "".join(c if c.isprintable() else "?" for c in text)
-    for sign in "\\`*_[]<>|#&":
-        kept = kept.replace(sign, f"&#{ord(sign)};")
-    return kept
+    return kept.translate({ord(sign): f"&#{ord(sign)};" for sign in "\\`*_[]<>|#&"})
 
 
 def _recipe(record: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import subprocess
@@ -16,8 +17,9 @@ from rlr_fast import TrainConfig
 from rlr_fast.cli import main
 from rlr_fast.config import TrainExecution
 from rlr_fast.data import read_dataset
+from rlr_fast.files import file_digest
 from rlr_fast.inference.evaluate import evaluate
-from rlr_fast.inference.model_card import model_card, write_published
+from rlr_fast.inference.model_card import _plain, model_card, write_published
 from rlr_fast.models.checkpoint import CheckpointError
 from rlr_fast.models.rlr import RLRModel
 from rlr_fast.training.train import train
@@ -32,7 +34,8 @@ def run(tmp_path_factory):
     train(SMALL, TrainConfig(epochs=1, batch_size=4), data, root / "run", execution, quiet=True)
     metrics = evaluate(RLRModel.from_pretrained(root / "run"), data)
     (root / "results").mkdir()
-    (root / "results/metrics.json").write_text(metrics.to_json())
+    weights = file_digest(root / "run/model.safetensors")
+    (root / "results/metrics.json").write_text(metrics.to_json(weights))
     save_picture(root / "sheet.png", 1)
     return root
 
@@ -95,6 +98,21 @@ def test_damaged_metrics_are_told_in_a_line(run, tmp_path, text, capsys):
     assert main([*words, "--results", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     assert "metrics.json is damaged" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_results_of_another_model_are_refused(run, tmp_path, capsys):
+    text = (run / "results/metrics.json").read_text()
+    other = json.dumps(json.loads(text) | {"weights": "0" * 32})
+    (tmp_path / "metrics.json").write_text(other)
+    words = ["publish", str(run / "run"), "me/parts", "--license", "mit"]
+    assert main([*words, "--results", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert "is the evaluation of another model" in capsys.readouterr().err
+    assert main([*words, "--results", str(run / "results"), "--out", str(tmp_path / "out")]) == 0
+
+
+def test_signs_of_markdown_in_a_name_are_written_as_they_are_read():
+    assert html.unescape(_plain("metal_nut & <b>*#1")) == "metal_nut & <b>*#1"
+    assert not set("_*<>#") & set(_plain("metal_nut <b>*").replace("&#", ""))
 
 
 def test_a_hub_that_cannot_be_reached_is_told_in_a_line(run, tmp_path):
