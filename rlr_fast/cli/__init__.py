@@ -40,13 +40,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: list[str]) -> int:
     app = build_app()
     words, _, _ = app.parse_commands(argv)
+    names = [word.partition("=")[0] for word in argv if word.startswith("--")]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:  # a list of values would be joined
+        return _refused(f"{twice} is given twice.", words)
     try:
         function, bound, _ = app.parse_args(argv, exit_on_error=False, print_error=False)
     except (CycloptsError, ValueError) as error:
         if wants_traceback():
             raise
-        command = " ".join(("rlr-fast", *words))
-        return refuse(f"{_line(error)} See {command} --help.") if tells() else follow_peer()
+        return _refused(_line(error), words)
     verb = VERBS.get(words)
     if verb is None or function.__module__ != verb.module:  # --help or --version
         function(*bound.args, **bound.kwargs)
@@ -54,6 +57,12 @@ def _main(argv: list[str]) -> int:
     from rlr_fast.cli.run import run
 
     return run(verb, lambda: function(*bound.args, **bound.kwargs))
+
+
+def _refused(sentence: str, words: Sequence[str]) -> int:
+    """Tell a mistake in the words of a command; return the exit code."""
+    command = " ".join(("rlr-fast", *words))
+    return refuse(f"{sentence} See {command} --help.") if tells() else follow_peer()
 
 
 def _line(error: Exception) -> str:

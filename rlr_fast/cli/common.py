@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rlr_fast.config import suggest
+from rlr_fast.data import DataSet
 from rlr_fast.inference.decisions import ALPHA, CALIBRATE, Decider
 from rlr_fast.models.checkpoint import CheckpointError
 from rlr_fast.training.calibration import color_scale, read_calibration, trained_classes
@@ -51,6 +52,28 @@ def check_class(name: str, known: Collection[str], run: str | Path) -> None:
     """
     if known and name not in known:
         raise ValueError(f"{run} was not trained on a class {name!r}; {suggest(name, known)}")
+
+
+def tell_unmeasured(data: DataSet, known: Collection[str], run: Path) -> None:
+    """Warn of classes that a run was not trained on, and of those without one kind of image.
+
+    Args:
+        data: With test images.
+        known: Classes that the run was trained on; none where it does not say.
+        run: Its folder.
+    """
+    strange = [name for name in data.classes if known and name not in known]
+    if strange:
+        _log.warning("%s was not trained on %s", run, ", ".join(strange))
+    for kind, is_anomaly in (("defective", True), ("normal", False)):
+        lack = [n for n in data.classes if all(s.is_anomaly != is_anomaly for s in data.test[n])]
+        if lack:
+            _log.warning(
+                "no %s test image of %s: what needs both kinds has no value there, and the mean is "
+                "that of the other classes",
+                kind,
+                ", ".join(lack),
+            )
 
 
 def given_decider(

@@ -33,14 +33,20 @@ def evaluate(
         figures: Write a sheet of samples per class.
         per_defect: Samples of each defect in a sheet.
     """
-    from rlr_fast.cli.common import check_out, given_decider, given_scale, report_failures
+    from rlr_fast.cli.common import (
+        check_out,
+        given_decider,
+        given_scale,
+        report_failures,
+        tell_unmeasured,
+    )
     from rlr_fast.data import read_dataset
-    from rlr_fast.files import lock_folder, write_atomically
+    from rlr_fast.files import file_digest, lock_folder, write_atomically
     from rlr_fast.inference.batches import load_model
     from rlr_fast.inference.evaluate import FigureOptions, evaluate
     from rlr_fast.inference.report import model_facts
-    from rlr_fast.models.checkpoint import fetch_checkpoint
-    from rlr_fast.training.calibration import scoring_identity
+    from rlr_fast.models.checkpoint import WEIGHTS_FILE, fetch_checkpoint
+    from rlr_fast.training.calibration import scoring_identity, trained_classes
     from rlr_fast.training.distributed import processes
     from rlr_fast.training.progress import progress_bar
     from rlr_fast.visualization.report import REPORT_FILE, ReportWriter, check_report
@@ -51,6 +57,7 @@ def evaluate(
             folder = fetch_checkpoint(checkpoint)
             images = read_dataset(data, layout, classes)
             images.require_test()
+            tell_unmeasured(images, trained_classes(folder), folder)
             check_out(out)
             sheets = colors = None
             if report:
@@ -92,7 +99,8 @@ def evaluate(
             if group.is_main:  # before the report is closed, which may meet a full disk
                 bar.close()
                 print(result.table(), flush=True)
-                write_atomically(out / "metrics.json", result.to_json())
+                weights = file_digest(folder / WEIGHTS_FILE)
+                write_atomically(out / "metrics.json", result.to_json(weights))
         if not group.is_main:
             return 0
     print(f"\n{out / 'metrics.json'}")

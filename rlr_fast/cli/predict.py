@@ -22,6 +22,11 @@ _log = logging.getLogger(__name__)
 
 # Exit code of --fail-on-anomaly, whatever else there is to tell.
 _ANOMALY = 3
+# How images of unknown class are decided.
+_POOLED = (
+    "decided by all classes pooled, their scores as they are, so alpha holds over their mix alone; "
+    "--class names a class"
+)
 _PATHS_TOLD = 3  # at the top of a report
 
 
@@ -125,17 +130,17 @@ def predict(
             "masks": masks,
             "relative": scale is None,
         }
+        if decider is not None and files is None and category is None and len(known) > 1:
+            _log.warning("images in no folder of a class of the run: %s", _POOLED)
         if files is None:
             options |= {"classes": known, "category": category, "settle": settle}
             options["told"] = None if quiet else _tell
             result = watch_folders(model, paths, out, pictures, how, **options)
             return _end(result, decider, fail_on_anomaly)
         unknown = files.count(None)
-        if decider is not None and unknown and not pool and group.is_main:
+        if decider is not None and unknown and group.is_main:
             _log.warning(
-                "%s in no folder of a class of the run: decided by all classes pooled, so alpha "
-                "holds over their mix alone; --class names a class",
-                counted(unknown, "image"),
+                "%s in no folder of a class of the run: %s", counted(unknown, "image"), _POOLED
             )
         with contextlib.ExitStack() as stack:
             page = None

@@ -148,6 +148,7 @@ class Decider:
         self.alpha, self.pool = check_alpha(alpha), pool
         self._scoring = calibration.scoring
         self._rules = {n: self._rule(n, scores) for n, scores in calibration.classes.items()}
+        self._own = self._rules
         self._pooled = self._rule(None, _pooled(calibration.classes, {}))
         if pool and all(units.get(name, 0) > 0 for name in calibration.classes):
             scores = _pooled(calibration.classes, units)
@@ -170,6 +171,10 @@ class Decider:
             None where the class has no calibration images: the pooled ones are of others.
         """
         return self._pooled if category is None else self._rules.get(category)
+
+    def own_rule(self, category: str | None) -> Rule | None:
+        """Return the rule of an image's own class, whatever is pooled; else that of `rule`."""
+        return self._own.get(category or "") or self.rule(category)
 
     def identity(self) -> dict[str, Any]:
         """Return by name what decides, as JSON has it."""

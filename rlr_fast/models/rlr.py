@@ -95,6 +95,7 @@ class RLRModel(
             `rlr_fast.inference.batches.compile_model` compiled it.
 
     Raises:
+        TypeError: ``config`` is something else.
         ValueError: The configuration does not fit the backbone.
         BackboneWeightsError: The backbone's weights cannot be had.
     """
@@ -102,6 +103,8 @@ class RLRModel(
     def __init__(self, config: RLRConfig | None = None, backend: Backend = "auto") -> None:
         super().__init__()
         config = RLRConfig() if config is None else config
+        if not isinstance(config, RLRConfig):
+            raise TypeError(f"config must be an RLRConfig, got {config!r}")
         self.config = config
         self.backend = backend
         self.compiled_batch: int | None = None
@@ -311,7 +314,15 @@ class RLRModel(
         return RLROutput(score_map, score, level_maps)
 
     def forward(self, images: Tensor) -> RLROutput:
-        """Return score map, image score and level maps of ``images`` (B, 3, H, W); see `tokens`."""
+        """Return score map, image score and level maps of images.
+
+        Args:
+            images: (B, 3, H, W) RGB: uint8, or floating point in [0, 1]. Floats in 0 to 255 are
+                other images; they are not noticed.
+
+        Raises:
+            ValueError: Another shape, size or dtype.
+        """
         return self.predict_tokens(self.tokens(images))
 
     def loss(self, images: Tensor) -> Tensor:

@@ -244,7 +244,8 @@ class Tally:
             return
         self._scored += 1
         self._decisions[row["decision"]] += 1
-        rule = None if self._decider is None else self._decider.rule(row["class"])
+        # A few classes of a pool are no sample of it.
+        rule = None if self._decider is None else self._decider.own_rule(row["class"])
         if rule is not None:
             _, scores = self._groups.setdefault(id(rule.scores), (rule, array("d")))
             scores.append(row["score"] / rule.unit)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlr_fast.data.check import counted
 from rlr_fast.files import write_atomically
 from rlr_fast.prediction.image_files import ImageFile
 from rlr_fast.prediction.results import LINES_FILE, ResultsWriter, Row, line, read_rows
@@ -117,6 +118,15 @@ def open_results(
         OSError: The files cannot be read or written.
     """
     done = kept = 0
+    if not resume:
+        earlier = {row["path"] for row, _ in read_rows(out / LINES_FILE)}
+        others = len(earlier.difference(str(file.path) for file in files))
+        if others:
+            _log.warning(
+                "%s held a prediction of other files, too: what was drawn of %s stays there",
+                out,
+                counted(others, "image"),
+            )
     if check_settings(out, settings, resume):
         for row, end in read_rows(out / LINES_FILE):
             _check_row(out, row, files, done)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import math
 import statistics
 import sys
@@ -25,6 +26,7 @@ from rlr_fast.files import write_atomically
 from rlr_fast.models.checkpoint import CONFIG_FILE, CheckpointError
 from rlr_fast.models.environment import environment, start_device
 from rlr_fast.models.precision import check_precision
+from rlr_fast.models.reconstructor import Reconstructor
 from rlr_fast.models.rlr import RLRModel, Standardize
 from rlr_fast.training.calibration import (
     CALIBRATION_FILE,
@@ -37,12 +39,20 @@ from rlr_fast.training.distributed import Processes, processes
 from rlr_fast.training.feature_cache import cached_features
 from rlr_fast.training.features import Features, FreshFeatures
 from rlr_fast.training.progress import progress_bar
-from rlr_fast.training.run_dir import TrainingError, check_folder, lock_run, write_settings
+from rlr_fast.training.run_dir import (
+    TrainingError,
+    check_folder,
+    lock_run,
+    write_settings,
+    write_trained,
+)
 from rlr_fast.training.score_fit import level_scales
 from rlr_fast.training.trainer import Trainer
 from rlr_fast.visualization import loss_curve
 
 CURVE_FILE = "loss.png"
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -138,6 +148,9 @@ def train(
                 stack.enter_context(lock_run(out))
                 check_folder(out, record, resume, data)  # another command may have been there
         group.agree(_decisive(record, model))
+        if group.is_main:
+            for line in _keyless_levels(model):
+                _log.warning(line)
         if group.is_main and not quiet:
             print(
                 f"{sum(map(len, data.train.values()))} images, classes: {len(data.classes)}, "
@@ -168,6 +181,13 @@ def train(
                     "grad_checkpointing": execution.grad_checkpointing,
                     "piece": execution.micro_batch_size,
                 }
+                failed = {failure.index for failure in failures}
+                trained = [s for group in data.train.values() for s in group]
+                write_trained(
+                    out,
+                    [s.path for i, s in enumerate(trained) if i not in failed],
+                    execution.workers,
+                )
                 write_settings(out, config.to_json(), record)
         trainer.fit(quiet)
         if recipe.score_fit == "scaled":
@@ -191,6 +211,23 @@ def train(
         speeds = [row["images_per_s"] for row in trainer.history]
         speed = statistics.median(speeds) if speeds else math.nan
         return TrainResult(out, trainer.history, failures, speed)
+
+
+def _keyless_levels(model: RLRModel) -> list[str]:
+    """Say of which levels MLKA sees no key from anywhere, and so adds nothing."""
+    if "mlka" not in model.config.attention:
+        return []
+    lines = []
+    for j, level in enumerate(cast("list[Reconstructor]", list(model.levels))):
+        window = level.window
+        grid = [side // level.patch for side in level.grid]
+        if all(side // 2 >= tokens - 1 for side, tokens in zip(window, grid, strict=True)):
+            lines.append(
+                f"level {j}: the window of {window[0]} x {window[1]} covers the grid of "
+                f"{grid[0]} x {grid[1]} tokens from everywhere, so MLKA has no key and gives "
+                "nothing; smaller --windows or a larger --image-size help"
+            )
+    return lines
 
 
 def _later_calibration(out: Path, model: RLRModel) -> Calibration | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from cli_cases import FLAGS, refused
-from conftest import make_tree
+from conftest import make_tree, save_picture
 from gpu import ON_GPU
 from PIL import Image
 from torch._inductor.exc import InductorError
@@ -149,6 +149,33 @@ def test_a_plain_folder_calibrates_the_class_that_is_named(trained, calibrated, 
     classes = json.loads((calibrated / "calibration.json").read_text())["calibration"]["classes"]
     assert set(classes) == {"bolt", "cloth"}
     assert classes["bolt"]["files"] == classes["cloth"]["files"]
+
+
+def test_images_that_were_trained_on_calibrate_nothing_under_any_name(trained, tmp_path, capsys):
+    plain = shutil.copytree(trained / "data/bolt/train/good", tmp_path / "bolt")
+    for file in sorted(plain.iterdir()):
+        file.rename(plain / f"a{file.name}")
+    shutil.copy(trained / "data/bolt/test/good/000.png", plain / "b.png")
+    message = refused(capsys, "calibrate", plain, "--checkpoint", trained / "run")
+    assert (
+        "the run was trained on 5 of these 6 images, such as" in message and "a000.png" in message
+    )
+
+
+def test_eval_tells_of_strange_classes_and_of_those_that_have_no_value(trained, tmp_path, caplog):
+    shutil.copytree(trained / "data/bolt", tmp_path / "data/nut")
+    shutil.rmtree(tmp_path / "data/nut/test/hole")
+    argv = ["eval", str(tmp_path / "data"), "--checkpoint", str(trained / "run"), "--quiet"]
+    assert main([*argv, "--out", str(tmp_path / "out")]) == 0
+    assert "run was not trained on nut" in caplog.text
+    assert "no defective test image of nut: what needs both kinds has no value" in caplog.text
+
+
+def test_predict_tells_how_images_of_unknown_class_are_decided(calibrated, tmp_path, caplog):
+    save_picture(tmp_path / "images/0.png", 0)
+    argv = ["predict", str(tmp_path / "images"), "--checkpoint", str(calibrated), "--quiet"]
+    assert main([*argv, "--out", str(tmp_path / "out"), "--pool", "--alpha", "0.34"]) == 0
+    assert "1 image in no folder of a class of the run: decided by all classes" in caplog.text
 
 
 def test_demo_makes_trains_evaluates_and_predicts(tmp_path, monkeypatch, capsys, small, brief):
@@ -453,6 +480,11 @@ def test_predict_takes_a_name_that_is_no_text(trained, tmp_path):
         ([*PREDICT, "--precision", "fp8"], "fp8"),
         ([*PREDICT, "--precision", "fp16", "--device", "cpu"], "fp16 needs a CUDA device"),
         (["eval", *PREDICT[1:], "--precision", "fp16", "--device", "cpu"], "fp16 needs a CUDA"),
+        ([*PREDICT, "--tile", "8", "--tile=16"], "--tile is given twice. See rlr-fast predict"),
+        (
+            ["train", "DATA", "--out", "OUT", "--image-size", "32", "--image-size", "64"],
+            "--image-size is given twice",
+        ),
         (["demp"], "demo"),
     ],
     ids=lambda value: " ".join(value[2:])[:40] if isinstance(value, list) else None,

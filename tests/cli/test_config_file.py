@@ -40,6 +40,10 @@ def test_aliases_in_a_file_of_flags_are_not_written_out(tmp_path, capsys):
     [
         ("image-size: []", "--image-size takes one value or more, got []"),
         ("scale: [0, 1, 2]", "--scale takes 2 values, got [0, 1, 2]"),
+        (
+            "batch-size: 1\nworkers: 2\nbatch-size: 4",
+            "flags.yaml': 'batch-size' stands there twice",
+        ),
         ("batch-size: 2020-13-45", "is not YAML: month must be in 1..12"),
     ],
 )

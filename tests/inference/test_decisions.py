@@ -40,6 +40,9 @@ def test_pooled_scores_count_in_the_units_of_their_classes():
     assert a.scores is b.scores and a.decide(3.4, [[0.0]]).p_value == 0.3
     assert b.decide(340, [[0.0]]).p_value == 0.3
     assert decider.rule(None).threshold == 450  # whose unit is not known
+    own = decider.own_rule("a")  # for drift: a class is no sample of the pool
+    assert (own.name, own.unit, len(own.scores.image)) == ("a", 1.0, 4)
+    assert decider.own_rule(None) is decider.rule(None) and decider.own_rule("c") is None
     alone = Decider(calibration(**classes), 0.1, pool=True, units={"a": 2.0})
     assert alone.rule("a") is alone.rule("b") and alone.rule("a").threshold == 450
 

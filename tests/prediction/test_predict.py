@@ -45,6 +45,13 @@ def scores(result):
     return {Path(row["path"]): float(row["score"]) for row in found}
 
 
+def test_pictures_of_an_earlier_prediction_of_other_files_are_told(model, tree, tmp_path, caplog):
+    for kind, told in (("good", 0), ("good", 0), ("hole", 2)):
+        caplog.clear()
+        predict(model, find_images([tree / "bolt/test" / kind]), tmp_path / "out", None)
+        assert ("what was drawn of 2 images stays there" in caplog.text) == bool(told)
+
+
 def test_predict_writes_score_and_picture_of_each_file(model, tree, tmp_path):
     files = find_images([tree / "bolt/test"])
     result = predict(model, files, tmp_path / "out", (0.0, 2.0))

@@ -164,6 +164,16 @@ def test_scaled_levels_have_normal_distances_from_0_to_their_share_of_the_finest
     assert RLRModel.from_pretrained(again.out).config == config
 
 
+@pytest.mark.parametrize("window", [3, 7])
+def test_a_window_that_leaves_mlka_no_key_is_told(dataset, tmp_path, caplog, window):
+    config = dataclasses.replace(SMALL, windows=(window, window))
+    run(dataset, tmp_path / "run", tmp_path, config, dataclasses.replace(BRIEF, epochs=1))
+    grids = RLRModel(SMALL).backbone.grids
+    covered = [g for g in grids if window // 2 >= max(g) - 1]
+    assert caplog.text.count("MLKA has no key and gives nothing") == len(covered)
+    assert window == 3 or covered
+
+
 def test_bf16_trains(dataset, tmp_path):
     recipe = dataclasses.replace(BRIEF, precision="bf16", epochs=8)
     result = run(dataset, tmp_path / "run", tmp_path, recipe=recipe)
