@@ -16,6 +16,7 @@ import torch
 from anomalib import LearningType
 from anomalib.data import AnomalibDataModule, AnomalibDataset, Batch, InferenceBatch
 from anomalib.data.utils import LabelName, TestSplitMode, ValSplitMode
+from anomalib.deploy import CompressionType
 from anomalib.models.components import AnomalibModule
 from anomalib.pre_processing import PreProcessor
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from torchvision.transforms.v2 import Resize
 from rlr_fast.config import PRESETS, RLRConfig, TrainConfig, suggest
 from rlr_fast.data import Sample, read_dataset
 from rlr_fast.data.images import ImageFailure
+from rlr_fast.export.formats import OPENVINO_OPSET
 from rlr_fast.models.rlr import RLRModel
 from rlr_fast.training.distributed import Processes
 from rlr_fast.training.score_fit import level_scales
@@ -137,6 +139,44 @@ class Rlr(AnomalibModule):
     def learning_type(self) -> LearningType:
         """Normal images alone are learned from."""
         return LearningType.ONE_CLASS
+
+    def to_onnx(
+        self,
+        export_root: Path | str,
+        model_file_name: str = "model",
+        input_size: tuple[int, int] | None = None,
+        **kwargs: Any,
+    ) -> Path:
+        """Write an ONNX file as anomalib does, in opset 23 where no other is asked for.
+
+        From anomalib's own default, 14, OpenVINO reads attention in tiles wrongly.
+        """
+        kwargs.setdefault("opset_version", OPENVINO_OPSET)
+        return super().to_onnx(export_root, model_file_name, input_size, **kwargs)
+
+    def to_openvino(
+        self,
+        export_root: Path | str,
+        model_file_name: str = "model",
+        input_size: tuple[int, int] | None = None,
+        compression_type: CompressionType | None = None,
+        **options: Any,
+    ) -> Path:
+        """Write OpenVINO's IR as anomalib does; ask OpenVINO for float32 to run it.
+
+        Raises:
+            ValueError: ``compression_type`` is one of 8-bit integers, which lose the small
+                distances that tell anomalies.
+        """
+        if compression_type not in (None, CompressionType.FP16):
+            raise ValueError(
+                f"compression_type must be None or FP16, got {compression_type.value}: in 8 bits "
+                "the score of an image says next to nothing"
+            )
+        path: Path = super().to_openvino(
+            export_root, model_file_name, input_size, compression_type, **options
+        )
+        return path
 
     def configure_optimizers(self) -> None:
         """Leave the optimizers to the steps."""

@@ -9,9 +9,11 @@ import torch
 
 pytest.importorskip("anomalib", reason="the extra 'anomalib' is not installed")
 
+from anomalib.deploy import CompressionType, OpenVINOInferencer, TorchInferencer
 from anomalib.engine import Engine
 from anomalib.metrics import AUROC, Evaluator
 from conftest import SMALL, make_tree
+from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from rlr_fast import RLRModel, TrainConfig
@@ -106,6 +108,46 @@ def test_a_run_of_ours_is_scored_as_it_is(trained, ours):
     expected = ours.eval()(images)
     torch.testing.assert_close(found.pred_score, expected.score)
     torch.testing.assert_close(found.anomaly_map, expected.score_map)
+
+
+@pytest.fixture
+def picture(ours, tmp_path):
+    """A file of the model's size, and what we make of it."""
+    pixels = torch.randint(0, 256, (3, *CONFIG.image_size), dtype=torch.uint8)
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(tmp_path / "picture.png")
+    with torch.no_grad():
+        return tmp_path / "picture.png", ours.eval()(pixels[None])
+
+
+def raw(run):
+    """Return a run's model without the post-processor, for the scores themselves."""
+    return Rlr.from_run(run, visualizer=False, post_processor=False).eval()
+
+
+def test_anomalibs_torch_inferencer_gives_our_scores(trained, picture, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRUST_REMOTE_CODE", "1")  # the file is a pickle
+    path, expected = picture
+    found = TorchInferencer(raw(trained[0] / "ours").to_torch(tmp_path), device="cpu").predict(path)
+    torch.testing.assert_close(found.pred_score, expected.score)
+    torch.testing.assert_close(found.anomaly_map, expected.score_map[:, 0])
+
+
+def test_anomalibs_openvino_inferencer_gives_our_scores(trained, picture, tmp_path, monkeypatch):
+    pytest.importorskip("openvino")
+    monkeypatch.chdir(tmp_path)  # where OpenVINO keeps what it compiles
+    path, expected = picture
+    rlr = raw(trained[0] / "ours")
+    rlr.rlr.set_backend("tiled")  # which takes tiles only on larger grids by itself
+    f32 = {"INFERENCE_PRECISION_HINT": "f32"}
+    found = OpenVINOInferencer(rlr.to_openvino(tmp_path), config=f32).predict(path)
+    assert found.pred_score == pytest.approx(expected.score.numpy(), rel=1e-4)
+    largest = float(expected.score_map.max())
+    assert found.anomaly_map == pytest.approx(expected.score_map[:, 0].numpy(), abs=1e-4 * largest)
+
+
+def test_scores_in_eight_bits_are_refused(trained, tmp_path):
+    with pytest.raises(ValueError, match="compression_type must be None or FP16, got int8_ptq"):
+        raw(trained[0] / "ours").to_openvino(tmp_path, compression_type=CompressionType.INT8_PTQ)
 
 
 def test_what_the_engine_trained_is_a_folder_for_us(trained, tmp_path):
