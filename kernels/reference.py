@@ -53,7 +53,9 @@ def prepare_kernel(
         tile = ((tile - mean[None, :]) * factor).to(prepared.dtype.element_ty)
         tl.store(prepared + rows[:, None] * D + columns, tile, mask=inside)
         tile = tl.where(inside, tile.to(ACC), 0.0)
-        largest = tl.maximum(largest, tl.sum(tile * tile, 1))
+        # Products that are rounded before any is added, see `distance._sum_of_products`: fused with
+        # the addition, threads that hold one row would hold two norms.
+        largest = tl.maximum(largest, tl.sum(tl.fma(tile, tile, tl.zeros_like(tile)), 1))
     tl.store(bound + i_h, tl.sqrt(tl.max(largest, 0)))
 
 

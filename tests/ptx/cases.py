@@ -107,6 +107,7 @@ _SHAPES = {
     "9x13-w5-d64-tf32": _shape((9, 13), 5, 64, tf32=True),
     "16x16-w11-d64": _shape((16, 16), 11, 64, heads=1, batch=2),
     "31x37-w7-d32": _shape((31, 37), 7, 32, heads=1, batch=2),
+    "3x1-w13-d16-offset": _shape((3, 1), 13, 16, "mlka", batch=2, strided=True, offset=20.0),
 }  # fmt: skip
 
 
@@ -138,7 +139,7 @@ CHOICE = {
     "fp16": ("mlka-9x13-w5-d16-chunks", "lca-9x13-w5-d16-chunks"),
     "fp32": (
         "mlka-9x13-w5-d16", "lca-9x13-w5-d16", "block-deterministic", "distance-37",
-        "distance-100-strided",
+        "distance-100-strided", "mlka-3x1-w13-d16-offset",
     ),
 }  # fmt: skip
 
