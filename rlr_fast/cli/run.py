@@ -17,6 +17,8 @@ from rlr_fast.cli.verbs import Verb
 # What PyTorch says where the system has no memory left; on a GPU it has an error of its own.
 _ALLOCATOR = "DefaultCPUAllocator"
 
+_AGAIN = 0.05  # seconds after which a signal that was lost in a destructor is sent again
+
 # Where the errors of torch.compile are defined; not imported, for that takes seconds.
 _COMPILER = ("torch._dynamo.", "torch._inductor.")
 
@@ -51,7 +53,10 @@ class _Terminated(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """Raise `_Terminated` in the block where the process gets SIGTERM, so that it loses nothing."""
+    """Raise `_Terminated` in the block where the process gets SIGTERM, so that it loses nothing.
+
+    Neither that nor an interruption is lost where Python cannot raise it.
+    """
 
     def terminate(_number: int, _frame: FrameType | None) -> None:
         raise _Terminated
@@ -62,11 +67,25 @@ def _terminable() -> Iterator[None]:
     if several or threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, terminate)
+    before, hook = signal.signal(signal.SIGTERM, terminate), sys.unraisablehook
+
+    def send_again(ignored: sys.UnraisableHookArgs) -> None:
+        # Python raised it where nothing can be raised, in a destructor, and would go on without it.
+        if not isinstance(ignored.exc_value, KeyboardInterrupt):
+            hook(ignored)
+            return
+        is_term = isinstance(ignored.exc_value, _Terminated)
+        number = signal.SIGTERM if is_term else signal.SIGINT
+        timer = threading.Timer(_AGAIN, os.kill, (os.getpid(), number))
+        timer.daemon = True
+        timer.start()
+
+    sys.unraisablehook = send_again
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+        sys.unraisablehook = hook
 
 
 def _told(verb: Verb, error: Exception) -> int | None:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -362,6 +363,31 @@ def test_two_evaluations_do_not_work_in_one_folder(trained, tmp_path, capsys):
     argv = ("eval", trained / "data", "--checkpoint", trained / "run", "--out", tmp_path / "out")
     with lock_folder(tmp_path / "out"):
         assert "another process works in" in refused(capsys, *argv, "--quiet")
+
+
+@pytest.mark.parametrize(
+    ("number", "word"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")]
+)
+def test_a_signal_that_meets_a_destructor_is_not_lost(
+    trained, tmp_path, capsys, monkeypatch, number, word
+):
+    class Destroyed:
+        def __del__(self):
+            os.kill(os.getpid(), number)
+            time.sleep(0.01)  # Python raises here what the signal means, and ignores it
+
+    went_on = []
+
+    def score(*_, **__):
+        Destroyed()
+        time.sleep(30)
+        went_on.append(True)
+
+    monkeypatch.setattr("rlr_fast.inference.evaluate.evaluate", score)
+    argv = ["eval", str(trained / "data"), "--checkpoint", str(trained / "run"), "--quiet"]
+    assert main([*argv, "--out", str(tmp_path)]) == 128 + number and not went_on
+    told = capsys.readouterr().err
+    assert word in told and "Traceback" not in told
 
 
 def test_a_termination_is_told_as_an_interruption_is(trained, tmp_path, capsys, monkeypatch):
