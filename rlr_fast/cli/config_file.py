@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -39,37 +40,25 @@ def read_flags(_app: object, _words: object, arguments: ArgumentCollection) -> N
                 known[name].append(token)
 
 
-class _TwiceError(Exception):
-    """A flag stands twice in a file."""
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a flag that stands twice in a file, where YAML's own loader takes the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value]
-        for name in names:
-            if names.count(name) > 1:
-                raise _TwiceError(f"{name!r} stands there twice")
-        return super().construct_mapping(node, deep)
-
-
 def _read(path: str) -> dict[str, Any]:
     try:
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)  # a safe one
+        text = Path(path).read_text(encoding="utf-8")
+        tree, values = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
     except OSError as error:
         raise ValueError(f"--config: cannot read {path!r}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"--config: {path!r} is not UTF-8 text") from error
     except RecursionError:
         raise ValueError(f"--config: {path!r} is nested too deeply") from None
-    except _TwiceError as error:
-        raise ValueError(f"--config: {path!r}: {error}") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: what looks like a date and is none
         reason = " ".join(str(error).split())
         raise ValueError(f"--config: {path!r} is not YAML: {reason}") from error
     if not isinstance(values or {}, dict):
         raise ValueError(f"--config: {path!r} must hold flags and values, e.g. 'workers: 2'")
+    keys = tree.value if isinstance(tree, yaml.MappingNode) else []
+    name, count = next(iter(Counter(str(key.value) for key, _ in keys).most_common(1)), ("", 0))
+    if count > 1:  # YAML takes the last
+        raise ValueError(f"--config: {path!r}: {name!r} stands there twice")
     for name, value in (values or {}).items():
         # Seen before anything writes a value out: aliases make a few lines a billion words.
         if not _is_plain(value, lists=2):
