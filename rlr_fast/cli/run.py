@@ -68,6 +68,7 @@ def _terminable() -> Iterator[None]:
         yield
         return
     before, hook = signal.signal(signal.SIGTERM, terminate), sys.unraisablehook
+    timers: list[threading.Timer] = []
 
     def send_again(ignored: sys.UnraisableHookArgs) -> None:
         # Python raised it where nothing can be raised, in a destructor, and would go on without it.
@@ -76,14 +77,16 @@ def _terminable() -> Iterator[None]:
             return
         is_term = isinstance(ignored.exc_value, _Terminated)
         number = signal.SIGTERM if is_term else signal.SIGINT
-        timer = threading.Timer(_AGAIN, os.kill, (os.getpid(), number))
-        timer.daemon = True
-        timer.start()
+        timers.append(threading.Timer(_AGAIN, os.kill, (os.getpid(), number)))
+        timers[-1].daemon = True
+        timers[-1].start()
 
     sys.unraisablehook = send_again
     try:
         yield
     finally:
+        for timer in timers:
+            timer.cancel()
         signal.signal(signal.SIGTERM, before)
         sys.unraisablehook = hook
 

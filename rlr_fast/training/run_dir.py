@@ -119,7 +119,7 @@ def read_run(out: Path) -> dict[str, Any] | None:
 
 
 def write_trained(out: Path, images: Sequence[Path], workers: int | None = None) -> None:
-    """Write digests of the files that a run is trained on, if they are not there.
+    """Write digests of the files that a run is trained on, unless it goes on and they are there.
 
     Args:
         out: Folder of the run.
@@ -136,7 +136,8 @@ def write_trained(out: Path, images: Sequence[Path], workers: int | None = None)
         except OSError:
             return None
 
-    if not (out / TRAINED_FILE).exists():
+    # What finished no epoch leaves the folder free, to a run on other images, too.
+    if not ((out / STATE_FILE).exists() and (out / TRAINED_FILE).exists()):
         digests = sorted({d for d in map_ahead(digest, images, workers) if d is not None})
         write_atomically(out / TRAINED_FILE, "".join(f"{d}\n" for d in digests))
 

@@ -182,7 +182,7 @@ def train(
                     "piece": execution.micro_batch_size,
                 }
                 failed = {failure.index for failure in failures}
-                trained = [s for group in data.train.values() for s in group]
+                trained = [s for of_class in data.train.values() for s in of_class]
                 write_trained(
                     out,
                     [s.path for i, s in enumerate(trained) if i not in failed],

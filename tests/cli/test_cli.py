@@ -491,6 +491,7 @@ def test_predict_takes_a_name_that_is_no_text(trained, tmp_path):
             "no checkpoint folder 'nowhere'",
         ),
         (["predict", "DATA", "--checkpoint", "a/b", "--out", "OUT"], "there is no folder 'a/b'"),
+        (["predict", "DATA", "--checkpoint", "DATA", "--out", "OUT"], "not a checkpoint"),
         (["predict", "nothing.png", "--checkpoint", "RUN", "--out", "OUT"], "nothing.png"),
         (
             ["predict", "DATA", "--checkpoint", "RUN", "--out", "OUT", "--scale", "2", "1"],

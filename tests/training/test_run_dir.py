@@ -155,7 +155,10 @@ def test_a_run_that_finished_no_epoch_leaves_its_folder_free(dataset, tmp_path, 
         patch.setattr(Steps, "take", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(dataset, tmp_path / "run", tmp_path)
+    stale = tmp_path / "run/trained_images.txt"
+    stale.write_text("0" * 32 + "\n")  # of other images
     run(dataset, tmp_path / "run", tmp_path, recipe=dataclasses.replace(BRIEF, lr=2e-3))
+    assert len(stale.read_text().split()) == 10 and "0" * 32 not in stale.read_text()
     assert json.loads((tmp_path / "run/run.json").read_text())["recipe"]["lr"] == 2e-3
 
 
