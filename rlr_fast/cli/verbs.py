@@ -22,6 +22,7 @@ class Verb:
         distributed: Whether several processes under torchrun can share its work.
         less_memory: What to change where a GPU's memory is full.
         interrupted: What to add when it was interrupted.
+        research: Whether it is for those who study the method.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Verb:
     distributed: bool = False
     less_memory: str = "a smaller --batch-size or --image-size needs less"
     interrupted: str = ""
+    research: bool = False
 
     @property
     def module(self) -> str:
@@ -96,9 +98,16 @@ _ALL = (
         "agree with it.",
     ),
     Verb(
+        "info",
+        "info:info",
+        "Show versions, devices and backends; with a preset, a run or settings, the model they "
+        "give.",
+    ),
+    Verb(
         "decoder train",
         "decoder:train",
         "Train a decoder, which paints features as pictures for figures.",
+        research=True,
     ),
     Verb(
         "figures",
@@ -106,6 +115,7 @@ _ALL = (
         "Make reconstructed features visible: a sheet per class, of one run or of two side by "
         "side.",
         less_memory="a smaller --per-defect needs less",
+        research=True,
     ),
     Verb(
         "paper",
@@ -119,12 +129,7 @@ _ALL = (
         "(perturbation).",
         less_memory=_TRAINING,
         interrupted="; the same command goes on from the last written epoch",
-    ),
-    Verb(
-        "info",
-        "info:info",
-        "Show versions, devices and backends; with a preset, a run or settings, the model they "
-        "give.",
+        research=True,
     ),
 )
 VERBS = {tuple(verb.name.split()): verb for verb in _ALL}
@@ -152,10 +157,17 @@ def build_app() -> App:
         default_parameter=Parameter(consume_multiple=(1, None), negative_iterable=()),
     )
     apps = {"": app}
+    research = Group("Verbs for research", sort_key=1)
     for place, verb in enumerate(VERBS.values()):
         group, _, name = verb.name.rpartition(" ")
         if group not in apps:
-            apps[group] = App(name=group, help=GROUPS[group], help_epilogue="", sort_key=place)
+            apps[group] = App(
+                name=group,
+                help=GROUPS[group],
+                help_epilogue="",
+                sort_key=place,
+                group=research if verb.research else None,
+            )
             app.command(apps[group])
         apps[group].command(
             f"rlr_fast.cli.{verb.function}",
@@ -163,5 +175,6 @@ def build_app() -> App:
             help=verb.help,
             help_epilogue=verb.more,
             sort_key=place,
+            group=research if verb.research and not group else None,
         )
     return app
