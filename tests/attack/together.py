@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from tests.attack.damage import Random
 from tests.attack.kills import Job, content, half_written
 from tests.attack.lab import SCORING, Lab, attacked, make_data
@@ -65,6 +67,42 @@ def one_cache(lab: Lab, random: Random, count: int) -> Iterator[Found]:
                 yield "another model", b""
         if leftovers(lab.cache) or [p for p in lab.cache.glob(".*-*")]:
             yield "an unfinished cache is left", b""
+
+
+def jumping_clocks(lab: Lab, random: Random, count: int) -> Iterator[Found]:
+    """Two trainings that make one cache while their clocks jump by up to a day either way."""
+    sound = (lab.run / "model.safetensors").read_bytes()
+    for _ in range(count):
+        shutil.rmtree(lab.cache, ignore_errors=True)
+        runs = [lab.root / f"jumped-{k}" for k in range(2)]
+        for folder in runs:
+            shutil.rmtree(folder, ignore_errors=True)
+        seeds = random.integers(2**32, size=2)
+        children = [
+            Child(lab.train(run, "--cache", "disk"), partial(_jump, int(seed)))
+            for run, seed in zip(runs, seeds, strict=True)
+        ]
+        for child, run in zip(children, runs, strict=True):
+            code, told = child.wait()
+            # A clock that is an hour ahead takes the other's cache for one that a kill has left.
+            fault = fault_of(code, told, (0, 2))
+            if fault:
+                yield fault, b""
+            elif code == 0 and (run / "model.safetensors").read_bytes() != sound:
+                yield "another model", b""
+
+
+def _jump(seed: int) -> None:
+    """Let the clock of this process jump."""
+    random, true, offset = np.random.default_rng(seed), time.time, 0.0
+
+    def jumping() -> float:
+        nonlocal offset
+        if random.random() < 0.3:
+            offset = random.uniform(-86400, 86400)
+        return true() + offset
+
+    time.time = jumping
 
 
 def few_files(lab: Lab, random: Random, count: int) -> Iterator[Found]:
@@ -206,6 +244,7 @@ SUBJECTS = {
     "a limit on the size of files": (long_files, 0.25),
     "full and read-only disks": (full_disk, 0.25),
     "a container of little memory": (little_memory, 0.25),
+    "clocks that jump": (jumping_clocks, 0.2),
 }
 _BY_ROOT = (full_disk, little_memory)
 
