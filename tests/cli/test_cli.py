@@ -385,7 +385,12 @@ def test_a_signal_that_meets_a_destructor_is_not_lost(
 
     monkeypatch.setattr("rlr_fast.inference.evaluate.evaluate", score)
     argv = ["eval", str(trained / "data"), "--checkpoint", str(trained / "run"), "--quiet"]
-    assert main([*argv, "--out", str(tmp_path)]) == 128 + number and not went_on
+    # A shell lets what it starts in the background ignore interruptions.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert main([*argv, "--out", str(tmp_path)]) == 128 + number and not went_on
+    finally:
+        signal.signal(signal.SIGINT, before)
     told = capsys.readouterr().err
     assert word in told and "Traceback" not in told
 
