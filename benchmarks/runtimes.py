@@ -29,11 +29,15 @@ from rlr_fast.export.runtimes import Outputs, runtimes
 from rlr_fast.inference.batches import load_model
 from rlr_fast.prediction.image_files import find_images
 
-FILES: tuple[tuple[str, Format, int], ...] = (
-    (f"ONNX, opset {OPSETS[0]}", "onnx", OPSETS[0]),
-    (f"ONNX, opset {OPSETS[-1]}", "onnx", OPSETS[-1]),
-    ("OpenVINO IR", "openvino", OPSETS[-1]),
-    ("torch.export", "torch", OPSETS[0]),
+# Name, format, opset, and whether weights are in float16.
+FILES: tuple[tuple[str, Format, int, bool], ...] = (
+    (f"ONNX, opset {OPSETS[0]}", "onnx", OPSETS[0], False),
+    (f"ONNX, opset {OPSETS[-1]}", "onnx", OPSETS[-1], False),
+    (f"ONNX, opset {OPSETS[-1]}, half", "onnx", OPSETS[-1], True),
+    ("OpenVINO IR", "openvino", OPSETS[-1], False),
+    ("OpenVINO IR, half", "openvino", OPSETS[-1], True),
+    ("torch.export", "torch", OPSETS[0], False),
+    ("AOTInductor", "aotinductor", OPSETS[0], False),
 )
 BATCHES = (1, 8)
 _SECONDS = 3.0  # that a timing takes at least
@@ -54,6 +58,7 @@ def row(file: str, comparison: Comparison, times: list[float], about: str = " | 
     """Return a row of the table."""
     return (
         f"| {file} | {comparison.runtime} | {comparison.score_map:.1e} | {comparison.score:.1e} | "
+        f"{comparison.rank_correlation:.5f} | "
         f"{times[0]:.1f} | {times[1]:.1f} | {about} |"
     )
 
@@ -65,32 +70,32 @@ def main() -> int:
     parser.add_argument("images", type=Path, nargs="+")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    for _, kind, _ in FILES:
+    for _, kind, _, _ in FILES:
         require_packages(kind)
     model = load_model(args.run, InferenceExecution(device="cpu"))
     files = [file.path for file in find_images(args.images)]
-    images = comparison_images(files, model.config.image_size)
+    images = comparison_images(files, model.config.image_size, half=True)
     expected = model_outputs(model, images)
     pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
     batches = [np.resize(pixels, (size, *pixels.shape[1:])) for size in BATCHES]
     agree = True
     print(
-        "| file | runtime | map | score | ms, batch 1 | ms an image, batch 8 | nodes | MB | "
-        "s to write |\n"
-        "|---|---|---|---|---|---|---|---|---|"
+        "| file | runtime | map | score | order | ms, batch 1 | ms an image, batch 8 | nodes | "
+        "MB | s to write |\n"
+        "|---|---|---|---|---|---|---|---|---|---|"
     )
 
-    def report(file: str, name: str, run: Any, about: str = " | | ") -> bool:
-        comparison = compare(name, run, images, expected)
+    def report(file: str, name: str, run: Any, about: str = " | | ", half: bool = False) -> bool:
+        comparison = compare(name, run, images, expected, half=half)
         times = [milliseconds(run, batch) for batch in batches]
         print(row(file, comparison, times, about), flush=True)
         return comparison.agrees
 
-    graph = ExportGraph(model, None, ())
-    for text, kind, opset in FILES:
+    for text, kind, opset, half in FILES:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "model" + FORMATS[kind].suffix)
             start = time.process_time()
+            graph = ExportGraph(model, None, (), attention=FORMATS[kind].attention)
             nodes = write(
                 graph.trace(),
                 kind,
@@ -98,12 +103,13 @@ def main() -> int:
                 outputs=graph.output_names,
                 about=describe(model, None, ()),
                 opset=opset,
+                half=half,
             )
             seconds = time.process_time() - start
             size = sum(file.stat().st_size for file in FORMATS[kind].files(path)) / 1e6
             about = f"{nodes} | {size:.1f} | {seconds:.0f}"
             for runtime in runtimes(kind, threads=1):
-                same = report(text, runtime.name, runtime.load(path), about)
+                same = report(text, runtime.name, runtime.load(path), about, half)
                 agree = agree and (same or not runtime.required)
     for name in ("eager", "compiled"):
         if name == "compiled":

@@ -28,7 +28,7 @@ def check(
     """
     from rlr_fast.data import check_dataset, format_report
 
-    size = None if image_size is None else _pair("--image-size", image_size)
+    size = None if image_size is None else flags.pair("--image-size", image_size)
     report = check_dataset(data, layout, classes, size, workers)
     print(format_report(report))
     return 0 if report.ok else 1
@@ -59,7 +59,7 @@ def make(
     with progress_bar("images", None, quiet) as bar:
         make_dataset(
             out,
-            size=_pair("--size", size),
+            size=flags.pair("--size", size),
             seed=seed,
             train_per_class=train,
             classes=classes,
@@ -67,9 +67,3 @@ def make(
         )
     print(out)
     return 0
-
-
-def _pair(name: str, sides: tuple[int, ...]) -> tuple[int, int]:
-    if len(sides) > 2:
-        raise ValueError(f"{name} takes one side, or height and width, got {len(sides)} values")
-    return sides[0], sides[-1]

@@ -13,7 +13,7 @@ from rlr_fast.cli import flags
 _log = logging.getLogger(__name__)
 
 _RUN = "Folder of a run, or OWNER/NAME or OWNER/NAME@REVISION on the hub."
-To = Literal["onnx", "torch", "openvino"]
+To = Literal["onnx", "torch", "aotinductor", "openvino"]
 
 
 def export(
@@ -26,16 +26,22 @@ def export(
     alpha: flags.Alpha | None = None,
     pool: flags.Pool = False,
     opset: Annotated[flags.Whole | None, Parameter(show_default="18")] = None,
+    input_size: flags.Pixels | None = None,
+    half: flags.Switch = False,
     config: flags.Config | None = None,
     backbone_weights: flags.BackboneWeights | None = None,
 ) -> int:
     """Write a model as a file for other runtimes, if they agree with it on real images.
 
     Args:
-        to: ONNX, a program of torch.export, or OpenVINO's IR.
+        to: ONNX, a program of torch.export, that compiled for processors like this one
+            (aotinductor), or OpenVINO's IR.
         images: Images, or folders of images, to compare on; by default those that the run was
             trained and tested on, where they still are.
         opset: Version of ONNX's operators, from 18 to 23.
+        input_size: Height and width of the images that the file takes and resizes, such as a
+            camera's; a single number is both. By default the model's image size.
+        half: Keep weights in float16: half the size; scores differ by a thousandth or so.
     """
     from rlr_fast.cli.common import given_decider
     from rlr_fast.config import InferenceExecution
@@ -46,7 +52,8 @@ def export(
     from rlr_fast.prediction.image_files import find_images
     from rlr_fast.training.calibration import read_calibration, scoring_identity, trained_classes
 
-    check_target(out, to, opset)
+    size = None if input_size is None else flags.pair("--input-size", input_size)
+    check_target(out, to, opset, half)
     folder = fetch_checkpoint(run)
     files = run_images(folder) if images is None else [f.path for f in find_images(images)]
     calibration = read_calibration(folder)
@@ -61,10 +68,12 @@ def export(
         model,
         out,
         to,
-        comparison_images(files, model.config.image_size),
+        comparison_images(files, size or model.config.image_size, half),
         decider=decider,
         classes=classes,
         opset=opset,
+        input_size=size,
+        half=half,
     )
     for comparison in result.compared:
         print(comparison)

@@ -66,6 +66,20 @@ def _sides(text: str) -> tuple[int, int]:
     return int(sides[0]), int(sides[-1])
 
 
+def pair(flag: str, sides: tuple[int, ...]) -> tuple[int, int]:
+    """Return height and width of a flag that takes one side or both.
+
+    Raises:
+        ValueError: There are more, or one is no side of a picture.
+    """
+    if len(sides) > 2:
+        raise ValueError(f"{flag} takes one side, or height and width, got {len(sides)} values")
+    for side in sides:
+        if not 0 < side <= config.LARGEST:
+            raise ValueError(f"{flag} must be from 1 to {config.LARGEST}, got {side}")
+    return sides[0], sides[-1]
+
+
 def _one(read: Callable[[str], object]) -> Parameter:
     """Return how a flag is read that takes one word, whatever its type."""
     return Parameter(n_tokens=1, converter=lambda _, tokens: read(tokens[0].value))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import spearmanr
 from torch import Tensor
 
 from rlr_fast.export.runtimes import Outputs
@@ -20,7 +22,12 @@ TOLERANCE = 1e-4
 Float32 in another order of the sums gives a tenth of it at most; a wrong graph, or bfloat16, gives
 more. P-values and decisions must be those of the score beside them.
 """
+HALF_TOLERANCE = 1e-2
+"""The same where weights are kept in float16, which moves scores by a thousandth or so."""
+LEAST_RANK_CORRELATION = 0.999
+"""Of Spearman, between the scores of the file and of the model, where weights are in float16."""
 _P_VALUE_ROUNDING = 1e-6  # of float32
+_TOGETHER = 8  # images of the larger batch, whose first comes twice
 
 
 @dataclass(frozen=True)
@@ -32,22 +39,34 @@ class Comparison:
         score_map: As a share of the model's largest value; NaN where the runtime gives NaN.
         score: Likewise.
         decisions: Number of p-values and decisions that are not those of the runtime's own scores.
+        half: Whether the file has weights in float16.
+        rank_correlation: Spearman's, of the scores of ``half``; NaN where all scores are equal.
     """
 
     runtime: str
     score_map: float
     score: float
     decisions: int
+    half: bool = False
+    rank_correlation: float = 1.0
+
+    @property
+    def tolerance(self) -> float:
+        """Largest difference that is allowed."""
+        return HALF_TOLERANCE if self.half else TOLERANCE
 
     @property
     def agrees(self) -> bool:
-        """Whether all differences are within `TOLERANCE`."""
+        """Whether all differences are within the tolerance, and images keep their order."""
         # No comparison holds for NaN.
-        within = self.score_map <= TOLERANCE and self.score <= TOLERANCE
-        return within and self.decisions == 0
+        within = self.score_map <= self.tolerance and self.score <= self.tolerance
+        ordered = self.rank_correlation >= LEAST_RANK_CORRELATION
+        return within and ordered and self.decisions == 0
 
     def __str__(self) -> str:
         text = f"{self.runtime}: map within {self.score_map:.1e}, score within {self.score:.1e}"
+        if self.half:
+            text += f", rank correlation {self.rank_correlation:.5f}"
         wrong = f", {self.decisions} p-values or decisions are not those of their scores"
         return text + (wrong if self.decisions else "")
 
@@ -64,19 +83,22 @@ def compare(
     images: Tensor,
     expected: Outputs,
     rules: Sequence[Rule] = (),
+    *,
+    half: bool = False,
 ) -> Comparison:
-    """Run images one by one, and together in a larger batch; return the largest differences.
+    """Run images one by one, and some in a larger batch; return the largest differences.
 
     Args:
         name: Of the runtime.
         run: Return the outputs of images (B, H, W, 3), uint8.
-        images: (n, 3, H, W) uint8.
+        images: (n, 3, H, W) uint8, of the file's size.
         expected: From `model_outputs`.
         rules: Columns of the decisions, if there are any.
+        half: Whether the file has weights in float16.
     """
     pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
     rows = np.arange(len(pixels))
-    batches = [*rows[:, None], np.append(rows, 0)]  # 1 and n + 1 images
+    batches = [*rows[:, None], np.append(rows[:_TOGETHER], 0)]
     parts = [run(pixels[batch]) for batch in batches]
     rows = np.concatenate(batches)
     found = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
@@ -91,4 +113,9 @@ def compare(
         anomalous = p_values <= [rule.alpha for rule in rules]
         close = np.abs(found["p_value"] - p_values) <= _P_VALUE_ROUNDING
         wrong = int(np.count_nonzero(~close) + np.count_nonzero(found["anomalous"] != anomalous))
-    return Comparison(name, difference("score_map"), difference("score"), wrong)
+    correlation = 1.0
+    if half:
+        varies = np.ptp(found["score"]) > 0 and np.ptp(expected["score"]) > 0
+        ranks = spearmanr(found["score"], expected["score"][rows]).statistic if varies else math.nan
+        correlation = float(ranks)
+    return Comparison(name, difference("score_map"), difference("score"), wrong, half, correlation)

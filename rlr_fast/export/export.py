@@ -8,9 +8,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from rlr_fast.export.compare import TOLERANCE, Comparison, compare, model_outputs
+from rlr_fast.data.images import resize_image
+from rlr_fast.export.compare import Comparison, compare, model_outputs
 from rlr_fast.export.formats import (
     FORMATS,
     OPENVINO_OPSET,
@@ -53,17 +55,18 @@ class Exported:
         return sum(file.stat().st_size for file in self.files)
 
 
-def check_target(out: Path, kind: Format, opset: int | None = None) -> None:
+def check_target(out: Path, kind: Format, opset: int | None = None, half: bool = False) -> None:
     """Refuse what cannot be exported to, before any work.
 
     Args:
         out: The file.
         kind: The format.
         opset: Of an ONNX file, if it was asked for.
+        half: Whether weights in float16 were asked for.
 
     Raises:
-        ValueError: ``out`` exists or has another suffix than the format's, or there is no such
-            opset.
+        ValueError: ``out`` exists or has another suffix than the format's, there is no such opset,
+            or the format keeps no weights in float16.
         ExportError: A package of the format is missing.
         OSError: The folder cannot be written.
     """
@@ -74,6 +77,8 @@ def check_target(out: Path, kind: Format, opset: int | None = None) -> None:
         raise ValueError(f"--opset is of ONNX files, got it with --to {kind}")
     if opset is not None and opset not in OPSETS:
         raise ValueError(f"--opset must be from {OPSETS[0]} to {OPSETS[-1]}, got {opset}")
+    if half and kind not in ("onnx", "openvino"):
+        raise ValueError(f"--half is of ONNX files and OpenVINO's IR, got it with --to {kind}")
     for file in spec.files(out):
         if file.exists():
             raise ValueError(f"--out: {str(file)!r} exists already; delete it or choose another")
@@ -90,21 +95,27 @@ def export(
     decider: Decider | None = None,
     classes: Sequence[str] = (),
     opset: int | None = None,
+    input_size: tuple[int, int] | None = None,
+    half: bool = False,
 ) -> Exported:
     """Write a model as a file that needs nothing of this package; compare it, then keep it.
 
     The file computes, in float32, what `rlr_fast.prediction.predict.predict` computes of an image
-    that has the model's size. It appears whole, or, where a runtime disagrees, not at all.
+    that has ``input_size``. It appears whole, or, where a runtime disagrees, not at all.
 
     Args:
         model: A trained model that is not compiled; it stays as it is.
         out: The file, which must not exist; a missing folder is made.
-        kind: ``onnx``, ``torch`` (a program of `torch.export`) or ``openvino`` (its IR).
-        images: (n, 3, H, W) uint8 RGB to compare on, of the model's image size.
+        kind: ``onnx``, ``torch`` (a program of `torch.export`), ``aotinductor`` (that compiled
+            for processors like this one) or ``openvino`` (its IR).
+        images: (n, 3, H, W) uint8 RGB to compare on, of ``input_size``.
         decider: Decides in the file, too; it must be able to decide each of ``classes`` and all
             pooled. None leaves decisions out.
         classes: Those of the run.
         opset: Of an ONNX file; 18 by default.
+        input_size: (H, W) of the file's images, which it resizes to the model's image size; None
+            for that.
+        half: Keep weights in float16: half the size, at `HALF_TOLERANCE`.
 
     Returns:
         What was written, and the comparisons.
@@ -114,13 +125,16 @@ def export(
         ExportError: A package is missing, the model has no such form, or a runtime disagrees.
         OSError: The file cannot be written.
     """
-    check_target(out, kind, opset)
+    check_target(out, kind, opset, half)
     opset = OPSETS[0] if opset is None else opset
     rules = [] if decider is None else columns(decider, classes)
-    about = describe(model, decider, classes)
-    expected = model_outputs(model, images)
+    about = describe(model, decider, classes, input_size)
+    size = model.config.image_size
+    expected = model_outputs(model, torch.stack([resize_image(image, size) for image in images]))
     start = time.perf_counter()
-    graph = ExportGraph(model, decider, classes)
+    graph = ExportGraph(
+        model, decider, classes, input_size=input_size, attention=FORMATS[kind].attention
+    )
     try:
         program = graph.trace()
     except RuntimeError as error:
@@ -128,7 +142,15 @@ def export(
     with _workshop(out) as folder:
         part = folder / out.name
         try:
-            nodes = write(program, kind, part, outputs=graph.output_names, about=about, opset=opset)
+            nodes = write(
+                program,
+                kind,
+                part,
+                outputs=graph.output_names,
+                about=about,
+                opset=opset,
+                half=half,
+            )
         except OSError as error:
             error.filename = str(out)  # not that of a file that will be gone
             raise
@@ -139,7 +161,7 @@ def export(
         seconds = time.perf_counter() - start
         compared, differs = [], []
         for runtime in runtimes(kind):
-            result = _compared(runtime, part, images, expected, rules)
+            result = _compared(runtime, part, images, expected, rules, half)
             if runtime.required and not result.agrees:
                 raise ExportError(_refusal(result, kind, opset))
             if runtime.required:
@@ -178,10 +200,15 @@ def _workshop(out: Path) -> Iterator[Path]:
 
 
 def _compared(
-    runtime: Runtime, path: Path, images: Tensor, expected: Outputs, rules: Sequence[Rule]
+    runtime: Runtime,
+    path: Path,
+    images: Tensor,
+    expected: Outputs,
+    rules: Sequence[Rule],
+    half: bool,
 ) -> Comparison:
     try:
-        return compare(runtime.name, runtime.load(path), images, expected, rules)
+        return compare(runtime.name, runtime.load(path), images, expected, rules, half=half)
     except Exception as error:  # the errors of ONNX Runtime have no base class of their own
         raise ExportError(
             f"{runtime.name} cannot run the file, so it is not kept: {first_line(error)}"
@@ -190,7 +217,8 @@ def _compared(
 
 def _refusal(result: Comparison, kind: Format, opset: int) -> str:
     """Say that a runtime disagrees, and what else there is to try."""
-    told = f"not exported, for of the largest values only {TOLERANCE:g} is allowed: {result}"
+    allowed = result.tolerance
+    told = f"not exported, for of the largest values only {allowed:g} is allowed: {result}"
     if "openvino" in result.runtime:
         told += "; try OpenVINO 2026.4 or later"
         if kind == "onnx" and opset < OPENVINO_OPSET:

@@ -6,6 +6,8 @@ import contextlib
 import importlib
 import io
 import logging
+import os
+import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +17,9 @@ from typing import Any, Literal
 import torch
 from torch.export import ExportedProgram
 
-Format = Literal["onnx", "torch", "openvino"]
+from rlr_fast.config import Backend
+
+Format = Literal["onnx", "torch", "aotinductor", "openvino"]
 
 OPSETS = range(18, 24)
 """Versions of ONNX's operators that a file can have; 18 is the first that PyTorch writes."""
@@ -29,6 +33,10 @@ OPENVINO_OPSET = 23
 # Entries of a constant up to which what is computed from constants is stored in their place: as
 # many as a mask of the definition has, less than one of tiles on a large grid.
 _STORED_ENTRIES = 1 << 20
+# From which on a constant is kept in float16 where that was asked for; smaller ones save nothing.
+_HALVED_ENTRIES = 1 << 10
+# Constants of `ExportGraph` that are never rounded: they are compared with scores, or exact.
+_EXACT = ("calibration", "threshold", "resize")
 
 
 class ExportError(RuntimeError):
@@ -44,12 +52,15 @@ class FormatSpec:
         packages: Those that write and run it.
         extra: The extra of rlr_fast that installs them.
         beside: Suffixes of further files beside it.
+        attention: Backend of attention on small grids: the definition for runtimes that fuse it
+            themselves, tiles for PyTorch.
     """
 
     suffix: str
     packages: tuple[str, ...] = ()
     extra: str = ""
     beside: tuple[str, ...] = ()
+    attention: Backend = "dense"
 
     def files(self, path: Path) -> list[Path]:
         """Return the files of an export to ``path``; without the others it cannot be read."""
@@ -58,7 +69,8 @@ class FormatSpec:
 
 FORMATS: dict[Format, FormatSpec] = {
     "onnx": FormatSpec(".onnx", ("onnx", "onnx_ir", "onnxscript", "onnxruntime"), "export"),
-    "torch": FormatSpec(".pt2"),
+    "torch": FormatSpec(".pt2", attention="tiled"),
+    "aotinductor": FormatSpec(".pt2", attention="tiled"),
     "openvino": FormatSpec(
         ".xml", ("onnx", "onnx_ir", "onnxscript", "openvino"), "openvino", (".bin",)
     ),
@@ -66,11 +78,16 @@ FORMATS: dict[Format, FormatSpec] = {
 
 
 def require_packages(kind: Format) -> None:
-    """Refuse a format whose packages are not here.
+    """Refuse a format whose packages, or compiler, are not here.
 
     Raises:
-        ExportError: One is not installed, or cannot be imported.
+        ExportError: A package is not installed, or cannot be imported; there is no C++ compiler.
     """
+    if kind == "aotinductor" and not any(map(shutil.which, _compilers())):
+        raise ExportError(
+            f"--to {kind} needs a C++ compiler, and there is none of {', '.join(_compilers())}; "
+            "the variable CXX may name one"
+        )
     for package in FORMATS[kind].packages:
         try:
             importlib.import_module(package)
@@ -81,6 +98,12 @@ def require_packages(kind: Format) -> None:
             ) from error
 
 
+def _compilers() -> list[str]:
+    """Return the names under which PyTorch looks for a C++ compiler here."""
+    chosen = os.environ.get("CXX")
+    return [chosen] if chosen else ["g++", "clang++"]
+
+
 def write(
     program: ExportedProgram,
     kind: Format,
@@ -89,6 +112,7 @@ def write(
     outputs: Sequence[str],
     about: str,
     opset: int,
+    half: bool = False,
 ) -> int:
     """Write a program as a file; return the number of its nodes.
 
@@ -99,20 +123,26 @@ def write(
         outputs: Names of the outputs.
         about: What the file says of itself.
         opset: Of an ONNX file.
+        half: Keep large constants in float16, in an ONNX file or an IR.
 
     Raises:
         ExportError: The program has an operator that the format lacks, or OpenVINO cannot write.
         OSError: The file cannot be written.
     """
+    if kind == "aotinductor":
+        _compile(program, path, about)
+        return _program_nodes(program)
     if kind == "torch":
         buffer = io.BytesIO()  # PyTorch ends the process where a disk is full
         with _quiet():
             torch.export.save(program, buffer, extra_files={f"{METADATA}.json": about})
         path.write_bytes(buffer.getbuffer())
-        return sum(node.op == "call_function" for node in program.graph.nodes)
+        return _program_nodes(program)
     import onnx_ir
 
     model = _onnx_model(program, outputs, OPENVINO_OPSET if kind == "openvino" else opset)
+    if half:
+        _halve(model.graph)
     if kind == "onnx":
         model.metadata_props[METADATA] = about
         onnx_ir.save(model, path)
@@ -122,10 +152,52 @@ def write(
     try:
         read = openvino.Core().read_model(onnx_ir.to_proto(model).SerializeToString())
         read.set_rt_info(about, [METADATA])
-        openvino.save_model(read, path, compress_to_fp16=False)
+        openvino.save_model(read, path, compress_to_fp16=False)  # it would round all constants
         return sum(node.get_type_name() != "Constant" for node in read.get_ops())
     except RuntimeError as error:
         raise ExportError(f"OpenVINO cannot write {path.name!r}: {first_line(error)}") from error
+
+
+def _program_nodes(program: ExportedProgram) -> int:
+    return sum(node.op == "call_function" for node in program.graph.nodes)
+
+
+def _compile(program: ExportedProgram, path: Path, about: str) -> None:
+    """Write a program as machine code for processors like this one."""
+    options = {"aot_inductor.metadata": {METADATA: about}}
+    with _quiet():
+        torch._inductor.aoti_compile_and_package(
+            program, package_path=str(path), inductor_configs=options
+        )
+
+
+def _halve(graph: Any) -> None:
+    """Keep the large float32 constants of a graph of `onnx_ir` in float16, and cast them back."""
+    import numpy as np
+    import onnx_ir as ir
+
+    single = ir.TensorType(ir.DataType.FLOAT)
+    largest = np.finfo(np.float16).max
+    for name, value in list(graph.initializers.items()):
+        if value.dtype != ir.DataType.FLOAT or value.const_value.size < _HALVED_ENTRIES:
+            continue
+        numbers = value.const_value.numpy()
+        if name.startswith(_EXACT) or np.abs(numbers).max() > largest:
+            continue
+        tensor = ir.Tensor(numbers.astype(np.float16), name=f"{name}_half")
+        half = ir.Value(
+            name=tensor.name,
+            shape=value.shape,
+            type=ir.TensorType(ir.DataType.FLOAT16),
+            const_value=tensor,
+        )
+        graph.initializers.add(half)
+        cast = ir.node("Cast", [half], {"to": ir.DataType.FLOAT})
+        [result] = cast.outputs
+        result.name, result.shape, result.type = f"{name}_single", value.shape, single
+        graph.insert_before(graph[0], cast)
+        value.replace_all_uses_with(result)
+        del graph.initializers[name]
 
 
 def _onnx_model(program: ExportedProgram, outputs: Sequence[str], opset: int) -> Any:

@@ -13,13 +13,15 @@ from torch.export import Dim, ExportedProgram
 from torch.nn.utils.rnn import pad_sequence
 
 from rlr_fast import __version__
+from rlr_fast.config import Backend
+from rlr_fast.export.resize import LanczosResize
 from rlr_fast.inference.decisions import Decider, Rule
 from rlr_fast.models.environment import package_version
 from rlr_fast.models.reconstructor import Reconstructor
 from rlr_fast.models.rlr import RLRModel
 from rlr_fast.training.calibration import scoring_identity
 
-# Tokens of a level up to which the graph computes the definition of the attention, with all scores.
+# Tokens of a level up to which a graph may compute the definition of attention, with all scores.
 # It has the fewest nodes, and runtimes recognize nothing in it that they would then replace. On
 # larger grids scores are what takes time and memory: there it has the tiles of the portable path.
 DENSE_TOKENS = 1024
@@ -32,19 +34,32 @@ class ExportGraph(nn.Module):
         model: A trained model; it is copied.
         decider: Rules that decide the images; None leaves decisions out.
         classes: Those whose rules are the columns of the decisions, before the pooled one.
+        input_size: (H, W) of the images, which the graph resizes; None for the model's image size.
+        attention: Backend of attention up to `DENSE_TOKENS`; above it is ``tiled``.
 
     Raises:
         ValueError: The model is compiled.
     """
 
-    def __init__(self, model: RLRModel, decider: Decider | None, classes: Sequence[str]) -> None:
+    def __init__(
+        self,
+        model: RLRModel,
+        decider: Decider | None,
+        classes: Sequence[str],
+        *,
+        input_size: tuple[int, int] | None = None,
+        attention: Backend = "dense",
+    ) -> None:
         super().__init__()
         if model.compiled_batch is not None:
             raise ValueError("model must be eager to be exported, got a compiled one")
         self.model = copy.deepcopy(model).to("cpu").eval()
         levels = cast("list[Reconstructor]", list(self.model.levels))
         tokens = max(level.reference.shape[-2] for level in levels)
-        self.model.set_backend("dense" if tokens <= DENSE_TOKENS else "tiled")
+        self.model.set_backend(attention if tokens <= DENSE_TOKENS else "tiled")
+        size = model.config.image_size
+        self.input_size = input_size or size
+        self.resize = None if self.input_size == size else LanczosResize(self.input_size, size)
         self.decides = decider is not None
         if decider is not None:
             rules = columns(decider, classes)
@@ -61,9 +76,12 @@ class ExportGraph(nn.Module):
         Decisions are ``p_value`` and ``anomalous``, both (B, K + 1), see `columns`.
 
         Args:
-            images: (B, H, W, 3) RGB, uint8.
+            images: (B, H, W, 3) RGB, uint8, of ``input_size``.
         """
-        output = self.model(images.permute(0, 3, 1, 2))
+        images = images.permute(0, 3, 1, 2)
+        if self.resize is not None:
+            images = self.resize(images).to(torch.uint8)
+        output = self.model(images)
         outputs = {"score_map": output.score_map[:, 0], "score": output.score}
         if self.decides:
             score = output.score[:, None]
@@ -80,8 +98,7 @@ class ExportGraph(nn.Module):
 
     def trace(self) -> ExportedProgram:
         """Return the program of the graph, for any batch size."""
-        height, width = self.model.config.image_size
-        images = torch.zeros(2, height, width, 3, dtype=torch.uint8)
+        images = torch.zeros(2, *self.input_size, 3, dtype=torch.uint8)
         with torch.no_grad():
             self.model.prepare_for_inference()
             program = torch.export.export(self, (images,), dynamic_shapes=({0: Dim("batch")},))
@@ -103,7 +120,12 @@ def columns(decider: Decider, classes: Sequence[str]) -> list[Rule]:
     return [rule for rule in map(decider.rule, [*classes, None]) if rule is not None]
 
 
-def describe(model: RLRModel, decider: Decider | None, classes: Sequence[str]) -> str:
+def describe(
+    model: RLRModel,
+    decider: Decider | None,
+    classes: Sequence[str],
+    input_size: tuple[int, int] | None = None,
+) -> str:
     """Return what a file says of itself, as JSON text.
 
     ``classes`` are those of the run, ``alpha`` and ``thresholds`` the decisions' (null and empty
@@ -120,7 +142,8 @@ def describe(model: RLRModel, decider: Decider | None, classes: Sequence[str]) -
         "rlr_fast": __version__,
         "torch": package_version("torch"),
         "image_size": list(model.config.image_size),
-        "images": "uint8 RGB (B, H, W, 3), resized by Pillow's Lanczos filter to image_size",
+        "input_size": list(input_size or model.config.image_size),
+        "images": "uint8 RGB (B, H, W, 3), resized by Pillow's Lanczos filter to input_size",
         "classes": list(classes),
         "alpha": None if decider is None else decider.alpha,
         "thresholds": thresholds,

@@ -12,6 +12,8 @@ from rlr_fast.training.run_dir import read_run
 
 COUNT = 8
 """Images that a file is compared on."""
+HALF_COUNT = 64
+"""Where its weights are in float16: so many that their order says something, and half of it."""
 
 
 def run_images(run: Path) -> list[Path]:
@@ -36,17 +38,25 @@ def run_images(run: Path) -> list[Path]:
     ]
 
 
-def comparison_images(files: Sequence[Path], size: tuple[int, int]) -> torch.Tensor:
-    """Return up to `COUNT` images (n, 3, H, W) uint8, evenly spread over a list of files.
+def comparison_images(
+    files: Sequence[Path], size: tuple[int, int], half: bool = False
+) -> torch.Tensor:
+    """Return `COUNT` or `HALF_COUNT` images (n, 3, H, W) uint8, evenly spread over a list of files.
 
     Args:
-        files: Image files, at least one.
+        files: Image files, at least one; of fewer all are taken.
         size: (H, W), to which they are resized.
+        half: Whether the order of their scores is to be compared, too.
 
     Raises:
         UnreadableImageError: A file cannot be read.
+        ValueError: They are too few to say anything of their order.
     """
-    count = min(COUNT, len(files))
+    if half and len(files) < HALF_COUNT // 2:
+        raise ValueError(
+            f"--half compares the order of at least {HALF_COUNT // 2} images, got {len(files)}"
+        )
+    count = min(HALF_COUNT if half else COUNT, len(files))
     chosen = [files[(2 * i + 1) * len(files) // (2 * count)] for i in range(count)]
     [batch] = iterate_images(chosen, size, count)
     if batch.failures:

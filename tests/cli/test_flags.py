@@ -44,7 +44,8 @@ FLAGS = {
     "predict": f"""{SCORING} --no-pictures --tile --overlap --class --masks --fail-on-anomaly
         --resume --watch --settle""",
     "publish": "--license --results --picture --backbone-weights --private --out --config",
-    "export": "--to --out --images --alpha --pool --opset --backbone-weights --config",
+    "export": """--to --out --images --alpha --pool --opset --input-size --half
+        --backbone-weights --config""",
     "decoder train": f"""{MACHINE} {DATA} --checkpoint --out --backbone-weights --epochs
         --batch-size --lr --seed""",
     "figures": f"""{MACHINE} {DATA} --checkpoint --out --backbone-weights --decoder --level

@@ -19,6 +19,7 @@ from rlr_fast import RLRConfig, RLRModel
 from rlr_fast.cli import main
 from rlr_fast.data import iterate_images
 from rlr_fast.export import export as module
+from rlr_fast.export.compare import compare
 from rlr_fast.export.graph import ExportGraph
 from rlr_fast.export.runtimes import Runtime, openvino_model
 from rlr_fast.files import LOCK_FILE
@@ -65,15 +66,16 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def _traced_once():
-    """Trace the graph with decisions once: it takes longer than all else."""
+    """Trace each graph once: it takes longer than all else."""
     trace = ExportGraph.trace
     with pytest.MonkeyPatch.context() as patch:
         programs = {}
 
         def traced(graph):
-            if graph.decides not in programs:
-                programs[graph.decides] = trace(graph)
-            return programs[graph.decides]
+            key = (graph.decides, graph.input_size, graph.model.backend)
+            if key not in programs:
+                programs[key] = trace(graph)
+            return programs[key]
 
         patch.setattr(ExportGraph, "trace", traced)
         yield
@@ -300,7 +302,7 @@ def test_a_program_of_pytorch(folder, tmp_path, capsys):
 
 
 def test_a_run_without_calibration_has_no_decisions(folder, tmp_path, monkeypatch, capsys, caplog):
-    def write(graph, kind, path, *, outputs, about, opset):
+    def write(graph, kind, path, *, outputs, about, **options):
         assert json.loads(about)["alpha"] is None and json.loads(about)["thresholds"] == []
         found = graph(torch.zeros(3, 48, 64, 3, dtype=torch.uint8))
         assert outputs == list(found) == ["score_map", "score"]
@@ -366,6 +368,59 @@ def test_openvino(folder, tmp_path, capsys):
     assert "openvino" in capsys.readouterr().out
 
 
+def test_a_compiled_program(folder, tmp_path, capsys):
+    if not any(map(shutil.which, ("g++", "clang++"))):
+        pytest.skip("there is no C++ compiler")
+    out = tmp_path / "model.pt2"
+    argv = ["export", str(folder / "run"), "--to", "aotinductor", "--out", str(out), *ALPHA]
+    assert main(argv) == 0
+    assert ", compiled: map within" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == [out]
+    program = torch._inductor.aoti_load_package(str(out))
+    assert json.loads(program.get_metadata()["rlr_fast"])["alpha"] == 0.2
+    assert program(torch.zeros(3, 48, 64, 3, dtype=torch.uint8))["score"].shape == (3,)
+
+
+def test_a_compiler_is_asked_for(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    argv = [folder / "run", "--to", "aotinductor", "--out", tmp_path / "a.pt2"]
+    assert "needs a C++ compiler, and there is none of /nowhere/c++" in refused(capsys, *argv)
+
+
+def test_half_the_size_with_the_same_decisions(onnx_file, folder, tmp_path, capsys):
+    out = tmp_path / "model.onnx"
+    for i in range(40):
+        save_picture(tmp_path / f"new/{i}.png", 200 + i, (48, 64))
+    argv = ["export", str(folder / "run"), "--to", "onnx", "--half", "--out", str(out), *ALPHA]
+    assert main([*argv, "--images", str(tmp_path / "new")]) == 0
+    assert "rank correlation 0.999" in capsys.readouterr().out
+    assert out.stat().st_size < 0.7 * onnx_file.stat().st_size
+    import onnx
+
+    constants = onnx.load(out).graph.initializer
+    halves = {t.name for t in constants if t.data_type == onnx.TensorProto.FLOAT16}
+    assert len(halves) > 10 and not any("calibration" in name for name in halves)
+
+
+@pytest.mark.parametrize(
+    ("scores", "agrees"),
+    [((1, 2, 3, 4), True), ((1, 2, 4, 3), False), ((1, 1, 1, 1), False), ((1, 2, 3, 5), False)],
+    ids=["equal", "another order", "one score", "too far"],
+)
+def test_weights_in_half_precision_must_keep_the_order_of_images(scores, agrees):
+    maps = np.ones((4, 2, 2), dtype=np.float32)
+    expected = {"score_map": maps, "score": np.float32([1, 2, 3, 4])}
+
+    def run(images):
+        rows = images[:, 0, 0, 0]
+        return {"score_map": maps[rows], "score": np.float32(scores)[rows]}
+
+    images = torch.arange(4, dtype=torch.uint8).view(4, 1, 1, 1).expand(4, 3, 2, 2)
+    result = compare("runtime", run, images, expected, half=True)
+    assert result.agrees == agrees
+    assert ("rank correlation" in str(result)) and (result.tolerance == 1e-2)
+
+
 @pytest.mark.parametrize("pool", [False, True])
 def test_decisions_are_those_of_the_rules_at_ties_too(pool, folder):
     calibration = read_calibration(folder / "run")
@@ -394,6 +449,13 @@ def test_decisions_are_those_of_the_rules_at_ties_too(pool, folder):
         ("RUN --to torch --out TAKEN/b.pt2", "TAKEN"),
         ("RUN --to onnx --out OUT/a.onnx --opset 17", "--opset must be from 18 to 23, got 17"),
         ("RUN --to torch --out OUT/a.pt2 --opset 18", "--opset is of ONNX files"),
+        ("RUN --to torch --out OUT/a.pt2 --half", "--half is of ONNX files and OpenVINO's IR"),
+        (
+            "RUN --to onnx --out OUT/a.onnx --half",
+            "--half compares the order of at least 32 images",
+        ),
+        ("RUN --to torch --out OUT/a.pt2 --input-size 0", "--input-size must be from 1 to 65536"),
+        ("RUN --to torch --out OUT/a.pt2 --input-size 9 9 9", "--input-size takes one side, or"),
         ("RUN --to torch --out OUT/a.pt2 --images nowhere", "there is no 'nowhere'"),
         ("RUN --to torch --out OUT/a.pt2 --alpha 0.01", "needs 99 calibration images"),
         ("BARE --to torch --out OUT/a.pt2 --alpha 0.2", "has no calibration"),
