@@ -12,7 +12,7 @@ from PIL import Image
 
 session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
 about = json.loads(session.get_modelmeta().custom_metadata_map["rlr_fast"])
-height, width = about["image_size"]
+height, width = about["input_size"]
 # Decisions have a column per class, and a last one for images of which the class is not known.
 known = sys.argv[2] in about["classes"]
 column = about["classes"].index(sys.argv[2]) if known else -1

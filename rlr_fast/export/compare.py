@@ -39,16 +39,16 @@ class Comparison:
         score_map: As a share of the model's largest value; NaN where the runtime gives NaN.
         score: Likewise.
         decisions: Number of p-values and decisions that are not those of the runtime's own scores.
+        rank_correlation: Spearman's, of the scores; NaN where all of them are equal.
         half: Whether the file has weights in float16.
-        rank_correlation: Spearman's, of the scores of ``half``; NaN where all scores are equal.
     """
 
     runtime: str
     score_map: float
     score: float
     decisions: int
+    rank_correlation: float
     half: bool = False
-    rank_correlation: float = 1.0
 
     @property
     def tolerance(self) -> float:
@@ -60,7 +60,7 @@ class Comparison:
         """Whether all differences are within the tolerance, and images keep their order."""
         # No comparison holds for NaN.
         within = self.score_map <= self.tolerance and self.score <= self.tolerance
-        ordered = self.rank_correlation >= LEAST_RANK_CORRELATION
+        ordered = not self.half or self.rank_correlation >= LEAST_RANK_CORRELATION
         return within and ordered and self.decisions == 0
 
     def __str__(self) -> str:
@@ -113,9 +113,7 @@ def compare(
         anomalous = p_values <= [rule.alpha for rule in rules]
         close = np.abs(found["p_value"] - p_values) <= _P_VALUE_ROUNDING
         wrong = int(np.count_nonzero(~close) + np.count_nonzero(found["anomalous"] != anomalous))
-    correlation = 1.0
-    if half:
-        varies = np.ptp(found["score"]) > 0 and np.ptp(expected["score"]) > 0
-        ranks = spearmanr(found["score"], expected["score"][rows]).statistic if varies else math.nan
-        correlation = float(ranks)
-    return Comparison(name, difference("score_map"), difference("score"), wrong, half, correlation)
+    scores = found["score"], expected["score"][rows]
+    varies = all(np.ptp(each) > 0 for each in scores)
+    correlation = float(spearmanr(*scores).statistic) if varies else math.nan
+    return Comparison(name, difference("score_map"), difference("score"), wrong, correlation, half)

@@ -75,12 +75,32 @@ class Standardize(nn.Module):
         return tokens * self.std + self.mean
 
 
+# What `push_to_hub` says of a model without its run; `rlr-fast publish` knows more.
+_CARD = """---
+{{ card_data }}
+---
+
+Finds defects in images: a model of RLR (ECCV 2024, *Learning Unified Reference Representation for
+Unsupervised Multi-class Anomaly Detection*), trained with the package rlr_fast on normal images.
+
+```python
+from rlr_fast import RLRModel
+
+model = RLRModel.from_pretrained("OWNER/NAME")  # as on top of this page
+```
+
+What it was trained on, how good it is and its thresholds are in the card that `rlr-fast publish` makes
+of a run.
+"""
+
+
 class RLRModel(
     nn.Module,
     ModelHubMixin,
     library_name="rlr_fast",
     tags=["anomaly-detection", "image-segmentation"],
     pipeline_tag="image-segmentation",
+    model_card_template=_CARD,
 ):
     """Multi-class anomaly detector that rebuilds features from a learnable reference (RLR).
 

@@ -177,3 +177,9 @@ folder = fetch_checkpoint("me/parts@{first[0]}")
 assert folder.name == "{first[0]}", folder
 """
         subprocess.run([sys.executable, "-c", pinned], env=environment, check=True)
+
+
+def test_a_model_that_is_pushed_without_its_run_says_how_to_load_it():
+    card = str(RLRModel.generate_model_card())
+    assert "from rlr_fast import RLRModel" in card and "library_name: rlr_fast" in card
+    assert "More Information Needed" not in card and "rlr-fast publish" in card
