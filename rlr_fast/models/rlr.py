@@ -89,8 +89,8 @@ from rlr_fast import RLRModel
 model = RLRModel.from_pretrained("OWNER/NAME")  # as on top of this page
 ```
 
-What it was trained on, how good it is and its thresholds are in the card that `rlr-fast publish` makes
-of a run.
+What it was trained on, how good it is and its thresholds are in the card that `rlr-fast publish`
+makes of a run.
 """
 
 

@@ -180,6 +180,6 @@ assert folder.name == "{first[0]}", folder
 
 
 def test_a_model_that_is_pushed_without_its_run_says_how_to_load_it():
-    card = str(RLRModel.generate_model_card())
+    card = str(RLRModel.generate_model_card(RLRModel))
     assert "from rlr_fast import RLRModel" in card and "library_name: rlr_fast" in card
     assert "More Information Needed" not in card and "rlr-fast publish" in card
