@@ -84,6 +84,7 @@ def given_decider(
     alpha: float | None,
     pool: bool,
     needed: bool,
+    whole: bool = False,
 ) -> Decider | None:
     """Return what decides by a checkpoint's calibration.
 
@@ -96,6 +97,7 @@ def given_decider(
         alpha: Of ``--alpha``, if given.
         pool: Of ``--pool``.
         needed: Whether another flag needs decisions.
+        whole: Whether one that cannot decide some of ``categories`` is of no use.
 
     Raises:
         ValueError: Decisions are asked for and cannot be made; the message says what would help.
@@ -116,7 +118,7 @@ def given_decider(
         if needed or pool or alpha is not None:
             raise ValueError(reason)
         _log.warning("not decided: %s", reason)
-    return decider
+    return decider if reason is None or not whole else None
 
 
 def report_failures(failures: Sequence[str]) -> int:

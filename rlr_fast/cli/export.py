@@ -60,10 +60,14 @@ def export(
     classes = sorted(trained_classes(folder) or (calibration.classes if calibration else ()))
     model = load_model(folder, InferenceExecution(device="cpu"), backbone_weights)
     decider = given_decider(
-        folder, scoring_identity(model), {*classes, None}, alpha=alpha, pool=pool, needed=False
+        folder,
+        scoring_identity(model),
+        {*classes, None},
+        alpha=alpha,
+        pool=pool,
+        needed=False,
+        whole=True,
     )
-    if decider is not None and decider.undecided({*classes, None}) is not None:
-        decider = None  # as the warning said
     result = export(
         model,
         out,
