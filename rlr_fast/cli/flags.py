@@ -32,6 +32,15 @@ def _whole(text: str) -> int:
         raise ValueError(f"must be a whole number, got {text!r}") from None
 
 
+def _side(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(
+            f"must be a side in pixels, or height and width such as 512 1024, got {text!r}"
+        ) from None
+
+
 def _positive(text: str) -> int:
     value = int(text) if text.isdecimal() else 0
     if value < 1:
@@ -94,11 +103,12 @@ def _several(read: Callable[[str], object]) -> Parameter:
 
 # How fields are read whose types the library reads otherwise, or not at all.
 _WHOLES = Annotated[tuple[int, ...], _several(_whole)]
+_SIDES = Annotated[tuple[int, ...], _several(_side)]
 _HINTS: dict[Any, Any] = {
     int: Annotated[int, _one(_whole)],
     int | None: Annotated[int, _one(_whole)],
     tuple[int, ...]: _WHOLES,
-    tuple[int, int]: _WHOLES,  # a single number stands for both sides
+    tuple[int, int]: _SIDES,  # a single number stands for both sides
     tuple[config.Window, ...]: Annotated[tuple[int, ...], _several(_window)],
 }
 
@@ -174,7 +184,7 @@ Layout = Annotated[
 Classes = Annotated[tuple[str, ...] | None, Parameter(help="Only these classes.")]
 Whole = Annotated[int, _one(_whole)]
 Positive = Annotated[int, _one(_positive)]
-Pixels = Annotated[tuple[int, ...], _several(_whole)]
+Pixels = _SIDES
 Out = Annotated[Path, Parameter(help="Folder of the results.")]
 Checkpoint = Annotated[
     str, Parameter(help="Folder of a run, or OWNER/NAME or OWNER/NAME@REVISION on the hub.")

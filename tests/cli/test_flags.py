@@ -238,6 +238,10 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, capsys):
         ("train DATA --out RUN --quite", "Unknown option: --quite. Did you mean --quiet?"),
         ("train DATA --out RUN --epoch 3", "Unknown option: --epoch. Did you mean --epochs?"),
         ("train DATA --out RUN --epochs 3.5", "must be a whole number, got '3.5'"),
+        (
+            "train DATA --out RUN --image-size 64x128",
+            "or height and width such as 512 1024, got '64x",
+        ),
         ("train DATA --out RUN --alpha 1 --alpha 2", "--alpha is given twice"),
         ("train DATA --out RUN --windows 3x5x7", "must be a side, or height x width"),
         ("train DATA --out RUN --hidden", "--hidden"),
