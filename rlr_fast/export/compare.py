@@ -27,7 +27,7 @@ HALF_TOLERANCE = 1e-2
 LEAST_RANK_CORRELATION = 0.999
 """Of Spearman, between the scores of the file and of the model, where weights are in float16."""
 _P_VALUE_ROUNDING = 1e-6  # of float32
-_TOGETHER = 8  # images of the larger batch, whose first comes twice
+_TOGETHER = 8  # images at once; with the first of them again, those of the larger batch
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,13 @@ class Comparison:
 
 def model_outputs(model: RLRModel, images: Tensor) -> Outputs:
     """Return the score maps and scores that prediction has of images (n, 3, H, W)."""
-    [(_, scores)] = score_batches(model.eval(), [(None, images)])
-    return {"score_map": scores.maps, "score": np.asarray(scores.scores, dtype=np.float32)}
+    batches = [(None, part) for part in images.split(_TOGETHER)]
+    parts = [scores for _, scores in score_batches(model.eval(), batches)]
+    scores = np.concatenate([part.scores for part in parts])
+    return {
+        "score_map": np.concatenate([part.maps for part in parts]),
+        "score": scores.astype(np.float32),
+    }
 
 
 def compare(
