@@ -143,6 +143,33 @@ def _level_values(argument: str, value: Any, levels: int) -> tuple[Any, ...]:
     return values
 
 
+def _check_types(config: RLRConfig | TrainConfig) -> None:
+    for name, hint in typing.get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if not _has_type(value, hint):
+            raise ValueError(f"{name} must be of type {_type_name(hint)}, got {value!r}")
+
+
+def _has_type(value: Any, hint: Any) -> bool:
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_has_type(value, part) for part in typing.get_args(hint))
+    if origin is Literal:  # the class itself names the choices where it is none of them
+        return isinstance(value, str)
+    if origin is tuple:  # a single value stands for every level
+        part = typing.get_args(hint)[0]
+        if isinstance(value, (list, tuple)):
+            return all(_has_type(v, part) for v in value)
+        return _has_type(value, part)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+
+
+def _type_name(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+
+
 Value = TypeVar("Value")
 
 
@@ -223,6 +250,8 @@ class RLRConfig:
     top_share: float = 0.0
 
     def __post_init__(self) -> None:
+        _check_types(self)
+
         def put(name: str, value: Any) -> None:
             object.__setattr__(self, name, value)
 
@@ -373,6 +402,7 @@ class TrainConfig:
     calibration_share: float = 0.0
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _require(self.epochs > 0, "epochs", "positive", self.epochs)
         _require(self.batch_size > 0, "batch_size", "positive", self.batch_size)
         _require(self.lr > 0, "lr", "positive", self.lr)
@@ -552,29 +582,7 @@ def from_dict(cls: type[T], values: Mapping[str, Any], base: T | None = None) ->
         ValueError: An unknown field, a value of the wrong type, or a broken rule.
     """
     hints = typing.get_type_hints(cls)
-    for name, value in values.items():
+    for name in values:
         if name not in hints:
             raise ValueError(f"{cls.__name__} has no field {name!r}; {suggest(name, hints)}")
-        if not _has_type(value, hints[name]):
-            raise ValueError(f"{name} must be of type {_type_name(hints[name])}, got {value!r}")
     return dataclasses.replace(base if base is not None else cls(), **values)
-
-
-def _has_type(value: Any, hint: Any) -> bool:
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(_has_type(value, part) for part in typing.get_args(hint))
-    if origin is Literal:  # the class itself names the choices where it is none of them
-        return isinstance(value, str)
-    if origin is tuple:  # a single value stands for every level
-        part = typing.get_args(hint)[0]
-        if isinstance(value, (list, tuple)):
-            return all(_has_type(v, part) for v in value)
-        return _has_type(value, part)
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
-
-
-def _type_name(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")

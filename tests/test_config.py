@@ -131,11 +131,18 @@ def test_unknown_field_suggests_the_nearest():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("blocks", "four"), ("blocks", True), ("standardize", 1), ("hidden", [1.5, 2, 3])],
+    [
+        ("blocks", "four"),
+        ("blocks", True),
+        ("standardize", 1),
+        ("hidden", [1.5, 2, 3]),
+        ("backbone", 3),
+    ],
 )
 def test_wrong_type_names_the_field(field, value):
-    with pytest.raises(ValueError, match=field):
-        from_dict(RLRConfig, {field: value})
+    for make in (lambda: from_dict(RLRConfig, {field: value}), lambda: RLRConfig(**{field: value})):
+        with pytest.raises(ValueError, match=f"{field} must be of type"):
+            make()
 
 
 @pytest.mark.parametrize(
