@@ -37,7 +37,6 @@ FILES: tuple[tuple[str, Format, int, bool], ...] = (
     ("OpenVINO IR", "openvino", OPSETS[-1], False),
     ("OpenVINO IR, half", "openvino", OPSETS[-1], True),
     ("torch.export", "torch", OPSETS[0], False),
-    ("AOTInductor", "aotinductor", OPSETS[0], False),
 )
 BATCHES = (1, 8)
 _SECONDS = 3.0  # that a timing takes at least

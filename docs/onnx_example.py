@@ -3,6 +3,7 @@
 It needs numpy, onnxruntime and pillow, and nothing else.
 """
 
+import csv
 import json
 import sys
 
@@ -18,10 +19,14 @@ known = sys.argv[2] in about["classes"]
 column = about["classes"].index(sys.argv[2]) if known else -1
 
 for path in sys.argv[3 if known else 2 :]:
-    image = Image.open(path).convert("RGB")
+    image = Image.open(path)
+    if image.mode not in ("RGB", "L"):
+        sys.exit(f"{path}: pixels of mode {image.mode}; docs/data.md says how they are converted")
     if image.size != (width, height):
+        if about["input_size"] != about["image_size"]:
+            sys.exit(f"{path}: {image.size} pixels, and the file takes {width} x {height}")
         image = image.resize((width, height), Image.Resampling.LANCZOS)
-    batch = np.asarray(image)[None]  # (B, H, W, 3), uint8
+    batch = np.asarray(image.convert("RGB"))[None]  # (B, H, W, 3), uint8
     names = [output.name for output in session.get_outputs()]
     result = dict(zip(names, session.run(names, {"images": batch}), strict=True))
     line = [path, f"{result['score'][0]:.6f}"]
@@ -29,4 +34,4 @@ for path in sys.argv[3 if known else 2 :]:
         marked = (result["score_map"][0] > about["thresholds"][column]["pixel"]).mean()
         word = "anomalous" if result["anomalous"][0, column] else "normal"
         line += [f"{result['p_value'][0, column]:.6f}", word, f"{marked:.6f}"]
-    print(*line, sep=",")
+    csv.writer(sys.stdout, lineterminator="\n").writerow(line)

@@ -13,7 +13,7 @@ from rlr_fast.cli import flags
 _log = logging.getLogger(__name__)
 
 _RUN = "Folder of a run, or OWNER/NAME or OWNER/NAME@REVISION on the hub."
-To = Literal["onnx", "torch", "aotinductor", "openvino"]
+To = Literal["onnx", "torch", "openvino"]
 
 
 def export(
@@ -34,8 +34,7 @@ def export(
     """Write a model as a file for other runtimes, if they agree with it on real images.
 
     Args:
-        to: ONNX, a program of torch.export, that compiled for processors like this one
-            (aotinductor), or OpenVINO's IR.
+        to: ONNX, a program of torch.export, or OpenVINO's IR.
         images: Images, or folders of images, to compare on; by default those that the run was
             trained and tested on, where they still are.
         opset: Version of ONNX's operators, from 18 to 23.
@@ -83,7 +82,7 @@ def export(
         print(comparison)
     for comparison in result.differs:
         _log.warning(
-            "%s, of the largest values: compile the model with INFERENCE_PRECISION_HINT f32",
+            "%s (shares of the largest values): compile it with INFERENCE_PRECISION_HINT f32",
             comparison,
         )
     decides = "no decisions" if decider is None else f"decisions at alpha {decider.alpha:g}"

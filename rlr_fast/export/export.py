@@ -106,8 +106,7 @@ def export(
     Args:
         model: A trained model that is not compiled; it stays as it is.
         out: The file, which must not exist; a missing folder is made.
-        kind: ``onnx``, ``torch`` (a program of `torch.export`), ``aotinductor`` (that compiled
-            for processors like this one) or ``openvino`` (its IR).
+        kind: ``onnx``, ``torch`` (a program of `torch.export`) or ``openvino`` (its IR).
         images: (n, 3, H, W) uint8 RGB to compare on, of ``input_size``.
         decider: Decides in the file, too; it must be able to decide each of ``classes`` and all
             pooled. None leaves decisions out.

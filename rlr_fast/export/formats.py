@@ -6,8 +6,6 @@ import contextlib
 import importlib
 import io
 import logging
-import os
-import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +17,7 @@ from torch.export import ExportedProgram
 
 from rlr_fast.config import Backend
 
-Format = Literal["onnx", "torch", "aotinductor", "openvino"]
+Format = Literal["onnx", "torch", "openvino"]
 
 OPSETS = range(18, 24)
 """Versions of ONNX's operators that a file can have; 18 is the first that PyTorch writes."""
@@ -70,7 +68,6 @@ class FormatSpec:
 FORMATS: dict[Format, FormatSpec] = {
     "onnx": FormatSpec(".onnx", ("onnx", "onnx_ir", "onnxscript", "onnxruntime"), "export"),
     "torch": FormatSpec(".pt2", attention="tiled"),
-    "aotinductor": FormatSpec(".pt2", attention="tiled"),
     "openvino": FormatSpec(
         ".xml", ("onnx", "onnx_ir", "onnxscript", "openvino"), "openvino", (".bin",)
     ),
@@ -78,16 +75,11 @@ FORMATS: dict[Format, FormatSpec] = {
 
 
 def require_packages(kind: Format) -> None:
-    """Refuse a format whose packages, or compiler, are not here.
+    """Refuse a format whose packages are not here.
 
     Raises:
-        ExportError: A package is not installed, or cannot be imported; there is no C++ compiler.
+        ExportError: One is not installed, or cannot be imported.
     """
-    if kind == "aotinductor" and not any(map(shutil.which, _compilers())):
-        raise ExportError(
-            f"--to {kind} needs a C++ compiler, and there is none of {', '.join(_compilers())}; "
-            "the variable CXX may name one"
-        )
     for package in FORMATS[kind].packages:
         try:
             importlib.import_module(package)
@@ -96,12 +88,6 @@ def require_packages(kind: Format) -> None:
                 f"--to {kind} needs the package {package} ({error}): "
                 f"pip install 'rlr_fast[{FORMATS[kind].extra}]'"
             ) from error
-
-
-def _compilers() -> list[str]:
-    """Return the names under which PyTorch looks for a C++ compiler here."""
-    chosen = os.environ.get("CXX")
-    return [chosen] if chosen else ["g++", "clang++"]
 
 
 def write(
@@ -129,9 +115,6 @@ def write(
         ExportError: The program has an operator that the format lacks, or OpenVINO cannot write.
         OSError: The file cannot be written.
     """
-    if kind == "aotinductor":
-        _compile(program, path, about)
-        return _program_nodes(program)
     if kind == "torch":
         buffer = io.BytesIO()  # PyTorch ends the process where a disk is full
         with _quiet():
@@ -160,15 +143,6 @@ def write(
 
 def _program_nodes(program: ExportedProgram) -> int:
     return sum(node.op == "call_function" for node in program.graph.nodes)
-
-
-def _compile(program: ExportedProgram, path: Path, about: str) -> None:
-    """Write a program as machine code for processors like this one."""
-    options = {"aot_inductor.metadata": {METADATA: about}}
-    with _quiet():
-        torch._inductor.aoti_compile_and_package(
-            program, package_path=str(path), inductor_configs=options
-        )
 
 
 def _halve(graph: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import torch
 
 from rlr_fast.data import iterate_images, read_dataset
 from rlr_fast.training.run_dir import read_run
+
+_log = logging.getLogger(__name__)
 
 COUNT = 8
 """Images that a file is compared on."""
@@ -26,7 +29,10 @@ def run_images(run: Path) -> list[Path]:
     record = read_run(run)
     root = None if record is None else Path(record["data"]["root"])
     if record is None or root is None or not root.is_dir():
-        reason = "it does not say where its images are" if root is None else f"{root} is gone"
+        reason = "it does not say where its images are"
+        if root is not None:
+            here = "" if root.is_absolute() else f", seen from {Path.cwd()}"
+            reason = f"its images are no longer in {root}{here}"
         raise ValueError(
             f"{run}: {reason}; name a few images, or a folder, by --images to compare on"
         )
@@ -48,8 +54,10 @@ def comparison_images(
         size: (H, W), to which they are resized.
         half: Whether the order of their scores is to be compared, too.
 
+    Files that cannot be read are left out with a warning.
+
     Raises:
-        UnreadableImageError: A file cannot be read.
+        UnreadableImageError: None of the files can be read.
         ValueError: They are too few to say anything of their order.
     """
     if half and len(files) < HALF_COUNT // 2:
@@ -59,6 +67,8 @@ def comparison_images(
     count = min(HALF_COUNT if half else COUNT, len(files))
     chosen = [files[(2 * i + 1) * len(files) // (2 * count)] for i in range(count)]
     [batch] = iterate_images(chosen, size, count)
-    if batch.failures:
+    for failure in batch.failures:
+        _log.warning("left out of the comparison: %s", failure.error)
+    if not batch.indices:
         raise batch.failures[0].error
     return batch.images

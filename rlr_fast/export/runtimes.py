@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from rlr_fast.export.formats import Format
 from rlr_fast.models.environment import package_version
@@ -47,8 +46,6 @@ def runtimes(kind: Format, threads: int = 0) -> list[Runtime]:
     """
     if kind == "torch":
         return [Runtime(f"torch {torch.__version__}", _torch)]
-    if kind == "aotinductor":
-        return [Runtime(f"torch {torch.__version__}, compiled", _compiled)]
     found = []
     if kind == "onnx":
         name = f"onnxruntime {package_version('onnxruntime')}"
@@ -99,15 +96,9 @@ def _openvino_default() -> str:
     return str(hint.get_type_name())
 
 
-def _compiled(path: Path) -> Callable[[NDArray[np.uint8]], Outputs]:
-    return _of_tensors(torch._inductor.aoti_load_package(str(path)))
-
-
 def _torch(path: Path) -> Callable[[NDArray[np.uint8]], Outputs]:
-    return _of_tensors(torch.export.load(path).module())
+    module = torch.export.load(path).module()
 
-
-def _of_tensors(module: Callable[[Tensor], dict[str, Tensor]]) -> Any:
     @torch.no_grad()
     def run(images: NDArray[np.uint8]) -> Outputs:
         return {name: value.numpy() for name, value in module(torch.from_numpy(images)).items()}

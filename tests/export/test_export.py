@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_tree, save_picture
+from PIL import Image
 
 from rlr_fast import RLRConfig, RLRModel
 from rlr_fast.cli import main
@@ -21,6 +22,7 @@ from rlr_fast.data import iterate_images
 from rlr_fast.export import export as module
 from rlr_fast.export.compare import compare
 from rlr_fast.export.graph import ExportGraph
+from rlr_fast.export.images import comparison_images
 from rlr_fast.export.runtimes import Runtime, openvino_model
 from rlr_fast.files import LOCK_FILE
 from rlr_fast.inference.calibrate import calibrate
@@ -133,6 +135,13 @@ def test_the_example_reproduces_a_prediction_without_the_package(onnx_file, fold
                 assert float(area) == pytest.approx(float(row["area"]), abs=1e-3)
                 kinds.add(decision)
     assert kinds == {"normal", "anomalous"}
+
+
+def test_the_example_refuses_what_it_would_score_otherwise(onnx_file, folder, tmp_path):
+    Image.new("RGBA", (64, 48)).save(tmp_path / "clear.png")
+    command = [sys.executable, str(EXAMPLE), str(onnx_file), str(tmp_path / "clear.png")]
+    done = subprocess.run(command, capture_output=True, text=True, env={})
+    assert done.returncode == 1 and "pixels of mode RGBA" in done.stderr
 
 
 def test_an_onnx_file_is_small_and_of_standard_operators(onnx_file):
@@ -368,25 +377,6 @@ def test_openvino(folder, tmp_path, capsys):
     assert "openvino" in capsys.readouterr().out
 
 
-def test_a_compiled_program(folder, tmp_path, capsys):
-    if not any(map(shutil.which, ("g++", "clang++"))):
-        pytest.skip("there is no C++ compiler")
-    out = tmp_path / "model.pt2"
-    argv = ["export", str(folder / "run"), "--to", "aotinductor", "--out", str(out), *ALPHA]
-    assert main(argv) == 0
-    assert ", compiled: map within" in capsys.readouterr().out
-    assert list(tmp_path.iterdir()) == [out]
-    program = torch._inductor.aoti_load_package(str(out))
-    assert json.loads(program.get_metadata()["rlr_fast"])["alpha"] == 0.2
-    assert program(torch.zeros(3, 48, 64, 3, dtype=torch.uint8))["score"].shape == (3,)
-
-
-def test_a_compiler_is_asked_for(folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("CXX", "/nowhere/c++")
-    argv = [folder / "run", "--to", "aotinductor", "--out", tmp_path / "a.pt2"]
-    assert "needs a C++ compiler, and there is none of /nowhere/c++" in refused(capsys, *argv)
-
-
 def test_half_the_size_with_the_same_decisions(onnx_file, folder, tmp_path, capsys):
     out = tmp_path / "model.onnx"
     for i in range(40):
@@ -479,6 +469,16 @@ def test_a_mistake_is_a_line_before_any_work(argv, message, folder, tmp_path, ca
     assert [path.name for path in tmp_path.iterdir()] == ["taken.pt2"]
 
 
+def test_a_file_that_cannot_be_read_is_left_out_of_the_comparison(tmp_path, caplog):
+    save_picture(tmp_path / "a.png", 0, (48, 64))
+    (tmp_path / "b.png").write_bytes(b"no picture")
+    files = [tmp_path / "a.png", tmp_path / "b.png"]
+    assert comparison_images(files, (48, 64)).shape == (1, 3, 48, 64)
+    assert "left out of the comparison" in caplog.text and "b.png" in caplog.text
+    with pytest.raises(OSError, match=r"b\.png"):
+        comparison_images(files[1:], (48, 64))
+
+
 def test_images_that_are_gone_are_asked_for(folder, tmp_path, capsys):
     shutil.copytree(folder / "bare", tmp_path / "run")
     (tmp_path / "run/run.json").unlink()
@@ -486,7 +486,7 @@ def test_images_that_are_gone_are_asked_for(folder, tmp_path, capsys):
     assert "does not say where its images are" in refused(capsys, *argv)
     record = {"model": {}, "recipe": {}, "data": {"root": "/nowhere", "layout": "mvtec"}}
     (tmp_path / "run/run.json").write_text(json.dumps(record))
-    assert "/nowhere is gone; name a few images" in refused(capsys, *argv)
+    assert "its images are no longer in /nowhere; name a few images" in refused(capsys, *argv)
 
 
 @pytest.mark.parametrize(
