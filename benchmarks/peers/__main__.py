@@ -2,8 +2,8 @@
 
 All see the same pictures at the same size through the same network, one model for all classes, and
 are measured as ``rlr-fast eval`` measures: metrics per class, then their mean. ``--run FOLDER``
-adds a trained RLR. PaDiM and PatchCore need `requirements.txt` beside this file, in an environment
-of their own if you like.
+adds a trained RLR. All but nearest neighbors need `requirements.txt` beside this file, in an
+environment of their own if you like.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import record
-from benchmarks.peers.methods import PEERS, Method
+from benchmarks.peers.catalog import PEERS
+from benchmarks.peers.groups import GroupedBackbone, group
+from benchmarks.peers.methods import Method
 from rlr_fast.config import InferenceExecution
 from rlr_fast.data import read_dataset
 from rlr_fast.data.images import iterate_images, load_sample_mask
@@ -28,7 +30,7 @@ from rlr_fast.data.layouts import DataSet, Sample
 from rlr_fast.inference.batches import load_model
 from rlr_fast.inference.evaluate import evaluate
 from rlr_fast.inference.metrics import HEADINGS, class_metrics, format_table, mean_metrics
-from rlr_fast.models.backbone import Backbone, BackboneWeightsError
+from rlr_fast.models.backbone import BackboneWeightsError
 from rlr_fast.models.checkpoint import CheckpointError, check_checkpoint
 
 _BATCH = 8
@@ -77,7 +79,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--run", type=Path, action="append", help="a trained RLR, as another row")
     parser.add_argument("--backbone", default="tf_efficientnet_lite0")
     parser.add_argument("--weights", default="package", help="as of rlr-fast train")
-    parser.add_argument("--levels", type=int, nargs="+", default=[2, 3])
+    parser.add_argument(
+        "--levels", type=group, nargs="+", default=[range(2, 3), range(3, 4)],
+        help="such as 2 3, or 2-5 6-9 for the means of two groups of a ViT's blocks",
+    )  # fmt: skip
     parser.add_argument("--image-size", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--record", metavar="NAME", help="as of pytest --benchmark-record")
@@ -90,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         data = read_dataset(options.root)
         data.require_train()
         data.require_test()
-        backbone = Backbone(options.backbone, options.weights, tuple(options.levels), size)
+        backbone = GroupedBackbone(options.backbone, options.weights, options.levels, size)
         for name in options.peer or PEERS:
             torch.manual_seed(options.seed)
             methods[name] = PEERS[name].make(backbone)

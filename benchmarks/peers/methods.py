@@ -5,8 +5,6 @@ PatchCore and PaDiM are anomalib's, on the feature maps that RLR gets from the s
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Protocol
 from unittest import mock
 
@@ -32,6 +30,13 @@ class Method(Protocol):
 
     def score(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return image scores (B,) and score maps (B, H, W)."""
+
+
+@torch.no_grad()
+def infer(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the image scores (B,) and the maps (B, H, W) of one of anomalib's models."""
+    batch = model(images)
+    return batch.pred_score.flatten(), batch.anomaly_map.squeeze(1)
 
 
 class _Features(nn.Module):
@@ -62,10 +67,8 @@ class _Anomalib:
     def learn(self, images: Tensor) -> None:
         self.model(images)
 
-    @torch.no_grad()
     def score(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        found = self.model(images)
-        return found.pred_score.flatten(), found.anomaly_map.squeeze(1)
+        return infer(self.model, images)
 
 
 class PatchCore(_Anomalib):
@@ -153,25 +156,3 @@ class NearestNeighbors:
 
     def _tokens(self, images: Tensor) -> list[Tensor]:
         return [F.normalize(m.flatten(2).mT, dim=-1) for m in self.backbone(images)]
-
-
-@dataclass(frozen=True)
-class Peer:
-    """A method by name.
-
-    Attributes:
-        label: What it is, in a line.
-        make: Makes it, on a backbone.
-    """
-
-    label: str
-    make: Callable[[Backbone], Method]
-
-
-PEERS: dict[str, Peer] = {
-    "padim": Peer("PaDiM, one Gaussian a place for all classes", PaDiM),
-    "patchcore-0.4": Peer("PatchCore, coreset of 0.4 %", lambda b: PatchCore(b, 0.004)),
-    "patchcore-1": Peer("PatchCore, coreset of 1 %", lambda b: PatchCore(b, 0.01)),
-    "patchcore-10": Peer("PatchCore, coreset of 10 %", lambda b: PatchCore(b, 0.1)),
-    "nearest": Peer("nearest training token, cosine, all tokens", NearestNeighbors),
-}
