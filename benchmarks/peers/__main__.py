@@ -9,6 +9,7 @@ environment of their own if you like.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -20,9 +21,10 @@ import torch
 from torch import Tensor
 
 from benchmarks import record
-from benchmarks.peers.catalog import PEERS
+from benchmarks.peers.catalog import PEERS, make_peer
 from benchmarks.peers.groups import GroupedBackbone, group
 from benchmarks.peers.methods import Method
+from benchmarks.peers.transformers import Training
 from rlr_fast.config import InferenceExecution
 from rlr_fast.data import read_dataset
 from rlr_fast.data.images import iterate_images, load_sample_mask
@@ -75,7 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print and record."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=__doc__)
     parser.add_argument("root", type=Path, help="a data set, as rlr-fast train takes it")
-    parser.add_argument("--peer", choices=PEERS, action="append", help="default: each")
+    parser.add_argument(
+        "--peer", choices=PEERS, action="append", help="default: each that needs no gradient steps"
+    )
     parser.add_argument("--run", type=Path, action="append", help="a trained RLR, as another row")
     parser.add_argument("--backbone", default="tf_efficientnet_lite0")
     parser.add_argument("--weights", default="package", help="as of rlr-fast train")
@@ -85,6 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("--image-size", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=Training.steps, help="of dinomaly, inp-former")
+    parser.add_argument("--batch-size", type=int, default=Training.batch_size, help="of a step")
     parser.add_argument("--record", metavar="NAME", help="as of pytest --benchmark-record")
     options = parser.parse_args(arguments)
     size = (options.image_size, options.image_size)
@@ -96,9 +102,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         data.require_train()
         data.require_test()
         backbone = GroupedBackbone(options.backbone, options.weights, options.levels, size)
-        for name in options.peer or PEERS:
+        training = Training(options.steps, options.batch_size)
+        for name in options.peer or [name for name, peer in PEERS.items() if not peer.is_trained]:
             torch.manual_seed(options.seed)
-            methods[name] = PEERS[name].make(backbone)
+            methods[name] = make_peer(name, backbone, training)
     except (ValueError, BackboneWeightsError, CheckpointError, ModuleNotFoundError) as error:
         parser.error(str(error))
     recorder = record.open_record(options.record)
@@ -119,7 +126,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         np.random.seed(options.seed)  # PatchCore's projection, on which its coreset depends
         fit_s = fit(method, data, size)
         classes, image_s = measure(method, data, size)
-        add(name, PEERS[name].label, classes, fit_s=fit_s, image_s=image_s)
+        facts = dataclasses.asdict(training) if PEERS[name].is_trained else {}
+        add(name, PEERS[name].label, classes, fit_s=fit_s, image_s=image_s, **facts)
     for run in options.run or []:
         model = load_model(run, InferenceExecution())
         name = f"rlr {run.name}"
