@@ -3,8 +3,8 @@
 Model, initial weights, loss, optimizer, schedule and clipping are those of anomalib's Lightning
 modules, without its trainer. The ViT's tokens are computed once for each training image and kept in
 half precision: it is frozen, and the recipes augment nothing. The learning rate follows its
-schedule step by step, as in the papers; anomalib 2.7 leaves that to Lightning, which by default
-moves it once an epoch.
+schedule step by step, as in the code of Dinomaly's authors; anomalib 2.7 leaves that to Lightning,
+which by default moves it once an epoch.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Training:
 
     Attributes:
         steps: Gradient steps.
-        batch_size: Images of a step; 16 in both papers.
+        batch_size: Images of a step; 16 in the code of Dinomaly's authors.
     """
 
     steps: int = 800
