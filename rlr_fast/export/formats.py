@@ -33,8 +33,9 @@ OPENVINO_OPSET = 23
 _STORED_ENTRIES = 1 << 20
 # From which on a constant is kept in float16 where that was asked for; smaller ones save nothing.
 _HALVED_ENTRIES = 1 << 10
-# Constants of `ExportGraph` that are never rounded: they are compared with scores, or exact.
-_EXACT = ("calibration", "threshold", "resize")
+# Constants of `ExportGraph` that are never rounded, for scores are compared with them. (Those that
+# resize are whole numbers, which float16 holds.)
+_EXACT = ("calibration", "threshold")
 
 
 class ExportError(RuntimeError):
@@ -120,7 +121,7 @@ def write(
         with _quiet():
             torch.export.save(program, buffer, extra_files={f"{METADATA}.json": about})
         path.write_bytes(buffer.getbuffer())
-        return _program_nodes(program)
+        return sum(node.op == "call_function" for node in program.graph.nodes)
     import onnx_ir
 
     model = _onnx_model(program, outputs, OPENVINO_OPSET if kind == "openvino" else opset)
@@ -139,10 +140,6 @@ def write(
         return sum(node.get_type_name() != "Constant" for node in read.get_ops())
     except RuntimeError as error:
         raise ExportError(f"OpenVINO cannot write {path.name!r}: {first_line(error)}") from error
-
-
-def _program_nodes(program: ExportedProgram) -> int:
-    return sum(node.op == "call_function" for node in program.graph.nodes)
 
 
 def _halve(graph: Any) -> None:
