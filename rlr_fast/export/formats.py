@@ -126,7 +126,7 @@ def write(
 
     model = _onnx_model(program, outputs, OPENVINO_OPSET if kind == "openvino" else opset)
     if half:
-        _halve(model.graph)
+        halve(model.graph)
     if kind == "onnx":
         model.metadata_props[METADATA] = about
         onnx_ir.save(model, path)
@@ -142,7 +142,7 @@ def write(
         raise ExportError(f"OpenVINO cannot write {path.name!r}: {first_line(error)}") from error
 
 
-def _halve(graph: Any) -> None:
+def halve(graph: Any) -> None:
     """Keep the large float32 constants of a graph of `onnx_ir` in float16, and cast them back."""
     import numpy as np
     import onnx_ir as ir

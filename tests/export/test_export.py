@@ -21,6 +21,7 @@ from rlr_fast.cli import main
 from rlr_fast.data import iterate_images
 from rlr_fast.export import export as module
 from rlr_fast.export.compare import compare
+from rlr_fast.export.formats import halve
 from rlr_fast.export.graph import ExportGraph
 from rlr_fast.export.images import comparison_images
 from rlr_fast.export.runtimes import Runtime, openvino_model
@@ -377,8 +378,7 @@ def test_openvino(folder, tmp_path, capsys):
     assert "openvino" in capsys.readouterr().out
 
 
-def test_half_the_size_with_the_same_decisions(onnx_file, folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("rlr_fast.export.formats._HALVED_ENTRIES", 2)  # the calibration has more
+def test_half_the_size_with_the_same_decisions(onnx_file, folder, tmp_path, capsys):
     out = tmp_path / "model.onnx"
     for i in range(40):
         save_picture(tmp_path / f"new/{i}.png", 200 + i, (48, 64))
@@ -391,6 +391,24 @@ def test_half_the_size_with_the_same_decisions(onnx_file, folder, tmp_path, caps
     constants = onnx.load(out).graph.initializer
     halves = {t.name for t in constants if t.data_type == onnx.TensorProto.FLOAT16}
     assert len(halves) > 10 and not any("calibration" in name for name in halves)
+
+
+def test_what_scores_are_compared_with_and_what_float16_cannot_hold_stay_as_they_are():
+    ir = pytest.importorskip("onnx_ir")
+    numbers = {
+        "calibration": np.linspace(0, 1, 2000, dtype=np.float32),
+        "weight": np.linspace(0, 1, 2000, dtype=np.float32),
+        "large": np.full(2000, 1e6, dtype=np.float32),
+        "small": np.ones(3, dtype=np.float32),
+    }
+    constants = [ir.val(k, const_value=ir.tensor(v, name=k)) for k, v in numbers.items()]
+    nodes = [ir.node("Neg", [constant]) for constant in constants]
+    outputs = [node.outputs[0] for node in nodes]
+    graph = ir.Graph([], outputs, nodes=nodes, initializers=constants, opset_imports={"": 23})
+    halve(graph)
+    assert set(graph.initializers) == {"calibration", "weight_half", "large", "small"}
+    assert [node.op_type for node in graph] == ["Cast", "Neg", "Neg", "Neg", "Neg"]
+    assert nodes[1].inputs[0].name == "weight_single"
 
 
 @pytest.mark.parametrize(
