@@ -72,8 +72,11 @@ def main() -> int:
     for _, kind, _, _ in FILES:
         require_packages(kind)
     model = load_model(args.run, InferenceExecution(device="cpu"))
-    files = [file.path for file in find_images(args.images)]
-    images = comparison_images(files, model.config.image_size, half=True)
+    try:
+        files = [file.path for file in find_images(args.images)]
+        images = comparison_images(files, model.config.image_size, half=True)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     expected = model_outputs(model, images)
     pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
     batches = [np.resize(pixels, (size, *pixels.shape[1:])) for size in BATCHES]

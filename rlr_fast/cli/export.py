@@ -52,7 +52,7 @@ def export(
     from rlr_fast.training.calibration import read_calibration, scoring_identity, trained_classes
 
     size = None if input_size is None else flags.pair("--input-size", input_size)
-    check_target(out, to, opset, half)
+    check_target(out, to, opset, half, size)
     folder = fetch_checkpoint(run)
     files = run_images(folder) if images is None else [f.path for f in find_images(images)]
     calibration = read_calibration(folder)

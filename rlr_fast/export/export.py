@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from rlr_fast.export.runtimes import Outputs, Runtime, runtimes
 from rlr_fast.files import LOCK_FILE, check_writable, lock_folder, put_in_place
 from rlr_fast.inference.decisions import Decider, Rule
 from rlr_fast.models.rlr import RLRModel
+
+_MOST_PIXELS = 2**26  # of an image; the comparison holds eight of them, and resizing one in float32
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,13 @@ class Exported:
         return sum(file.stat().st_size for file in self.files)
 
 
-def check_target(out: Path, kind: Format, opset: int | None = None, half: bool = False) -> None:
+def check_target(
+    out: Path,
+    kind: Format,
+    opset: int | None = None,
+    half: bool = False,
+    input_size: tuple[int, int] | None = None,
+) -> None:
     """Refuse what cannot be exported to, before any work.
 
     Args:
@@ -63,10 +72,11 @@ def check_target(out: Path, kind: Format, opset: int | None = None, half: bool =
         kind: The format.
         opset: Of an ONNX file, if it was asked for.
         half: Whether weights in float16 were asked for.
+        input_size: (H, W) of the file's images, if it was asked for.
 
     Raises:
         ValueError: ``out`` exists or has another suffix than the format's, there is no such opset,
-            or the format keeps no weights in float16.
+            the format keeps no weights in float16, or the images are too large.
         ExportError: A package of the format is missing.
         OSError: The folder cannot be written.
     """
@@ -79,6 +89,11 @@ def check_target(out: Path, kind: Format, opset: int | None = None, half: bool =
         raise ValueError(f"--opset must be from {OPSETS[0]} to {OPSETS[-1]}, got {opset}")
     if half and kind not in ("onnx", "openvino"):
         raise ValueError(f"--half is of ONNX files and OpenVINO's IR, got it with --to {kind}")
+    if input_size is not None and math.prod(input_size) > _MOST_PIXELS:
+        raise ValueError(
+            f"--input-size must be at most {_MOST_PIXELS} pixels in all, got {input_size[0]} x "
+            f"{input_size[1]}"
+        )
     for file in spec.files(out):
         if file.exists():
             raise ValueError(f"--out: {str(file)!r} exists already; delete it or choose another")
@@ -124,7 +139,7 @@ def export(
         ExportError: A package is missing, the model has no such form, or a runtime disagrees.
         OSError: The file cannot be written.
     """
-    check_target(out, kind, opset, half)
+    check_target(out, kind, opset, half, input_size)
     opset = OPSETS[0] if opset is None else opset
     rules = [] if decider is None else columns(decider, classes)
     about = describe(model, decider, classes, input_size)

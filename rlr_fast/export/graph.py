@@ -128,8 +128,9 @@ def describe(
 ) -> str:
     """Return what a file says of itself, as JSON text.
 
-    ``classes`` are those of the run, ``alpha`` and ``thresholds`` the decisions' (null and empty
-    without decisions), a threshold per column. ``model`` is all that decides a score.
+    ``input_size`` is what the file takes, ``classes`` are those of the run, ``alpha`` and
+    ``thresholds`` the decisions' (null and empty without decisions), a threshold per column.
+    ``model`` is all that decides a score.
     """
     thresholds = []
     if decider is not None:

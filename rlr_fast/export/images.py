@@ -54,16 +54,12 @@ def comparison_images(
         size: (H, W), to which they are resized.
         half: Whether the order of their scores is to be compared, too.
 
-    Files that cannot be read are left out with a warning.
+    A file that cannot be read is left out with a warning.
 
     Raises:
         UnreadableImageError: None of the files can be read.
         ValueError: They are too few to say anything of their order.
     """
-    if half and len(files) < HALF_COUNT // 2:
-        raise ValueError(
-            f"--half compares the order of at least {HALF_COUNT // 2} images, got {len(files)}"
-        )
     count = min(HALF_COUNT if half else COUNT, len(files))
     chosen = [files[(2 * i + 1) * len(files) // (2 * count)] for i in range(count)]
     [batch] = iterate_images(chosen, size, count)
@@ -71,4 +67,9 @@ def comparison_images(
         _log.warning("left out of the comparison: %s", failure.error)
     if not batch.indices:
         raise batch.failures[0].error
+    if half and len(batch.indices) < HALF_COUNT // 2:
+        raise ValueError(
+            f"--half compares the order of at least {HALF_COUNT // 2} images, got "
+            f"{len(batch.indices)}"
+        )
     return batch.images
