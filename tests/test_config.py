@@ -16,6 +16,8 @@ from rlr_fast.config import (
     TrainConfig,
     TrainExecution,
     from_dict,
+    level_name,
+    read_level,
 )
 
 
@@ -48,6 +50,22 @@ def test_window_pairs_survive_json():
     assert json.loads(config.to_json())["windows"] == [[3, 5], 7, 11]
 
 
+def test_groups_of_levels_survive_json_and_have_names():
+    config = RLRConfig(out_indices=([2, 3, 4, 5], 6, (7,)))
+    assert config.out_indices == ((2, 3, 4, 5), 6, 7)
+    assert RLRConfig.from_dict(json.loads(config.to_json())) == config
+    names = [level_name(level) for level in config.out_indices]
+    assert names == ["2-5", "6", "7"]
+    assert tuple(map(read_level, names)) == config.out_indices
+    assert read_level("4-4") == 4
+
+
+@pytest.mark.parametrize("text", ["", "a", "-1", "2-", "5-2", "2-3-4", "1.5", "2 - 3"])
+def test_what_is_no_level_is_refused_as_written(text):
+    with pytest.raises(ValueError, match="first and the last such as 2-5, got " + repr(text)):
+        read_level(text)
+
+
 def test_levels_that_count_the_same_are_kept_as_one_value():
     config = RLRConfig(level_weights=(2, 2, 2), level_offsets=(0, 0.5, 1))
     assert config.level_weights == (2.0,) and config.level_offsets == (0.0, 0.5, 1.0)
@@ -74,6 +92,13 @@ def test_single_values_are_repeated_for_every_level():
         ("attention", ("lca", "lca")),
         ("out_indices", ()),
         ("out_indices", (1, 1, 2)),
+        ("out_indices", ((1, 2), 2, 3)),
+        ("out_indices", ((2, 5), (6, 9), 10)),
+        ("out_indices", ((3, 2), 4, 5)),
+        ("out_indices", ((4, 5), (2, 3), 6)),
+        ("out_indices", ((-2, -1), 2, 3)),
+        ("out_indices", ((), 2, 3)),
+        ("out_indices", ("2-5", 6, 7)),
         ("blocks", 0),
         ("perturbation", -1.0),
         ("alpha", float("nan")),

@@ -22,17 +22,16 @@ from torch import Tensor
 
 from benchmarks import record
 from benchmarks.peers.catalog import PEERS, make_peer
-from benchmarks.peers.groups import GroupedBackbone, group
 from benchmarks.peers.methods import Method
 from benchmarks.peers.transformers import Training
-from rlr_fast.config import InferenceExecution
+from rlr_fast.config import InferenceExecution, read_level
 from rlr_fast.data import read_dataset
 from rlr_fast.data.images import iterate_images, load_sample_mask
 from rlr_fast.data.layouts import DataSet, Sample
 from rlr_fast.inference.batches import load_model
 from rlr_fast.inference.evaluate import evaluate
 from rlr_fast.inference.metrics import HEADINGS, class_metrics, format_table, mean_metrics
-from rlr_fast.models.backbone import BackboneWeightsError
+from rlr_fast.models.backbone import Backbone, BackboneWeightsError
 from rlr_fast.models.checkpoint import CheckpointError, check_checkpoint
 
 _BATCH = 8
@@ -84,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--backbone", default="tf_efficientnet_lite0")
     parser.add_argument("--weights", default="package", help="as of rlr-fast train")
     parser.add_argument(
-        "--levels", type=group, nargs="+", default=[range(2, 3), range(3, 4)],
+        "--levels", type=read_level, nargs="+", default=[2, 3],
         help="such as 2 3, or 2-5 6-9 for the means of two groups of a ViT's blocks",
     )  # fmt: skip
     parser.add_argument("--image-size", type=int, default=256)
@@ -101,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         data = read_dataset(options.root)
         data.require_train()
         data.require_test()
-        backbone = GroupedBackbone(options.backbone, options.weights, options.levels, size)
+        backbone = Backbone(options.backbone, options.weights, options.levels, size)
         training = Training(options.steps, options.batch_size)
         for name in options.peer or [name for name, peer in PEERS.items() if not peer.is_trained]:
             torch.manual_seed(options.seed)

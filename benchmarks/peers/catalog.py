@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from benchmarks.peers.groups import GroupedBackbone
 from benchmarks.peers.methods import Method, NearestNeighbors, PaDiM, PatchCore
 from benchmarks.peers.transformers import Dinomaly, InpFormer, Training
+from rlr_fast.models.backbone import Backbone
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Peer:
     is_trained: bool = False
 
 
-def make_peer(name: str, backbone: GroupedBackbone, training: Training) -> Method:
+def make_peer(name: str, backbone: Backbone, training: Training) -> Method:
     """Make a peer.
 
     Raises:

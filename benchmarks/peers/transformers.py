@@ -21,8 +21,8 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from benchmarks.peers.groups import GroupedBackbone
 from benchmarks.peers.methods import infer
+from rlr_fast.models.backbone import Backbone
 
 # The ViT's blocks that the decoders' eight are compared with, in two groups of four.
 _LEVELS = 8
@@ -49,7 +49,7 @@ class Training:
 class _Encoder(nn.Module):
     """The backbone as anomalib takes a ViT, or tokens that it gave before."""
 
-    def __init__(self, backbone: GroupedBackbone) -> None:
+    def __init__(self, backbone: Backbone) -> None:
         super().__init__()
         vit: Any = backbone.network.model
         self.backbone, self.vit = backbone, vit
@@ -62,7 +62,7 @@ class _Encoder(nn.Module):
         """Return the tokens (B, levels, N, C): the class's, registers, patches in rows."""
         levels = self.vit.forward_intermediates(
             (images - self.backbone.mean) / self.backbone.std,
-            indices=list(self.backbone.levels),
+            indices=list(self.backbone.indices),
             return_prefix_tokens=True,
             output_fmt="NLC",
             intermediates_only=True,
@@ -72,7 +72,7 @@ class _Encoder(nn.Module):
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Return the tokens of each level by its block's name; the cached ones if there are any."""
         tokens = self.tokens(images) if self.cached is None else self.cached.float()
-        names = [f"blocks.{level}" for level in self.backbone.levels]
+        names = [f"blocks.{level}" for level in self.backbone.indices]
         return dict(zip(names, tokens.unbind(1), strict=True))
 
 
@@ -87,16 +87,16 @@ class _Transformer(ABC):
     name: str
     package: str
 
-    def __init__(self, backbone: GroupedBackbone, training: Training) -> None:
+    def __init__(self, backbone: Backbone, training: Training) -> None:
         vit: Any = backbone.network.model
         if not getattr(vit, "num_prefix_tokens", 0):
             raise ValueError(
                 f"{self.name}: the backbone must be a ViT with a class token, got {backbone.name!r}"
             )
-        if len(backbone.levels) != _LEVELS:
+        if len(backbone.indices) != _LEVELS:
             raise ValueError(
                 f"{self.name}: needs {_LEVELS} levels, such as --levels 2-5 6-9 of a ViT of 12 "
-                f"blocks, got {len(backbone.levels)}"
+                f"blocks, got {len(backbone.indices)}"
             )
         self.encoder, self.size = _Encoder(backbone), backbone.image_size
         if any(side % self.encoder.patch_size for side in self.size):
@@ -115,14 +115,14 @@ class _Transformer(ABC):
         self.module = self._make_module(lightning_model, backbone)
         self.batches: list[Tensor] = []
 
-    def _make_module(self, lightning_model: Any, backbone: GroupedBackbone) -> Any:
+    def _make_module(self, lightning_model: Any, backbone: Backbone) -> Any:
         torch_model = import_module(f"{self.package}.torch_model")
         vit: Any = backbone.network.model
         # What anomalib tells from the names of DINOv2's networks.
         architecture = {
             "embed_dim": vit.embed_dim,
             "num_heads": vit.blocks[0].attn.num_heads,
-            "target_layers": list(backbone.levels),
+            "target_layers": list(backbone.indices),
         }
         model = getattr(torch_model, f"{self.name}Model")
         unused = dict.fromkeys(
@@ -133,7 +133,7 @@ class _Transformer(ABC):
             mock.patch.object(model, "_get_architecture_config", lambda *_: architecture),
         ):
             return getattr(lightning_model, self.name)(
-                encoder_name=backbone.name, target_layers=list(backbone.levels), **unused
+                encoder_name=backbone.name, target_layers=list(backbone.indices), **unused
             )
 
     @abstractmethod

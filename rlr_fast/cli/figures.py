@@ -17,7 +17,7 @@ def figures(
     checkpoint: tuple[str, ...],
     out: flags.Out,
     decoder: Path | None = None,
-    level: flags.Whole | None = None,
+    level: flags.Level | None = None,
     per_defect: flags.Positive = 1,
     config: flags.Config | None = None,
     layout: flags.Layout = "auto",

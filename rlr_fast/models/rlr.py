@@ -260,7 +260,7 @@ class RLRModel(
         return {
             "backbone": self.config.backbone,
             "fingerprint": self.backbone.fingerprint,
-            "out_indices": list(self.config.out_indices),
+            "out_indices": [v if isinstance(v, int) else list(v) for v in self.config.out_indices],
             "image_size": list(self.config.image_size),
             "neighborhood": self.config.neighborhood,
         }

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from rlr_fast.config import (
     InferenceExecution,
+    Level,
     RLRConfig,
     TrainConfig,
     TrainExecution,
@@ -90,7 +91,7 @@ def configure(table: Table, row: Row, base: RLRConfig) -> RLRConfig:
 
 
 def _of_levels(
-    name: str, known: Sequence[int], values: Sequence[Any], levels: Sequence[int]
+    name: str, known: Sequence[Level], values: Sequence[Any], levels: Sequence[Level]
 ) -> tuple[Any, ...]:
     by_level = dict(zip(known, values, strict=True))
     if not by_level.keys() >= set(levels):

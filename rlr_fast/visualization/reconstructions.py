@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rlr_fast.config import InferenceExecution
+from rlr_fast.config import InferenceExecution, Level, level_name
 from rlr_fast.data import (
     DataSet,
     Sample,
@@ -35,7 +35,7 @@ class Run:
     scale: Scale
 
 
-def check_runs(runs: Sequence[Run], level: int | None) -> int:
+def check_runs(runs: Sequence[Run], level: Level | None) -> int:
     """Refuse runs that cannot stand side by side.
 
     Args:
@@ -66,7 +66,10 @@ def check_runs(runs: Sequence[Run], level: int | None) -> int:
     if level is None:
         return 0
     if level not in indices:
-        raise ValueError(f"level must be one of the runs' out_indices {indices}, got {level=}")
+        known = ", ".join(map(level_name, indices))
+        raise ValueError(
+            f"level must be one of the runs' out_indices {known}, got {level_name(level)}"
+        )
     return indices.index(level)
 
 
@@ -77,7 +80,7 @@ def reconstruction_sheets(
     out: Path,
     *,
     decoder: Decoder | None = None,
-    level: int | None = None,
+    level: Level | None = None,
     per_defect: int = 1,
     workers: int | None = None,
     progress: Callable[[int], object] = lambda images: None,
@@ -111,8 +114,9 @@ def reconstruction_sheets(
     for run in runs:
         run.model.eval().prepare_for_inference()
     config, grid = runs[0].model.config, runs[0].model.backbone.grids[place]
+    features_of = level_name(config.out_indices[place])
     note = (
-        f"features: {grid[0]} × {grid[1]} tokens of level {config.out_indices[place]}, first three "
+        f"features: {grid[0]} × {grid[1]} tokens of level {features_of}, first three "
         "principal components of the originals\n"
         "as red, green, blue; one basis and one range for originals and reconstructions"
     )

@@ -1,4 +1,4 @@
-"""The peers: levels in groups, and the decoders on a ViT, against anomalib's own trainer."""
+"""The peers: mistakes, and the decoders on a ViT, against anomalib's own trainer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from torch.utils.data import DataLoader
 
 from benchmarks.peers.__main__ import main
 from benchmarks.peers.catalog import make_peer
-from benchmarks.peers.groups import GroupedBackbone, group
 from benchmarks.peers.transformers import Training
 from rlr_fast.models.backbone import Backbone
 
@@ -28,7 +27,7 @@ needs_anomalib = pytest.mark.skipif(
 
 
 def grouped(name=VIT, size=SIZE):
-    return GroupedBackbone(name, "random", GROUPS, size)
+    return Backbone(name, "random", GROUPS, size)
 
 
 def images(count=BATCH, size=SIZE):
@@ -40,30 +39,12 @@ def make(name, steps, backbone=None):
     return make_peer(name, backbone or grouped(), Training(steps, BATCH))
 
 
-def test_a_group_is_the_mean_of_its_levels():
-    backbone = grouped()
-    maps = Backbone(VIT, "random", range(2, 10), SIZE)(images())
-    expected = [torch.stack(maps[:4]).mean(0), torch.stack(maps[4:]).mean(0)]
-    torch.testing.assert_close(backbone(images()), expected)
-    assert backbone.channels == (192, 192)
-    assert backbone.grids == ((3, 3), (3, 3))
-
-
-def test_groups_of_one_level_are_the_backbone():
-    name, levels = "tf_efficientnet_lite0", (group("2"), group("3"))
-    backbone = GroupedBackbone(name, "random", levels, SIZE)
-    plain = Backbone(name, "random", (2, 3), SIZE)
-    assert (backbone.channels, backbone.grids) == (plain.channels, plain.grids)
-    for level, expected in zip(backbone(images()), plain(images()), strict=True):
-        assert torch.equal(level, expected)
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--levels", "6-9", "2-5"], "levels: must rise, got (6, 7, 8, 9, 2, 3, 4, 5)"),
-        (["--levels", "2-3"], "levels: those of a group must have one size; 2-3 of"),
-        (["--levels", "3-2"], "argument --levels: invalid group value: '3-2'"),
+        (["--levels", "6-9", "2-5"], "out_indices must be rising where levels are averaged, got"),
+        (["--levels", "2-3"], "out_indices: 'tf_efficientnet_lite0' has levels of unlike"),
+        (["--levels", "3-2"], "argument --levels: invalid read_level value: '3-2'"),
         (["--peer", "dinomaly"], "Dinomaly: the backbone must be a ViT with a class token, got"),
         (["--backbone", VIT, "--peer", "inp-former"], "InpFormer: needs 8 levels, such as"),
         (["--batch-size", "0"], "batch_size: must be at least 1, got 0"),

@@ -141,7 +141,7 @@ def test_figures_refuse_runs_of_other_features_and_unknown_levels(trained, tmp_p
     message = refused(capsys, *argv, tmp_path / "pooled")
     assert "features of run and pooled differ: neighborhood 3 and 1" in message
     assert "one or two runs, got 3" in refused(capsys, *argv, trained / "run", trained / "run")
-    assert "level must be one of the runs' out_indices (2, 3)" in refused(
+    assert "level must be one of the runs' out_indices 2, 3" in refused(
         capsys, *argv, "--level", "7"
     )
     assert "is no decoder" in refused(capsys, *argv, "--decoder", trained / "run/model.safetensors")

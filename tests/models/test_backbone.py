@@ -18,6 +18,7 @@ from rlr_fast.models.backbone import (
 )
 
 LITE = "tf_efficientnet_lite0"
+VIT = "vit_small_patch14_reg4_dinov2"  # with registers
 
 
 @pytest.mark.parametrize(
@@ -74,6 +75,24 @@ def test_any_image_size_gives_its_grids(name, out_indices, size, grids):
     maps = backbone(torch.rand(1, 3, *size))
     assert backbone.grids == grids == tuple(tuple(m.shape[2:]) for m in maps)
     assert backbone.channels == tuple(m.shape[1] for m in maps)
+
+
+@pytest.mark.parametrize("name", [VIT, "vit_tiny_patch16_224"])
+def test_a_group_of_levels_is_the_mean_of_their_maps(name):
+    images = torch.rand(2, 3, 56, 70)
+    single = Backbone(name, "random", range(2, 10), (56, 70))
+    grouped = Backbone(name, "random", (range(2, 6), 6, (7, 8, 9)), (56, 70))
+    maps = single(images)
+    expected = [torch.stack(maps[:4]).mean(0), maps[4], torch.stack(maps[5:]).mean(0)]
+    for mine, mean in zip(grouped(images), expected, strict=True):
+        assert torch.equal(mine, mean)
+    assert grouped.channels == single.channels[:3] and grouped.grids == single.grids[:3]
+    assert grouped.fingerprint == single.fingerprint
+
+
+def test_levels_of_unlike_sizes_have_no_mean():
+    with pytest.raises(ValueError, match=r"out_indices: 'tf_efficientnet_lite0' has levels of unl"):
+        Backbone(LITE, "random", ((2, 3),), (64, 64))
 
 
 def test_stays_frozen_and_in_eval_mode_whatever_train_says():
