@@ -30,7 +30,6 @@ FACE = "__init__"
 ROOT_FILES = {
     "__init__.py",
     "__main__.py",
-    "config.py",
     "files.py",
     "functional.py",
     "memory.py",
@@ -95,7 +94,7 @@ def test_imports_lead_downwards():
         ("models/a.py", "from ..cli import main", "cli, which is not below"),
         ("models/a.py", "from rlr_fast import RLRModel", "RLRModel, which stands on no floor"),
         ("ops/a.py", "from rlr_fast import kernels", "kernels, which is not below"),
-        ("config.py", "from .models.rlr import RLRModel", "models, which is not below"),
+        ("config/a.py", "from ..models.rlr import RLRModel", "models, which is not below"),
         ("helpers.py", "import math", "helpers.py stands on no floor"),
         ("helpers/a.py", "import math", "a.py stands on no floor"),
     ],

@@ -1,31 +1,37 @@
-"""Every option once: of the model, of its training, and of how and where the work is done."""
+"""Options of the model and of its training, and the presets that set them all."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
-import math
-import re
-import sys
-import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-Window = tuple[int, int]
-Level = int | tuple[int, ...]
-"""A level of the backbone, or consecutive ones whose mean is taken as one."""
-Backend = Literal["auto", "triton", "tiled", "dense"]
+from rlr_fast.config.execution import Precision
+from rlr_fast.config.levels import (
+    Level,
+    Window,
+    level_groups,
+    level_values,
+    short_windows,
+    window_pair,
+)
+from rlr_fast.config.rules import (
+    LARGEST,
+    check_types,
+    require,
+    require_choice,
+    require_number,
+    suggest,
+)
+
 Attention = Literal["self", "cross", "mlka", "lca"]
 Fusion = Literal["fixed", "learned"]
-Precision = Literal["fp32", "bf16", "fp16"]
 Schedule = Literal["constant", "step", "cosine"]
 Optimizer = Literal["adam", "muon"]
 ScoreFit = Literal["fixed", "scaled"]
-Cache = Literal["auto", "gpu", "ram", "disk", "none"]
 
 # Branches whose values come from the reference: α and θ₂ weigh these, θ₁ the others.
 REFERENCE_VALUES = ("cross", "lca")
@@ -41,37 +47,8 @@ SCORE_FIELDS = (
 )
 
 
-LARGEST = 2**16
-"""Of a side in pixels or a width: more is a slip, and no machine has the memory."""
 _MOST_BLOCKS = 2**10
 _WIDEST = 256  # of a Gaussian's sigma, in pixels at 256 px
-
-
-def suggest(name: str, known: Iterable[str]) -> str:
-    """Say which names exist, and which of them was probably meant."""
-    known = list(known)
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"{hint}known: {', '.join(known)}"
-
-
-def _require_number(argument: str, value: float, least: float = -math.inf) -> None:
-    rule = "a finite number" if least == -math.inf else f"a finite number of at least {least:g}"
-    # Not isfinite: a whole number may be too large for a float.
-    is_finite = abs(value) <= sys.float_info.max
-    _require(is_finite and value >= least, argument, rule, value)
-
-
-def _require(ok: bool, argument: str, rule: str, value: object) -> None:
-    if not ok:
-        raise ValueError(f"{argument} must be {rule}, got {argument}={value!r}")
-
-
-def _require_choice(argument: str, value: object, choices: Any) -> None:
-    """Check that a value is one of a ``Literal``'s."""
-    known = typing.get_args(choices)
-    if value not in known:
-        raise ValueError(f"{argument} has no choice {value!r}; {suggest(str(value), known)}")
 
 
 def check_seed(seed: int) -> None:
@@ -80,7 +57,7 @@ def check_seed(seed: int) -> None:
     Raises:
         ValueError: It is out of the range.
     """
-    _require(0 <= seed < 2**29, "seed", "from 0 to 2**29 - 1", seed)
+    require(0 <= seed < 2**29, "seed", "from 0 to 2**29 - 1", seed)
 
 
 def check_branches(attention: Sequence[str], fusion: str, references: int = 1) -> None:
@@ -90,144 +67,29 @@ def check_branches(attention: Sequence[str], fusion: str, references: int = 1) -
         ValueError: A value breaks its rule, or they make no sense together; the message says which.
     """
     for name in attention:
-        _require_choice("attention", name, Attention)
-    _require(len(attention) > 0, "attention", "at least one branch", attention)
-    _require(len(set(attention)) == len(attention), "attention", "free of repeats", attention)
-    _require_choice("fusion", fusion, Fusion)
+        require_choice("attention", name, Attention)
+    require(len(attention) > 0, "attention", "at least one branch", attention)
+    require(len(set(attention)) == len(attention), "attention", "free of repeats", attention)
+    require_choice("fusion", fusion, Fusion)
     # The LayerNorm behind the sum divides a common factor out: θ₁ without θ₂ would weigh nothing.
-    _require(
+    require(
         fusion == "fixed" or len({name in REFERENCE_VALUES for name in attention}) == 2,
         "attention",
         "a branch of theta_1 (self, mlka) and one of theta_2 (cross, lca) where fusion is learned",
         attention,
     )
-    _require(
+    require(
         isinstance(references, int) and 0 < references <= LARGEST,
         "references",
         f"a positive integer of at most {LARGEST}",
         references,
     )
-    _require(
+    require(
         references == 1 or "lca" in attention,
         "references",
         f"1 without the branch lca, which alone sees more (attention={attention!r})",
         references,
     )
-
-
-def window_pair(window: int | Sequence[int]) -> Window:
-    """Return a window as (height, width).
-
-    Raises:
-        ValueError: ``window`` is neither an odd positive integer nor a pair of them.
-    """
-    pair = (window, window) if isinstance(window, int) else window
-    if not isinstance(pair, Sequence) or len(pair) != 2 or not all(type(v) is int for v in pair):
-        raise ValueError(f"window must be an odd integer or a pair of them, got {window=}")
-    if any(side < 1 or side % 2 == 0 for side in pair):
-        raise ValueError(f"window must be odd and positive, got {window=}")
-    return pair[0], pair[1]
-
-
-def short_windows(windows: Iterable[Any]) -> list[Any]:
-    """Return windows as files hold them: a square one, given as side or as pair, is its side."""
-    pairs = map(window_pair, windows)
-    return [height if height == width else (height, width) for height, width in pairs]
-
-
-def level_name(level: Level) -> str:
-    """Return a level as the command line takes it: 3, or 2-5 for the mean of four."""
-    return str(level) if isinstance(level, int) else f"{level[0]}-{level[-1]}"
-
-
-def read_level(text: str) -> Level:
-    """Return the level of a `level_name`.
-
-    Raises:
-        ValueError: It is none.
-    """
-    found = re.fullmatch(r"([0-9]{1,4})(?:-([0-9]{1,4}))?", text)
-    members = tuple(range(int(found[1]), int(found[2] or found[1]) + 1)) if found else ()
-    if not members:
-        raise ValueError(f"must be a level, or the first and the last such as 2-5, got {text!r}")
-    return members if len(members) > 1 else members[0]
-
-
-def _are_consecutive(group: tuple[int, ...]) -> bool:
-    return len(group) > 0 and group[0] >= 0 and group == tuple(range(group[0], group[-1] + 1))
-
-
-def level_groups(indices: int | Iterable[int | Sequence[int]]) -> list[tuple[int, ...]]:
-    """Return for each level of ``out_indices`` those of the network whose mean it is.
-
-    Raises:
-        ValueError: There is none, one stands there twice, or a group is not of consecutive ones.
-    """
-    given = (indices,) if isinstance(indices, int) else tuple(indices)
-    groups = [(level,) if isinstance(level, int) else tuple(level) for level in given]
-    for group in groups:
-        _require(
-            len(group) == 1 or _are_consecutive(group),
-            "out_indices",
-            "levels, or consecutive ones such as (2, 3, 4, 5) for their mean",
-            indices,
-        )
-    _require(len(groups) > 0, "out_indices", "at least one level", indices)
-    members = [level for group in groups for level in group]
-    _require(len(set(members)) == len(members), "out_indices", "free of repeats", indices)
-    _require(
-        len(members) == len(groups) or members == sorted(members),
-        "out_indices",
-        "rising where levels are averaged",
-        indices,
-    )
-    return groups
-
-
-def _level_values(argument: str, value: Any, levels: int) -> tuple[Any, ...]:
-    """Repeat a single value for every level; check the number of several."""
-    values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
-    if len(values) == 1:
-        values = values * levels
-    _require(
-        len(values) == levels, argument, f"one value, or one for each of {levels} levels", value
-    )
-    return values
-
-
-def _check_types(config: RLRConfig | TrainConfig) -> None:
-    for name, hint in typing.get_type_hints(type(config)).items():
-        value = getattr(config, name)
-        if not _has_type(value, hint):
-            raise ValueError(f"{name} must be of type {_type_name(hint)}, got {value!r}")
-
-
-def _has_type(value: Any, hint: Any) -> bool:
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(_has_type(value, part) for part in typing.get_args(hint))
-    if origin is Literal:  # the class itself names the choices where it is none of them
-        return isinstance(value, str)
-    if origin is tuple:  # a single value stands for every level
-        part = typing.get_args(hint)[0]
-        if isinstance(value, (list, tuple)):
-            return all(_has_type(v, part) for v in value)
-        return _has_type(value, part)
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
-
-
-def _type_name(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
-
-
-Value = TypeVar("Value")
-
-
-def per_level(values: Sequence[Value], levels: int) -> Sequence[Value]:
-    """Return a value for each level; a single one stands for all."""
-    return tuple(values) * levels if len(values) == 1 else values
 
 
 @dataclass(frozen=True)
@@ -303,7 +165,7 @@ class RLRConfig:
     top_share: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
 
         def put(name: str, value: Any) -> None:
             object.__setattr__(self, name, value)
@@ -314,77 +176,75 @@ class RLRConfig:
         size = self.image_size
         sides = (size,) if isinstance(size, int) else tuple(size)
         sides = sides * 2 if len(sides) == 1 else sides
-        _require(
+        require(
             len(sides) == 2 and all(isinstance(s, int) and 0 < s <= LARGEST for s in sides),
             "image_size",
             f"a positive height and width of at most {LARGEST}",
             self.image_size,
         )
         put("image_size", sides)
-        put("hidden", _level_values("hidden", self.hidden, levels))
-        put("heads", _level_values("heads", self.heads, levels))
-        windows = _level_values("windows", self.windows, levels)
+        put("hidden", level_values("hidden", self.hidden, levels))
+        put("heads", level_values("heads", self.heads, levels))
+        windows = level_values("windows", self.windows, levels)
         put("windows", tuple(window_pair(window) for window in windows))
-        patches = _level_values("patches", self.patches, levels)
-        _require(min(patches) > 0, "patches", "positive", self.patches)
+        patches = level_values("patches", self.patches, levels)
+        require(min(patches) > 0, "patches", "positive", self.patches)
         put("patches", patches[:1] if len(set(patches)) == 1 else patches)
         for hidden, heads in zip(self.hidden, self.heads, strict=True):
-            _require(heads > 0, "heads", "positive", self.heads)
-            _require(
-                hidden > 0 and hidden % heads == 0, "hidden", f"a multiple of {heads=}", hidden
-            )
-            _require(hidden <= LARGEST, "hidden", f"at most {LARGEST}", hidden)
-            _require(hidden % 4 == 0, "hidden", "a multiple of 4 (sine, cosine x 2 axes)", hidden)
+            require(heads > 0, "heads", "positive", self.heads)
+            require(hidden > 0 and hidden % heads == 0, "hidden", f"a multiple of {heads=}", hidden)
+            require(hidden <= LARGEST, "hidden", f"at most {LARGEST}", hidden)
+            require(hidden % 4 == 0, "hidden", "a multiple of 4 (sine, cosine x 2 axes)", hidden)
         branches = self.attention
         put("attention", (branches,) if isinstance(branches, str) else tuple(branches))
         check_branches(self.attention, self.fusion, self.references)
-        _require(
+        require(
             0 < self.neighborhood <= LARGEST and self.neighborhood % 2 == 1,
             "neighborhood",
             f"odd, positive and at most {LARGEST}",
             self.neighborhood,
         )
-        _require(
+        require(
             0 < self.blocks <= _MOST_BLOCKS,
             "blocks",
             f"positive and at most {_MOST_BLOCKS}",
             self.blocks,
         )
-        _require(
+        require(
             0 < self.ffn_ratio <= LARGEST,
             "ffn_ratio",
             f"positive and at most {LARGEST}",
             self.ffn_ratio,
         )
-        _require_number("alpha", self.alpha)
-        _require_number("diversity", self.diversity, 0)
-        _require(
+        require_number("alpha", self.alpha)
+        require_number("diversity", self.diversity, 0)
+        require(
             self.diversity == 0 or self.references > 1,
             "diversity",
             "0 with a single reference, which has no other to differ from",
             self.diversity,
         )
-        _require_number("perturbation", self.perturbation, 0)
+        require_number("perturbation", self.perturbation, 0)
         for name in ("level_offsets", "level_weights"):
-            values = _level_values(name, getattr(self, name), levels)
+            values = level_values(name, getattr(self, name), levels)
             for value in values:
-                _require_number(name, value, *([0] if name == "level_weights" else []))
+                require_number(name, value, *([0] if name == "level_weights" else []))
             put(name, tuple(map(float, values[:1] if len(set(values)) == 1 else values)))
-        _require(
+        require(
             any(self.level_weights), "level_weights", "positive for a level", self.level_weights
         )
         for name in ("smoothing", "surround"):
             sigma = getattr(self, name)
-            _require(
+            require(
                 0 <= sigma <= _WIDEST, name, f"from 0 to {_WIDEST}, the side of the image", sigma
             )
-        _require(
+        require(
             self.surround == 0 or self.surround > self.smoothing,
             "surround",
             f"0 or more than smoothing={self.smoothing:g}",
             self.surround,
         )
-        _require(0 <= self.top_share <= 1, "top_share", "from 0 to 1", self.top_share)
+        require(0 <= self.top_share <= 1, "top_share", "from 0 to 1", self.top_share)
 
     @staticmethod
     def preset(name: str) -> RLRConfig:
@@ -451,19 +311,19 @@ class TrainConfig:
     calibration_share: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _require(self.epochs > 0, "epochs", "positive", self.epochs)
-        _require(self.batch_size > 0, "batch_size", "positive", self.batch_size)
-        _require(self.lr > 0, "lr", "positive", self.lr)
-        _require_number("lr", self.lr)
-        _require_number("clip_grad", self.clip_grad, 0)
-        _require_number("loss_power", self.loss_power, 1)
+        check_types(self)
+        require(self.epochs > 0, "epochs", "positive", self.epochs)
+        require(self.batch_size > 0, "batch_size", "positive", self.batch_size)
+        require(self.lr > 0, "lr", "positive", self.lr)
+        require_number("lr", self.lr)
+        require_number("clip_grad", self.clip_grad, 0)
+        require_number("loss_power", self.loss_power, 1)
         check_seed(self.seed)
-        _require_choice("optimizer", self.optimizer, Optimizer)
-        _require_choice("schedule", self.schedule, Schedule)
-        _require_choice("precision", self.precision, Precision)
-        _require_choice("score_fit", self.score_fit, ScoreFit)
-        _require(
+        require_choice("optimizer", self.optimizer, Optimizer)
+        require_choice("schedule", self.schedule, Schedule)
+        require_choice("precision", self.precision, Precision)
+        require_choice("score_fit", self.score_fit, ScoreFit)
+        require(
             0 <= self.calibration_share <= 0.5,
             "calibration_share",
             "from 0 to 0.5",
@@ -474,83 +334,6 @@ class TrainConfig:
     def preset(name: str) -> TrainConfig:
         """Return the training recipe of a preset (see `PRESETS`)."""
         return _preset(name).train
-
-
-@dataclass(frozen=True)
-class ExecutionConfig:
-    """Where and how the work is done; a result depends on it by rounding alone.
-
-    Attributes:
-        device: Where to work: auto (CUDA, else Apple's MPS, else the CPU), cpu, cuda, cuda:1 or
-            mps.
-        backend: Path of the attention operators; auto takes the fastest that runs on the device.
-        compile: Compile the network, with CUDA graphs on a GPU: a minute or more at first, faster
-            then.
-        workers: Threads that decode images; by default one for each processor.
-
-    Raises:
-        ValueError: A field breaks its rule; the message names field, rule and value.
-    """
-
-    device: str = "auto"
-    backend: Backend = "auto"
-    compile: bool = False
-    workers: int | None = None
-
-    def __post_init__(self) -> None:
-        _require_choice("backend", self.backend, Backend)
-        _require(self.workers is None or self.workers > 0, "workers", "positive", self.workers)
-
-
-@dataclass(frozen=True)
-class TrainExecution(ExecutionConfig):
-    """Where and how a model is trained.
-
-    Attributes:
-        cache: Where the backbone's features lie while training; none makes them again from the
-            files in every epoch.
-        cache_dir: Folder of the feature caches (default: ~/.cache/rlr_fast).
-        grad_checkpointing: Compute each block again in the backward pass: less memory, a third more
-            time, the same result.
-        micro_batch_size: Images of a step whose activations lie in memory at once: less memory, the
-            same result to rounding; by default all of them, and half where a GPU's memory is full.
-
-    Raises:
-        ValueError: A field breaks its rule; the message names field, rule and value.
-    """
-
-    cache: Cache = "auto"
-    cache_dir: Path | None = None
-    grad_checkpointing: bool = False
-    micro_batch_size: int | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _require_choice("cache", self.cache, Cache)
-        size = self.micro_batch_size
-        _require(size is None or size > 0, "micro_batch_size", "positive", size)
-
-
-@dataclass(frozen=True)
-class InferenceExecution(ExecutionConfig):
-    """Where and how a trained model scores images.
-
-    Attributes:
-        batch_size: Images, or tiles of one picture, scored at once.
-        precision: Precision of backbone and reconstructors; fp16 needs a GPU. Score maps are
-            fp32.
-
-    Raises:
-        ValueError: A field breaks its rule; the message names field, rule and value.
-    """
-
-    batch_size: int = 8
-    precision: Precision = "fp32"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _require(self.batch_size > 0, "batch_size", "positive", self.batch_size)
-        _require_choice("precision", self.precision, Precision)
 
 
 @dataclass(frozen=True)
