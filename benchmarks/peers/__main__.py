@@ -31,7 +31,8 @@ from rlr_fast.data.layouts import DataSet, Sample
 from rlr_fast.inference.batches import load_model
 from rlr_fast.inference.evaluate import evaluate
 from rlr_fast.inference.metrics import HEADINGS, class_metrics, format_table, mean_metrics
-from rlr_fast.models.backbone import Backbone, BackboneWeightsError
+from rlr_fast.models.backbone import Backbone
+from rlr_fast.models.backbone_weights import BackboneWeightsError
 from rlr_fast.models.checkpoint import CheckpointError, check_checkpoint
 
 _BATCH = 8

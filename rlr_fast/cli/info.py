@@ -57,7 +57,7 @@ def describe(config: RLRConfig | None, device: torch.device) -> tuple[dict[str, 
 
 
 def _model(config: RLRConfig) -> dict[str, Any]:
-    from rlr_fast.models.backbone import describe_weights
+    from rlr_fast.models.backbone_weights import describe_weights
     from rlr_fast.models.rlr import RLRModel
 
     weights = describe_weights(config.backbone, config.backbone_weights)

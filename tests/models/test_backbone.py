@@ -10,12 +10,8 @@ import safetensors.torch
 import timm
 import torch
 
-from rlr_fast.models.backbone import (
-    Backbone,
-    BackboneWeightsError,
-    describe_weights,
-    neighborhood_mean,
-)
+from rlr_fast.models.backbone import Backbone, neighborhood_mean
+from rlr_fast.models.backbone_weights import BackboneWeightsError, describe_weights
 
 LITE = "tf_efficientnet_lite0"
 VIT = "vit_small_patch14_reg4_dinov2"  # with registers

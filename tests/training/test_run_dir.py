@@ -15,7 +15,7 @@ from training_cases import run, same, weights
 
 from rlr_fast import RLRModel
 from rlr_fast.data import read_dataset
-from rlr_fast.models.backbone import BackboneWeightsError
+from rlr_fast.models.backbone_weights import BackboneWeightsError
 from rlr_fast.training import run_dir
 from rlr_fast.training.run_dir import TrainingError, check_folder
 from rlr_fast.training.steps import Steps
