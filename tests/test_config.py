@@ -85,6 +85,8 @@ def test_single_values_are_repeated_for_every_level():
         ("hidden", (130, 256, 512)),
         ("heads", 0),
         ("neighborhood", 2),
+        ("components", -1),
+        ("components", (8, 8)),
         ("image_size", (0, 4)),
         ("image_size", (1, 2, 3)),
         ("attention", ("mkla",)),

@@ -109,6 +109,9 @@ class RLRConfig:
         neighborhood: p of eq. 1: odd side of the averaged neighborhood; 1 is off.
         standardize: Standardize each feature channel by its mean and deviation over the training
             set.
+        components: Principal components of each level's features (over the training set, after
+            standardize if that is on) that are reconstructed and compared, in their proportions; 0
+            takes the channels. A single one is every level's.
         hidden: Hidden width C_h of each level; a single value is every level's.
         heads: Attention heads of each level; a single value is every level's.
         windows: Odd attention window of each level, in tokens: a side, or height x width such as
@@ -144,6 +147,7 @@ class RLRConfig:
     image_size: tuple[int, int] = (256, 256)
     neighborhood: int = 3
     standardize: bool = False
+    components: tuple[int, ...] = (0,)
     hidden: tuple[int, ...] = (128, 256, 512)
     heads: tuple[int, ...] = (8, 8, 8)
     windows: tuple[Window, ...] = ((5, 5), (7, 7), (11, 11))
@@ -187,6 +191,9 @@ class RLRConfig:
         put("heads", level_values("heads", self.heads, levels))
         windows = level_values("windows", self.windows, levels)
         put("windows", tuple(window_pair(window) for window in windows))
+        components = level_values("components", self.components, levels)
+        require(min(components) >= 0, "components", "0 or positive", self.components)
+        put("components", components[:1] if len(set(components)) == 1 else components)
         patches = level_values("patches", self.patches, levels)
         require(min(patches) > 0, "patches", "positive", self.patches)
         put("patches", patches[:1] if len(set(patches)) == 1 else patches)

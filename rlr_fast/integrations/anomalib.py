@@ -29,9 +29,9 @@ from rlr_fast.data.images import ImageFailure
 from rlr_fast.export.formats import OPENVINO_OPSET
 from rlr_fast.models.rlr import RLRModel
 from rlr_fast.training.distributed import Processes
+from rlr_fast.training.scales import fit_scales
 from rlr_fast.training.score_fit import level_scales
 from rlr_fast.training.steps import Steps, epoch_order
-from rlr_fast.training.train import fit_standardization
 
 if TYPE_CHECKING:
     from anomalib.evaluator import Evaluator
@@ -182,7 +182,7 @@ class Rlr(AnomalibModule):
         """Leave the optimizers to the steps."""
 
     def on_train_start(self) -> None:
-        """Prepare the steps; fit the standardization to the training images, if there is one.
+        """Prepare the steps; fit the features' scales to the training images.
 
         Raises:
             ValueError: The batches are not the recipe's, or there are several processes.
@@ -202,8 +202,8 @@ class Rlr(AnomalibModule):
                 self._steps.optimizers, self._optimizer_states, strict=True
             ):
                 optimizer.load_state_dict(state)
-        elif self.config.standardize:
-            fit_standardization(self.rlr, features, Processes())
+        else:
+            fit_scales(self.rlr, features, Processes())
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Take a step.

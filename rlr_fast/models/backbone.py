@@ -128,7 +128,7 @@ class Backbone(nn.Module):
 
 def _mean(maps: list[Tensor]) -> Tensor:
     """Return the mean of the maps of a group of levels."""
-    if len({m.shape for m in maps}) > 1:
+    if any(m.shape[1:] != maps[0].shape[1:] for m in maps):
         sizes = ", ".join(str(tuple(m.shape[1:])) for m in maps)
         raise _UnlikeSizes(f"levels of unlike (channels, height, width) in one group: {sizes}")
     return maps[0] if len(maps) == 1 else torch.stack(maps).mean(0)

@@ -31,6 +31,7 @@ from rlr_fast.models.checkpoint import (
 )
 from rlr_fast.models.reconstructor import Reconstructor
 from rlr_fast.models.scoring import ScoreMap, distance, perturb
+from rlr_fast.models.standardization import Components, Standardize
 
 
 class RLROutput(NamedTuple):
@@ -45,34 +46,6 @@ class RLROutput(NamedTuple):
     score_map: Tensor
     score: Tensor
     level_maps: list[Tensor]
-
-
-class Standardize(nn.Module):
-    """Per-channel standardization of one level's features, ``(f - mean) / deviation``.
-
-    It is the identity until `fit` stores the training set's figures; they are part of the
-    checkpoint.
-    """
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(channels))
-        self.register_buffer("std", torch.ones(channels))
-        self.mean: Tensor
-        self.std: Tensor
-
-    def fit(self, mean: Tensor, std: Tensor) -> None:
-        """Store mean and deviation (C,); a channel that never varies is left unscaled."""
-        self.mean.copy_(mean)
-        self.std.copy_(torch.where(std > 0, std, torch.ones_like(std)))
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Standardize tokens (..., C)."""
-        return (tokens - self.mean) / self.std
-
-    def undo(self, tokens: Tensor) -> Tensor:
-        """Return standardized tokens (..., C) in the features' own scale."""
-        return tokens * self.std + self.mean
 
 
 # What `push_to_hub` says of a model without its run; `rlr-fast publish` knows more.
@@ -131,9 +104,17 @@ class RLRModel(
         self.backbone = Backbone(
             config.backbone, config.backbone_weights, config.out_indices, config.image_size
         )
+        levels = len(config.out_indices)
+        kept = per_level(config.components, levels)
+        for count, channels in zip(kept, self.backbone.channels, strict=True):
+            if count > channels:
+                raise ValueError(
+                    f"components must be at most the channels of their level, "
+                    f"{self.backbone.channels}, got components={config.components}"
+                )
         self.levels = nn.ModuleList(
             Reconstructor(
-                channels,
+                count or channels,
                 hidden,
                 heads,
                 grid,
@@ -148,19 +129,24 @@ class RLRModel(
                 patch=patch,
                 backend=backend,
             )
-            for channels, grid, hidden, heads, window, patch in zip(
+            for count, channels, grid, hidden, heads, window, patch in zip(
+                kept,
                 self.backbone.channels,
                 self.backbone.grids,
                 config.hidden,
                 config.heads,
                 config.windows,
-                per_level(config.patches, len(config.out_indices)),
+                per_level(config.patches, levels),
                 strict=True,
             )
         )
         self.standardize = nn.ModuleList(
             Standardize(channels) if config.standardize else nn.Identity()
             for channels in self.backbone.channels
+        )
+        self.components = nn.ModuleList(
+            Components(channels, count) if count else nn.Identity()
+            for count, channels in zip(kept, self.backbone.channels, strict=True)
         )
         self.set_score()
 
@@ -281,23 +267,36 @@ class RLRModel(
     def reconstruct(self, tokens: Sequence[Tensor]) -> list[Tensor]:
         """Return the reconstructed tokens [(B, N_j, C_j)], in the features' own scale.
 
+        With ``components`` they have nothing of those that are not kept.
+
         Args:
             tokens: [(B, N_j, C_j)] as from `tokens`.
         """
         reconstructed = []
-        for j, standardize in enumerate(self.standardize):
+        for j in range(len(self.levels)):
             _, rebuilt = self._reconstruct_level(j, tokens[j])
-            reconstructed.append(
-                standardize.undo(rebuilt) if isinstance(standardize, Standardize) else rebuilt
-            )
+            for scale in (self.components[j], self.standardize[j]):
+                if isinstance(scale, (Components, Standardize)):
+                    rebuilt = scale.undo(rebuilt)
+            reconstructed.append(rebuilt)
         return reconstructed
+
+    def compared(self, j: int, tokens: Tensor) -> Tensor:
+        """Return a level's tokens (B, N_j, C_j) as they are reconstructed and compared.
+
+        Args:
+            j: The level's place in ``out_indices``.
+            tokens: As from `tokens`, or from `reconstruct`.
+        """
+        scaled: Tensor = self.components[j](self.standardize[j](tokens))
+        return scaled
 
     def distances(
         self, tokens: Sequence[Tensor], noise: Sequence[Tensor] | None = None
     ) -> list[Tensor]:
         """Return the token distances [(B, N_j)] between the features and their reconstructions.
 
-        Where the model standardizes, both are compared standardized.
+        Both are compared as `compared` scales them.
 
         Args:
             tokens: [(B, N_j, C_j)] as from `tokens`.
@@ -316,11 +315,12 @@ class RLRModel(
         self, j: int, tokens: Tensor, noise: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return the level's tokens as they are compared, and their reconstruction."""
-        original = self.standardize[j](tokens)
+        original = self.compared(j, tokens)
         seen = original
         if noise is not None:
             # Eq. 3 divides by the channels of a token, which a patch has more of and a larger norm.
             patch = self._reconstructors()[j].patch
+            noise = noise[..., : original.shape[-1]]
             seen = perturb(original, self.config.perturbation / patch, noise)
         return original, self.levels[j](seen)
 
@@ -499,6 +499,7 @@ class RLRModel(
             heads=tuple(level.heads for level in levels),
             windows=tuple(level.window for level in levels),
             patches=(1,),
+            components=(0,),
             blocks=len(levels[0].blocks),
             ffn_ratio=cast(RLRBlock, levels[0].blocks[0]).fc1.out_features // levels[0].hidden,
             attention=("mlka", "lca"),

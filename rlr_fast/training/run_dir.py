@@ -228,7 +228,7 @@ def lock_run(out: Path) -> Iterator[None]:
 def changed_settings(previous: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:
     """Say which settings of a run's record are others now, wherever the data lie."""
     # A run begun before a setting existed had its default.
-    model = {"align_corners": True, "patches": [1], "surround": 0.0}
+    model = {"align_corners": True, "components": [0], "patches": [1], "surround": 0.0}
     defaults = {"model": model, "recipe": asdict(TrainConfig())}
     changed = []
     for part in _PARTS:

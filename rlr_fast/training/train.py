@@ -27,7 +27,7 @@ from rlr_fast.models.checkpoint import CONFIG_FILE, CheckpointError
 from rlr_fast.models.environment import environment, start_device
 from rlr_fast.models.precision import check_precision
 from rlr_fast.models.reconstructor import Reconstructor
-from rlr_fast.models.rlr import RLRModel, Standardize
+from rlr_fast.models.rlr import RLRModel
 from rlr_fast.training.calibration import (
     CALIBRATION_FILE,
     Calibration,
@@ -46,6 +46,7 @@ from rlr_fast.training.run_dir import (
     write_settings,
     write_trained,
 )
+from rlr_fast.training.scales import fit_scales
 from rlr_fast.training.score_fit import level_scales
 from rlr_fast.training.trainer import Trainer
 from rlr_fast.visualization import loss_curve
@@ -160,8 +161,7 @@ def train(
             )
             print(_calibration_plan(data, recipe.calibration_share), file=sys.stderr)
         features, samples, failures = _features(model, data, execution, quiet, progress, group)
-        if config.standardize:
-            fit_standardization(model, features, group)
+        fit_scales(model, features, group)
         trainer = Trainer(
             model,
             recipe,
@@ -330,23 +330,3 @@ def _features(
         )
     mine_failed = {failure.index for failure in features.failures}
     return features, [s for i, s in enumerate(mine) if i not in mine_failed], failures
-
-
-@torch.no_grad()
-def fit_standardization(model: RLRModel, features: Features, processes: Processes) -> None:
-    """Set each level's channel mean and deviation over all processes' tokens, in float64."""
-    device = next(model.levels.parameters()).device
-    modules = [cast(Standardize, module) for module in model.standardize]
-    sums = [torch.zeros(2, len(m.mean), dtype=torch.float64, device=device) for m in modules]
-    with processes.together():
-        for tokens in features.batches(torch.arange(len(features)).split(64), device):
-            for total, level in zip(sums, tokens, strict=True):
-                values = level.flatten(0, 1).double()
-                total += torch.stack((values.sum(0), values.square().sum(0)))
-    shares = processes.all_gather((len(features), [total.cpu() for total in sums]))
-    images = sum(count for count, _ in shares)
-    for j, (module, (height, width)) in enumerate(zip(modules, model.backbone.grids, strict=True)):
-        total = torch.stack([share[j] for _, share in shares]).sum(0)
-        mean, mean_square = total / (images * height * width)
-        std = (mean_square - mean.square()).clamp_min(0).sqrt()
-        module.fit(mean.float(), std.float())

@@ -194,7 +194,7 @@ def _rows(
     ]
 
     def compared(batches: list[list[Tensor]]) -> Tensor:  # (n, N, C) of the shown level
-        return torch.cat([first.standardize[place](levels[place]).cpu() for levels in batches])
+        return torch.cat([first.compared(place, levels[place]).cpu() for levels in batches])
 
     def decoded(batches: list[list[Tensor]]) -> list[NDArray[np.uint8] | None]:
         if decoder is None:

@@ -22,8 +22,9 @@ from rlr_fast.paper import TABLES
 ROOT = Path(__file__).parents[2]
 
 MODEL = """--backbone --backbone-weights --out-indices --image-size --neighborhood --standardize
-    --no-standardize --hidden --heads --windows --patches --blocks --ffn-ratio --attention
-    --residual --no-residual --alpha --fusion --references --diversity --perturbation --smoothing
+    --no-standardize --components --hidden --heads --windows --patches --blocks --ffn-ratio
+    --attention --residual --no-residual --alpha --fusion --references --diversity --perturbation
+    --smoothing
     --surround --align-corners --no-align-corners --level-offsets --level-weights --top-share"""
 RECIPE = """--epochs --batch-size --optimizer --lr --schedule --clip-grad --loss-power --precision
     --seed --score-fit --calibration-share"""

@@ -36,6 +36,7 @@ CONFIG = RLRConfig(
     backbone_weights="random",
     out_indices=(1, 2),
     image_size=(48, 64),
+    components=(6, 0),
     hidden=(16, 32),
     heads=(2, 4),
     windows=(3, (3, 5)),

@@ -13,6 +13,7 @@ import torch
 from rlr_fast import RLRConfig, RLRModel
 from rlr_fast.models.checkpoint import CheckpointError
 from rlr_fast.models.scoring import distance, perturb
+from rlr_fast.models.standardization import Components, Standardize
 
 
 @pytest.fixture
@@ -116,18 +117,61 @@ def test_standardization_is_kept_in_the_checkpoint(small, images, tmp_path):
     assert torch.equal(model(images).score_map, again(images).score_map)
 
 
-@pytest.mark.parametrize("standardize", [False, True])
-def test_reconstructions_are_what_the_distance_compares(standardize, small, images):
-    model = RLRModel(dataclasses.replace(small, standardize=standardize)).eval()
-    if standardize:
-        for level in model.standardize:
+def fit(model):
+    """Give a model's scales figures that are not the identity."""
+    for level in model.standardize:
+        if isinstance(level, Standardize):
             level.fit(torch.randn_like(level.mean), torch.rand_like(level.std) + 0.5)
+    for level in model.components:
+        if isinstance(level, Components):
+            mean = torch.randn_like(level.mean)
+            level.fit(mean.double(), torch.cov(torch.randn(len(mean), 300).double()))
+
+
+@pytest.mark.parametrize("components", [(0, 0), (7, 5), (0, 112)], ids=str)
+@pytest.mark.parametrize("standardize", [False, True])
+def test_reconstructions_are_what_the_distance_compares(standardize, components, small, images):
+    config = dataclasses.replace(small, standardize=standardize, components=components)
+    model = RLRModel(config).eval()
+    fit(model)
     tokens = model.tokens(images)
     found = model.reconstruct(tokens)
     assert [t.shape for t in found] == [t.shape for t in tokens]
     for j, d in enumerate(model.distances(tokens)):
-        compared = model.standardize[j](found[j]), model.standardize[j](tokens[j])
-        torch.testing.assert_close(distance(*compared), d)
+        compared = model.compared(j, found[j]), model.compared(j, tokens[j])
+        torch.testing.assert_close(distance(*compared), d, rtol=1e-4, atol=1e-5)
+        assert compared[0].shape[-1] == (components[j] or tokens[j].shape[-1])
+
+
+def test_all_components_are_a_turned_copy_of_the_channels(small, images):
+    model = RLRModel(dataclasses.replace(small, components=(0, 112)))
+    fit(model)
+    level, tokens = model.components[1], model.tokens(images)[1]
+    torch.testing.assert_close(level.undo(level(tokens)), tokens, rtol=1e-4, atol=1e-4)
+    lengths = (tokens - level.mean).norm(dim=-1) / level.scale
+    torch.testing.assert_close(level(tokens).norm(dim=-1), lengths)
+
+
+def test_components_are_kept_in_the_checkpoint_and_turn_one_way(small, images, tmp_path):
+    model = RLRModel(dataclasses.replace(small, components=(0, 5)))
+    fit(model)
+    model.save_pretrained(tmp_path / "run")
+    again = RLRModel.from_pretrained(tmp_path / "run")
+    assert torch.equal(model(images).score_map, again(images).score_map)
+    directions = model.components[1].directions
+    largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))
+    assert (largest > 0).all()
+
+
+def test_constant_features_have_components_of_0(small):
+    level = RLRModel(dataclasses.replace(small, components=(0, 5))).components[1]
+    level.fit(torch.ones(112), torch.zeros(112, 112).double())
+    assert torch.equal(level(torch.ones(2, 112)), torch.zeros(2, 5))
+
+
+def test_more_components_than_channels_are_refused(small):
+    with pytest.raises(ValueError, match=r"at most the channels .*\(40, 112\), got .*\(0, 113\)"):
+        RLRModel(dataclasses.replace(small, components=(0, 113)))
 
 
 def test_standardization_leaves_a_constant_channel_unscaled(small):

@@ -48,6 +48,7 @@ MODEL = RLRConfig(
     blocks=1,
     perturbation=0.0,
     standardize=True,
+    components=(8, 0),
 )
 # All images in one step: their order does not matter, and there is no noise.
 WHOLE = TrainConfig(epochs=3, batch_size=100, lr=1e-3)
@@ -262,7 +263,7 @@ def test_standardization_and_calibration_are_those_of_all_images(folder, alone):
     assert whole["pixel"] == pytest.approx(expected["pixel"], rel=1e-4)
     assert whole["image"]["max"] == pytest.approx(expected["image"]["max"], rel=1e-4)
     assert whole["image"]["classes"].keys() == {"bolt", "cloth"}
-    for name in ("standardize.0.mean", "standardize.1.std"):
+    for name in ("standardize.0.mean", "standardize.1.std", "components.0.scale"):
         torch.testing.assert_close(
             weights(folder / "whole")[name], weights(folder / "alone")[name], rtol=1e-6, atol=1e-7
         )

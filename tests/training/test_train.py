@@ -7,9 +7,11 @@ import json
 import math
 import threading
 
+import numpy as np
 import pytest
 import torch
 from conftest import BRIEF, SMALL
+from sklearn.decomposition import PCA
 from training_cases import run, same, weights
 
 from rlr_fast import RLRModel
@@ -137,6 +139,24 @@ def test_standardization_is_that_of_the_training_set(dataset, tmp_path):
         )
 
 
+@pytest.mark.parametrize("standardize", [False, True])
+def test_components_are_those_of_the_training_set_in_their_proportions(
+    dataset, tmp_path, standardize
+):
+    config = dataclasses.replace(SMALL, standardize=standardize, components=(0, 5))
+    run(dataset, tmp_path / "run", tmp_path, config)
+    model = RLRModel.from_pretrained(tmp_path / "run")
+    samples = [s for group in dataset.train.values() for s in group]
+    tokens = cached_features(model, samples, tmp_path / "cache").levels[1].flatten(0, 1)
+    values = model.standardize[1](tokens)
+    theirs = PCA(5, svd_solver="full").fit_transform(values.double().numpy())
+    expected = torch.from_numpy(theirs / np.sqrt(theirs.var(0).mean()))
+    ours = model.compared(1, tokens).double()
+    signs = (ours * expected).sum(0).sign()
+    torch.testing.assert_close(ours, expected * signs, atol=1e-3, rtol=1e-3)
+    assert torch.equal(model.compared(0, tokens[:, :40]), model.standardize[0](tokens[:, :40]))
+
+
 def test_scaled_levels_have_normal_distances_from_0_to_their_share_of_the_finest_side(
     dataset, tmp_path
 ):
@@ -197,10 +217,10 @@ def test_seed_decides_order_and_noise(dataset, tmp_path):
     assert len(drawn) == 32
 
 
-@pytest.mark.parametrize("standardize", [False, True])
-def test_features_made_each_time_train_as_kept_ones_do(dataset, tmp_path, standardize):
+@pytest.mark.parametrize("scales", [{}, {"standardize": True}, {"components": (9, 0)}], ids=str)
+def test_features_made_each_time_train_as_kept_ones_do(dataset, tmp_path, scales):
     dataset.train["bolt"][1].path.write_bytes(b"no image")
-    config = dataclasses.replace(SMALL, standardize=standardize)
+    config = dataclasses.replace(SMALL, **scales)
     kept = run(dataset, tmp_path / "kept", tmp_path, config)
     fresh = run(dataset, tmp_path / "fresh", tmp_path / "no", config, cache="none")
     assert [f.error.path for f in fresh.failures] == [f.error.path for f in kept.failures]

@@ -1,0 +1,71 @@
+"""The scale of the features that a model reconstructs: fitted to its training set, once."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+
+from rlr_fast.models.rlr import RLRModel
+from rlr_fast.models.standardization import Components, Standardize
+from rlr_fast.training.distributed import Processes
+from rlr_fast.training.features import Features
+
+_BATCH = 64
+
+
+@torch.no_grad()
+def fit_scales(model: RLRModel, features: Features, processes: Processes) -> None:
+    """Fit what the configuration asks for of standardization and components, in float64.
+
+    Args:
+        model: Its levels' figures are set, to the same in all processes.
+        features: Normal images' features, this process's share.
+        processes: Those that share the images.
+    """
+    if model.config.standardize:
+        _fit_standardization(model, features, processes)
+    if any(model.config.components):
+        _fit_components(model, features, processes)
+
+
+def _fit_standardization(model: RLRModel, features: Features, processes: Processes) -> None:
+    device = next(model.levels.parameters()).device
+    modules = [cast(Standardize, module) for module in model.standardize]
+    sums = [torch.zeros(2, len(m.mean), dtype=torch.float64, device=device) for m in modules]
+    with processes.together():
+        for tokens in features.batches(torch.arange(len(features)).split(_BATCH), device):
+            for total, level in zip(sums, tokens, strict=True):
+                values = level.flatten(0, 1).double()
+                total += torch.stack((values.sum(0), values.square().sum(0)))
+    shares = processes.all_gather((len(features), [total.cpu() for total in sums]))
+    images = sum(count for count, _ in shares)
+    for j, (module, (height, width)) in enumerate(zip(modules, model.backbone.grids, strict=True)):
+        total = torch.stack([share[j] for _, share in shares]).sum(0)
+        mean, mean_square = total / (images * height * width)
+        std = (mean_square - mean.square()).clamp_min(0).sqrt()
+        module.fit(mean.float(), std.float())
+
+
+def _fit_components(model: RLRModel, features: Features, processes: Processes) -> None:
+    device = model.device
+    modules = list(model.components)
+    channels = model.backbone.channels
+    sums = [torch.zeros(c, dtype=torch.float64, device=device) for c in channels]
+    products = [torch.zeros(c, c, dtype=torch.float64, device=device) for c in channels]
+    with processes.together():
+        for tokens in features.batches(torch.arange(len(features)).split(_BATCH), device):
+            for j, level in enumerate(tokens):
+                values = model.standardize[j](level).flatten(0, 1).double()
+                sums[j] += values.sum(0)
+                products[j] += values.T @ values
+    shares = processes.all_gather(
+        (len(features), [s.cpu() for s in sums], [p.cpu() for p in products])
+    )
+    images = sum(count for count, _, _ in shares)
+    for j, (module, (height, width)) in enumerate(zip(modules, model.backbone.grids, strict=True)):
+        if isinstance(module, Components):
+            tokens_of_level = images * height * width
+            mean = torch.stack([s[j] for _, s, _ in shares]).sum(0) / tokens_of_level
+            second = torch.stack([p[j] for _, _, p in shares]).sum(0) / tokens_of_level
+            module.fit(mean, second - torch.outer(mean, mean))
