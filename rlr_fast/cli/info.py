@@ -17,6 +17,7 @@ from rlr_fast.config import (
     RLRConfig,
     from_dict,
     level_name,
+    per_level,
     short_windows,
 )
 
@@ -68,6 +69,7 @@ def _model(config: RLRConfig) -> dict[str, Any]:
         {
             "index": index if isinstance(index, int) else level_name(index),
             "channels": channels,
+            "components": components,
             "grid": list(grid),
             "patch": level.patch,
             "tokens": grid[0] * grid[1] // level.patch**2,
@@ -76,8 +78,13 @@ def _model(config: RLRConfig) -> dict[str, Any]:
             "window": short_windows([level.window])[0],
             "parameters": sum(p.numel() for p in level.parameters()),
         }
-        for index, channels, grid, level in zip(
-            config.out_indices, backbone.channels, backbone.grids, reconstructors, strict=True
+        for index, channels, components, grid, level in zip(
+            config.out_indices,
+            backbone.channels,
+            per_level(config.components, len(config.out_indices)),
+            backbone.grids,
+            reconstructors,
+            strict=True,
         )
     ]
     return {
@@ -113,14 +120,15 @@ def _model_text(model: dict[str, Any]) -> str:
         f"{model['backbone_parameters']:,} parameters, frozen",
         f"  weights ({config['backbone_weights']}): {model['backbone_weights']}",
         "",
-        "level  channels  grid      patch  tokens  hidden  heads  window   parameters",
+        "level  channels  components  grid      patch  tokens  hidden  heads  window   parameters",
     ]
     for level in model["levels"]:
         grid = "x".join(map(str, level["grid"]))
         window = level["window"]
         window = window if isinstance(window, int) else "x".join(map(str, window))
         lines.append(
-            f"{level['index']:>5}  {level['channels']:8d}  {grid:8s}  {level['patch']:5d}  "
+            f"{level['index']:>5}  {level['channels']:8d}  {level['components'] or 'all':>10}  "
+            f"{grid:8s}  {level['patch']:5d}  "
             f"{level['tokens']:6d}  {level['hidden']:6d}  {level['heads']:5d}  {window!s:>6s}  "
             f"{level['parameters']:11,d}"
         )
