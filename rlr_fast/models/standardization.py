@@ -69,8 +69,10 @@ class Components(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return the components (..., count) of tokens (..., C)."""
-        return (tokens - self.mean) @ self.directions / self.scale
+        with torch.autocast(tokens.device.type, enabled=False):  # they are what is compared
+            return (tokens - self.mean) @ self.directions / self.scale
 
     def undo(self, components: Tensor) -> Tensor:
         """Return the tokens (..., C) of components (..., count), with nothing of the others."""
-        return components * self.scale @ self.directions.T + self.mean
+        with torch.autocast(components.device.type, enabled=False):
+            return components * self.scale @ self.directions.T + self.mean

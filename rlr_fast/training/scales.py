@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 
 from rlr_fast.models.rlr import RLRModel
 from rlr_fast.models.standardization import Components, Standardize
@@ -49,23 +50,20 @@ def _fit_standardization(model: RLRModel, features: Features, processes: Process
 
 def _fit_components(model: RLRModel, features: Features, processes: Processes) -> None:
     device = model.device
-    modules = list(model.components)
-    channels = model.backbone.channels
-    sums = [torch.zeros(c, dtype=torch.float64, device=device) for c in channels]
-    products = [torch.zeros(c, c, dtype=torch.float64, device=device) for c in channels]
+    modules = {j: m for j, m in enumerate(model.components) if isinstance(m, Components)}
+    sums = {
+        j: torch.zeros(len(m.mean), len(m.mean) + 1, dtype=torch.float64, device=device)
+        for j, m in modules.items()
+    }
     with processes.together():
         for tokens in features.batches(torch.arange(len(features)).split(_BATCH), device):
-            for j, level in enumerate(tokens):
-                values = model.standardize[j](level).flatten(0, 1).double()
-                sums[j] += values.sum(0)
-                products[j] += values.T @ values
-    shares = processes.all_gather(
-        (len(features), [s.cpu() for s in sums], [p.cpu() for p in products])
-    )
-    images = sum(count for count, _, _ in shares)
-    for j, (module, (height, width)) in enumerate(zip(modules, model.backbone.grids, strict=True)):
-        if isinstance(module, Components):
-            tokens_of_level = images * height * width
-            mean = torch.stack([s[j] for _, s, _ in shares]).sum(0) / tokens_of_level
-            second = torch.stack([p[j] for _, _, p in shares]).sum(0) / tokens_of_level
-            module.fit(mean, second - torch.outer(mean, mean))
+            for j, total in sums.items():
+                values = model.standardize[j](tokens[j]).flatten(0, 1).double()
+                total += values.T @ F.pad(values, (0, 1), value=1)  # products, and sums
+    shares = processes.all_gather((len(features), {j: t.cpu() for j, t in sums.items()}))
+    images = sum(count for count, _ in shares)
+    for j, module in modules.items():
+        height, width = model.backbone.grids[j]
+        moments = torch.stack([share[j] for _, share in shares]).sum(0) / (images * height * width)
+        mean = moments[:, -1]
+        module.fit(mean, moments[:, :-1] - torch.outer(mean, mean))

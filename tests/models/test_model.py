@@ -163,6 +163,15 @@ def test_components_are_kept_in_the_checkpoint_and_turn_one_way(small, images, t
     assert (largest > 0).all()
 
 
+def test_components_are_exact_under_autocast(small, images):
+    model = RLRModel(dataclasses.replace(small, components=(0, 5)))
+    fit(model)
+    tokens = model.tokens(images)[1]
+    expected = model.compared(1, tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model.compared(1, tokens), expected)
+
+
 def test_constant_features_have_components_of_0(small):
     level = RLRModel(dataclasses.replace(small, components=(0, 5))).components[1]
     level.fit(torch.ones(112), torch.zeros(112, 112).double())
