@@ -22,6 +22,7 @@ from rlr_fast.data.check import counted
 from rlr_fast.files import write_atomically
 from rlr_fast.prediction.image_files import ImageFile
 from rlr_fast.prediction.results import LINES_FILE, ResultsWriter, Row, line, read_rows
+from rlr_fast.training.calibration import with_later_settings
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -163,7 +164,7 @@ def check_settings(out: Path, settings: Mapping[str, Any], resume: bool) -> bool
             raise ValueError(f"{path} is damaged: {error}; {_ANEW}") from None
         if not isinstance(earlier, dict):
             raise ValueError(f"{path} is damaged: it must be an object; {_ANEW}")
-        now = json.loads(json.dumps(settings))
+        earlier, now = with_later_settings(earlier), json.loads(json.dumps(settings))
         names = sorted(earlier.keys() | now.keys())
         pairs = [(name, earlier.get(name), now.get(name)) for name in names]
         changed = [f"{name} was {old}, now {new}" for name, old, new in pairs if old != new]

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from rlr_fast.config import SCORE_FIELDS, RLRConfig
+from rlr_fast.config import RLRConfig
 from rlr_fast.data import ImageFailure, Sample, iterate_images
 from rlr_fast.data.records import read_record
 from rlr_fast.files import file_digest, write_atomically
@@ -111,6 +111,13 @@ def scoring_identity(
     }
 
 
+def with_later_settings(scoring: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a `scoring_identity` that was written before a setting existed with its default."""
+    defaults = json.loads(RLRConfig().to_json())
+    del defaults["backbone_weights"]  # decides nothing
+    return defaults | scoring
+
+
 def read_calibration(checkpoint: Path) -> Calibration | None:
     """Return what decisions can rest on; None where nothing was kept out of training.
 
@@ -120,11 +127,7 @@ def read_calibration(checkpoint: Path) -> Calibration | None:
     file = _read(checkpoint)
     if file is None or file.calibration is None:
         return None
-    # One made before a setting existed had its default.
-    defaults = json.loads(RLRConfig().to_json())
-    scoring = file.calibration.scoring
-    since = {name: defaults[name] for name in SCORE_FIELDS if name not in scoring}
-    return replace(file.calibration, scoring=scoring | since)
+    return replace(file.calibration, scoring=with_later_settings(file.calibration.scoring))
 
 
 def trained_classes(checkpoint: Path) -> dict[str, float]:

@@ -15,7 +15,7 @@ from rlr_fast.prediction import row_maker
 from rlr_fast.prediction.image_files import find_images
 from rlr_fast.prediction.predict import predict
 from rlr_fast.prediction.results import line
-from rlr_fast.prediction.shares import PARTS_FOLDER, Share
+from rlr_fast.prediction.shares import PARTS_FOLDER, SETTINGS_FILE, Share
 from rlr_fast.training.calibration import Calibration, ClassScores
 
 TABLES = ("results.csv", "results.jsonl", "prediction.json")
@@ -149,6 +149,16 @@ def test_other_settings_are_refused_and_nothing_is_lost(whole, tmp_path, options
     with pytest.raises(ValueError, match=message) as error:
         again(whole, tmp_path / "out", **options)
     assert "without --resume all files are scored anew" in str(error.value)
+    assert same(folder, tmp_path / "out")
+
+
+def test_a_prediction_from_before_a_setting_existed_goes_on(whole, tmp_path):
+    folder, _ = whole
+    shutil.copytree(folder / "out", tmp_path / "out")
+    settings = tmp_path / "out" / SETTINGS_FILE
+    values = json.loads(settings.read_text())
+    settings.write_text(json.dumps({k: v for k, v in values.items() if k != "components"}))
+    again(whole, tmp_path / "out")
     assert same(folder, tmp_path / "out")
 
 

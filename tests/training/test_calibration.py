@@ -21,6 +21,7 @@ from rlr_fast.training.calibration import (
     read_calibration,
     scoring_identity,
     trained_classes,
+    with_later_settings,
     write_calibration,
 )
 from rlr_fast.training.train import train
@@ -124,6 +125,13 @@ def test_a_calibration_from_before_a_setting_of_the_score_had_its_default(
     assert read is not None and read.is_of(model)
     model.set_score(**{name: value})
     assert not read.is_of(model)
+
+
+@pytest.mark.parametrize("name", ["components", "patches", "surround"])
+def test_a_setting_that_came_later_has_its_default_in_what_was_written_before(name, small):
+    scoring = scoring_identity(RLRModel(small))
+    before = {key: value for key, value in scoring.items() if key != name}
+    assert with_later_settings(before) == scoring == with_later_settings(scoring)
 
 
 def test_a_run_without_the_file_has_no_calibration(tmp_path):
