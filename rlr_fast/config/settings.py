@@ -96,8 +96,9 @@ def check_branches(attention: Sequence[str], fusion: str, references: int = 1) -
 class RLRConfig:
     """Everything that defines an `RLRModel`; the defaults are the paper's.
 
-    ``hidden``, ``heads``, ``windows`` and ``patches`` hold a value per level; a single value given
-    stands for every level. A window is (height, width); one number given stands for a square.
+    ``components``, ``hidden``, ``heads``, ``windows`` and ``patches`` hold a value per level; a
+    single value given stands for every level. A window is (height, width); one number given stands
+    for a square.
 
     Attributes:
         backbone: timm network that gives the features, with its weight tag.

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rlr_fast.config import TrainConfig, short_windows
+from rlr_fast.config import RLRConfig, TrainConfig, short_windows
 from rlr_fast.data import DataSet
 from rlr_fast.data.records import parse_record, read_record
 from rlr_fast.data.threads import BackgroundWriter, map_ahead
@@ -228,8 +228,7 @@ def lock_run(out: Path) -> Iterator[None]:
 def changed_settings(previous: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:
     """Say which settings of a run's record are others now, wherever the data lie."""
     # A run begun before a setting existed had its default.
-    model = {"align_corners": True, "components": [0], "patches": [1], "surround": 0.0}
-    defaults = {"model": model, "recipe": asdict(TrainConfig())}
+    defaults = {"model": json.loads(RLRConfig().to_json()), "recipe": asdict(TrainConfig())}
     changed = []
     for part in _PARTS:
         settings = dict(previous[part])

@@ -31,7 +31,7 @@ def fit_scales(model: RLRModel, features: Features, processes: Processes) -> Non
 
 
 def _fit_standardization(model: RLRModel, features: Features, processes: Processes) -> None:
-    device = next(model.levels.parameters()).device
+    device = model.device
     modules = [cast(Standardize, module) for module in model.standardize]
     sums = [torch.zeros(2, len(m.mean), dtype=torch.float64, device=device) for m in modules]
     with processes.together():

@@ -304,11 +304,21 @@ def test_an_unwritten_checkpoint_is_told_after_an_interruption(tmp_path, monkeyp
 def test_settings_written_with_other_windows_of_the_same_meaning_are_the_same():
     record = {"model": SMALL.to_dict(), "recipe": {}, "data": {}}
     assert record["model"]["windows"] == [3, (3, 5)]
+    before = {"model": json.loads(SMALL.to_json()), "recipe": {}, "data": {}}
     for windows in ([3, [3, 5]], [[3, 3], [3, 5]]):
-        assert not run_dir.changed_settings(
-            {"model": {"windows": windows}, "recipe": {}, "data": {}}, record
-        )
-    (changed,) = run_dir.changed_settings(
-        {"model": {"windows": [3, 5]}, "recipe": {}, "data": {}}, record
-    )
+        before["model"]["windows"] = windows
+        assert not run_dir.changed_settings(before, record)
+    before["model"]["windows"] = [3, 5]
+    (changed,) = run_dir.changed_settings(before, record)
     assert changed == "windows was [3, 5], now [3, [3, 5]]"
+
+
+@pytest.mark.parametrize("name", ["components", "patches", "surround"])
+def test_a_run_from_before_a_setting_existed_had_its_default(name):
+    record = {"model": SMALL.to_dict(), "recipe": {}, "data": {}}
+    before = json.loads(json.dumps(record))
+    del before["model"][name]
+    assert not run_dir.changed_settings(before, record)
+    record["model"][name] = [2]
+    (changed,) = run_dir.changed_settings(before, record)
+    assert changed.startswith(f"{name} was ") and changed.endswith("now [2]")
