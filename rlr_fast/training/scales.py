@@ -30,14 +30,19 @@ def fit_scales(model: RLRModel, features: Features, processes: Processes) -> Non
         _fit_components(model, features, processes)
 
 
+def _with_float64(device: torch.device) -> torch.device:
+    """Return the device, or the CPU for Apple's GPUs, which have no float64."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 def _fit_standardization(model: RLRModel, features: Features, processes: Processes) -> None:
-    device = model.device
+    device, sum_device = model.device, _with_float64(model.device)
     modules = [cast(Standardize, module) for module in model.standardize]
-    sums = [torch.zeros(2, len(m.mean), dtype=torch.float64, device=device) for m in modules]
+    sums = [torch.zeros(2, len(m.mean), dtype=torch.float64, device=sum_device) for m in modules]
     with processes.together():
         for tokens in features.batches(torch.arange(len(features)).split(_BATCH), device):
             for total, level in zip(sums, tokens, strict=True):
-                values = level.flatten(0, 1).double()
+                values = level.flatten(0, 1).to(sum_device).double()
                 total += torch.stack((values.sum(0), values.square().sum(0)))
     shares = processes.all_gather((len(features), [total.cpu() for total in sums]))
     images = sum(count for count, _ in shares)
@@ -49,16 +54,16 @@ def _fit_standardization(model: RLRModel, features: Features, processes: Process
 
 
 def _fit_components(model: RLRModel, features: Features, processes: Processes) -> None:
-    device = model.device
+    device, sum_device = model.device, _with_float64(model.device)
     modules = {j: m for j, m in enumerate(model.components) if isinstance(m, Components)}
     sums = {
-        j: torch.zeros(len(m.mean), len(m.mean) + 1, dtype=torch.float64, device=device)
+        j: torch.zeros(len(m.mean), len(m.mean) + 1, dtype=torch.float64, device=sum_device)
         for j, m in modules.items()
     }
     with processes.together():
         for tokens in features.batches(torch.arange(len(features)).split(_BATCH), device):
             for j, total in sums.items():
-                values = model.standardize[j](tokens[j]).flatten(0, 1).double()
+                values = model.standardize[j](tokens[j]).flatten(0, 1).to(sum_device).double()
                 total += values.T @ F.pad(values, (0, 1), value=1)  # products, and sums
     shares = processes.all_gather((len(features), {j: t.cpu() for j, t in sums.items()}))
     images = sum(count for count, _ in shares)

@@ -166,8 +166,8 @@ class Trainer:
         self, step: int, bar: Any, log: SummaryWriter | None, checkpoints: CheckpointWriter
     ) -> None:
         """Log the losses since the last row; stop at the first that is not finite."""
-        losses = torch.stack([loss for loss, _ in self.pending]).double().cpu()
-        norms = torch.stack([norm for _, norm in self.pending]).double().cpu()
+        losses = torch.stack([loss for loss, _ in self.pending]).cpu().double()
+        norms = torch.stack([norm for _, norm in self.pending]).cpu().double()
         first = step + 1 - len(self.pending)
         self.pending.clear()
         skipped = self.steps.scaler.is_enabled()  # fp16 skips steps whose gradients overflow
