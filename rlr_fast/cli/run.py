@@ -119,6 +119,8 @@ def _told(verb: Verb, error: Exception) -> int | None:
     if wants_traceback():
         return None
     models = (BackboneWeightsError, BackendError, CheckpointError, CacheError, TrainingError)
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return refuse(f"{error.filename!r}: {error.strerror}")
     if isinstance(error, (ValueError, OSError, ExportError, *models)):
         return refuse(str(error))
     if isinstance(error, RuntimeError) and type(error).__module__.startswith(_COMPILER):

@@ -257,8 +257,8 @@ def read_dataset(
 def _existing_folder(root: str | os.PathLike[str]) -> Path:
     path = Path(root)
     if not path.is_dir():
-        reason = "a file" if path.exists() else "nothing there"
-        raise ValueError(f"root must be an existing folder, got root={str(path)!r} ({reason})")
+        why = "a file" if path.exists() else "nothing there"
+        raise ValueError(f"the data's root must be an existing folder, got {str(path)!r} ({why})")
     return path
 
 
@@ -442,7 +442,7 @@ def _checked_rows(
 
 
 def _nothing_fits(root: Path, layouts: tuple[str, ...]) -> str:
-    lines = [f"root must hold a data set of a known layout, got root={str(root)!r}", "looked for:"]
+    lines = [f"the data's root must have a known layout, got {str(root)!r}", "looked for:"]
     lines += [f"  {name:<15} {_LOOKED_FOR[name]}" for name in layouts]
     folders = [f"{name}/" for name in subfolders(root)]
     with os.scandir(root) as entries:
@@ -458,7 +458,7 @@ def _nothing_fits(root: Path, layouts: tuple[str, ...]) -> str:
             "there are images here and in its folders; layout='folder' reads those here alone"
         )
     elif (nearby := _nearby(root)) is not None:
-        lines.append(f"did you mean root={str(nearby)!r}? It looks like layout {_guess(nearby)!r}")
+        lines.append(f"did you mean {str(nearby)!r}? It looks like layout {_guess(nearby)!r}")
     return "\n".join(lines)
 
 

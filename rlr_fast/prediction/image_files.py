@@ -147,7 +147,7 @@ def find_images(paths: Sequence[str | Path], out: Path | None = None) -> ImageFi
                     pictures.add(picture)
                     files._add(folder, place, name, picture if taken else None)
         if not found:
-            raise ValueError(f"paths: there is no image in {str(path)!r}")
+            raise ValueError(f"there is no image in {str(path)!r}")
     return files
 
 
@@ -161,7 +161,7 @@ def _images(path: Path, out: Path | None) -> Iterator[tuple[Path, Path, list[str
     elif path.exists():
         yield path.parent, Path(), [path.name]
     else:
-        raise ValueError(f"paths: there is no {str(path)!r}")
+        raise ValueError(f"there is no file or folder {str(path)!r}")
 
 
 def image_folders(

@@ -248,7 +248,7 @@ def test_plain_folders_side_by_side_are_classes(tmp_path):
 def test_a_root_of_any_name_holds_class_folders_unless_it_is_a_split(tmp_path, name, split):
     touch(tmp_path, f"{name}/screws/a.png", f"{split}/scratch/a.png")
     assert read_dataset(tmp_path / name).classes == ("screws",)
-    with pytest.raises(ValueError, match="root must hold a data set of a known layout"):
+    with pytest.raises(ValueError, match="the data's root must have a known layout"):
         read_dataset(tmp_path / split)
 
 
@@ -262,7 +262,7 @@ def test_a_root_of_any_name_holds_class_folders_unless_it_is_a_split(tmp_path, n
 )
 def test_folders_that_may_hold_defects_are_not_taken_for_classes(tmp_path, names):
     touch(tmp_path, *names)
-    with pytest.raises(ValueError, match="root must hold a data set of a known layout"):
+    with pytest.raises(ValueError, match="the data's root must have a known layout"):
         read_dataset(tmp_path)
 
 
@@ -368,7 +368,7 @@ def test_empty_folder_says_so(tmp_path):
 )
 def test_neighboring_folder_is_suggested(tmp_path, given, meant):
     make_mvtec_class(tmp_path / "mvtec_anomaly_detection/bottle")
-    with pytest.raises(ValueError, match=f"did you mean root='.*{meant}'"):
+    with pytest.raises(ValueError, match=f"did you mean '.*{meant}'"):
         read_dataset(tmp_path / given)
 
 

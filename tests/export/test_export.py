@@ -467,7 +467,7 @@ def test_decisions_are_those_of_the_rules_at_ties_too(pool, folder):
         ("RUN --to torch --out OUT/a.pt2 --input-size 0", "--input-size must be from 1 to 65536"),
         ("RUN --to torch --out OUT/a.pt2 --input-size 9 9 9", "--input-size takes one side, or"),
         ("RUN --to torch --out OUT/a.pt2 --input-size 65536", "--input-size must be at most 671"),
-        ("RUN --to torch --out OUT/a.pt2 --images nowhere", "there is no 'nowhere'"),
+        ("RUN --to torch --out OUT/a.pt2 --images nowhere", "there is no file or folder 'nowhere'"),
         ("RUN --to torch --out OUT/a.pt2 --alpha 0.01", "needs 99 calibration images"),
         ("BARE --to torch --out OUT/a.pt2 --alpha 0.2", "has no calibration"),
     ],
