@@ -53,6 +53,9 @@ from rlr_fast.visualization import loss_curve
 
 CURVE_FILE = "loss.png"
 
+# On 400 photographs `accurate` loses 2 points of I-AUROC with half of its 1,200 steps.
+_FEW_STEPS = 600
+
 _log = logging.getLogger(__name__)
 
 
@@ -152,11 +155,15 @@ def train(
         if group.is_main:
             for line in _keyless_levels(model):
                 _log.warning(line)
+        images = sum(map(len, data.train.values()))
+        steps = recipe.epochs * math.ceil(images / recipe.batch_size)
+        if group.is_main and steps < _FEW_STEPS:
+            _log.warning(_few_steps(images, steps, recipe))
         if group.is_main and not quiet:
             print(
-                f"{sum(map(len, data.train.values()))} images, classes: {len(data.classes)}, "
+                f"{images} images, classes: {len(data.classes)}, "
                 f"{config.backbone} at {config.image_size[0]} x {config.image_size[1]}, "
-                f"epochs: {recipe.epochs}, on {device}",
+                f"epochs: {recipe.epochs} ({steps} steps), on {device}",
                 file=sys.stderr,
             )
             print(_calibration_plan(data, recipe.calibration_share), file=sys.stderr)
@@ -211,6 +218,15 @@ def train(
         speeds = [row["images_per_s"] for row in trainer.history]
         speed = statistics.median(speeds) if speeds else math.nan
         return TrainResult(out, trainer.history, failures, speed)
+
+
+def _few_steps(images: int, steps: int, recipe: TrainConfig) -> str:
+    """Say how many epochs of so few images would be enough steps."""
+    enough = math.ceil(_FEW_STEPS / math.ceil(images / recipe.batch_size))
+    return (
+        f"{counted(steps, 'step')} of {min(images, recipe.batch_size)} images are few, and a model "
+        f"that hardly learned finds little: --epochs {enough} or more help"
+    )
 
 
 def _keyless_levels(model: RLRModel) -> list[str]:

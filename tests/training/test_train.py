@@ -194,6 +194,13 @@ def test_a_window_that_leaves_mlka_no_key_is_told(dataset, tmp_path, caplog, win
     assert window == 3 or covered
 
 
+def test_a_training_of_few_steps_is_told_and_how_many_epochs_help(dataset, tmp_path, caplog):
+    recipe = dataclasses.replace(BRIEF, epochs=2, batch_size=4)
+    run(dataset, tmp_path / "run", tmp_path, recipe=recipe)
+    assert "6 steps of 4 images are few" in caplog.text
+    assert "--epochs 200 or more help" in caplog.text
+
+
 def test_bf16_trains(dataset, tmp_path):
     recipe = dataclasses.replace(BRIEF, precision="bf16", epochs=8)
     result = run(dataset, tmp_path / "run", tmp_path, recipe=recipe)
