@@ -60,7 +60,7 @@ def test_groups_of_levels_survive_json_and_have_names():
     assert read_level("4-4") == 4
 
 
-@pytest.mark.parametrize("text", ["", "a", "-1", "2-", "5-2", "2-3-4", "1.5", "2 - 3"])
+@pytest.mark.parametrize("text", ["", "a", "-1", "2-", "5-2", "2-3-4", "1.5", "2 - 3", "0-9999"])
 def test_what_is_no_level_is_refused_as_written(text):
     with pytest.raises(ValueError, match="first and the last such as 2-5, got " + repr(text)):
         read_level(text)
@@ -98,6 +98,8 @@ def test_single_values_are_repeated_for_every_level():
         ("out_indices", ((2, 5), (6, 9), 10)),
         ("out_indices", ((3, 2), 4, 5)),
         ("out_indices", ((4, 5), (2, 3), 6)),
+        ("out_indices", (3, 2, 4)),
+        ("out_indices", (-1, 2, 3)),
         ("out_indices", ((-2, -1), 2, 3)),
         ("out_indices", ((), 2, 3)),
         ("out_indices", ("2-5", 6, 7)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
@@ -35,7 +36,8 @@ def short_windows(windows: Iterable[Any]) -> list[Any]:
 
 def level_name(level: Level) -> str:
     """Return a level as the command line takes it: 3, or 2-5 for the mean of four."""
-    return str(level) if isinstance(level, int) else f"{level[0]}-{level[-1]}"
+    first, last = (level, level) if isinstance(level, int) else (level[0], level[-1])
+    return str(first) if first == last else f"{first}-{last}"
 
 
 def read_level(text: str) -> Level:
@@ -44,41 +46,33 @@ def read_level(text: str) -> Level:
     Raises:
         ValueError: It is none.
     """
-    found = re.fullmatch(r"([0-9]{1,4})(?:-([0-9]{1,4}))?", text)
+    found = re.fullmatch(r"([0-9]{1,2})(?:-([0-9]{1,2}))?", text)
     members = tuple(range(int(found[1]), int(found[2] or found[1]) + 1)) if found else ()
     if not members:
         raise ValueError(f"must be a level, or the first and the last such as 2-5, got {text!r}")
     return members if len(members) > 1 else members[0]
 
 
-def _are_consecutive(group: tuple[int, ...]) -> bool:
-    return len(group) > 0 and group[0] >= 0 and group == tuple(range(group[0], group[-1] + 1))
-
-
 def level_groups(indices: int | Iterable[int | Sequence[int]]) -> list[tuple[int, ...]]:
     """Return for each level of ``out_indices`` those of the network whose mean it is.
 
     Raises:
-        ValueError: There is none, one stands there twice, or a group is not of consecutive ones.
+        ValueError: There is none, they do not rise, or a group is not of consecutive ones.
     """
     given = (indices,) if isinstance(indices, int) else tuple(indices)
     groups = [(level,) if isinstance(level, int) else tuple(level) for level in given]
     for group in groups:
         require(
-            len(group) == 1 or _are_consecutive(group),
+            len(group) > 0 and group == tuple(range(group[0], group[-1] + 1)),
             "out_indices",
             "levels, or consecutive ones such as (2, 3, 4, 5) for their mean",
             indices,
         )
     require(len(groups) > 0, "out_indices", "at least one level", indices)
     members = [level for group in groups for level in group]
-    require(len(set(members)) == len(members), "out_indices", "free of repeats", indices)
-    require(
-        len(members) == len(groups) or members == sorted(members),
-        "out_indices",
-        "rising where levels are averaged",
-        indices,
-    )
+    # The network gives its levels in this order, whatever the order in which they are asked for.
+    is_rising = members[0] >= 0 and all(a < b for a, b in itertools.pairwise(members))
+    require(is_rising, "out_indices", "levels from 0 on, each above the one before", indices)
     return groups
 
 

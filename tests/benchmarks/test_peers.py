@@ -42,7 +42,10 @@ def make(name, steps, backbone=None):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--levels", "6-9", "2-5"], "out_indices must be rising where levels are averaged, got"),
+        (
+            ["--levels", "6-9", "2-5"],
+            "out_indices must be levels from 0 on, each above the one before",
+        ),
         (["--levels", "2-3"], "out_indices: 'tf_efficientnet_lite0' has levels of unlike"),
         (["--levels", "3-2"], "argument --levels: invalid read_level value: '3-2'"),
         (["--peer", "dinomaly"], "Dinomaly: the backbone must be a ViT with a class token, got"),

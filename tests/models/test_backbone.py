@@ -23,7 +23,6 @@ VIT = "vit_small_patch14_reg4_dinov2"  # with registers
         pytest.param(LITE, (1, 2, 3), id="efficientnet-cut-in-the-middle"),
         pytest.param("mobilenetv3_small_050", (1, 2), id="mobilenet-own-feature-class"),
         pytest.param("resnet10t", (0, 2), id="resnet-stem-level"),
-        pytest.param("resnet10t", (3, 1), id="levels-not-in-order"),
         pytest.param("vit_tiny_patch16_224", (2, 5), id="vit-all-levels-one-stride"),
     ],
 )
