@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from cyclopts import Argument, ArgumentCollection, Token
 
-from rlr_fast.config import suggest
+from rlr_fast.config import level_groups, level_name, suggest
 
 
 def read_flags(_app: object, _words: object, arguments: ArgumentCollection) -> None:
@@ -86,5 +86,16 @@ def _checked(name: str, argument: Argument, value: Any) -> list[str]:
             "one value or more" if several else "one value" if count == 1 else f"{count} values"
         )
         raise ValueError(f"--config: {name} takes {wanted}, got {value!r}")
-    # A pair such as [3, 5] among the values is written 3x5 on the command line.
-    return ["x".join(map(str, v)) if isinstance(v, list) else str(v) for v in values]
+    return [_word(name, v) for v in values]
+
+
+def _word(name: str, value: Any) -> str:
+    """Return one of a flag's values as the command line has it: a list is 3x5, or 2-5 of levels."""
+    if not isinstance(value, list):
+        return str(value)
+    if name == "--out-indices":
+        if not all(type(level) is int for level in value):
+            raise ValueError(f"--config: {name}: a mean is of levels, got {value!r}")
+        [group] = level_groups([value])
+        return level_name(group)
+    return "x".join(map(str, value))

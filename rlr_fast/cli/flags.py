@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
 
 import docstring_parser
-from cyclopts import Group, Parameter
+from cyclopts import CoercionError, Group, Parameter, Token
 
 from rlr_fast import config
 
@@ -89,15 +89,24 @@ def pair(flag: str, sides: tuple[int, ...]) -> tuple[int, int]:
     return sides[0], sides[-1]
 
 
+def _value(read: Callable[[str], object], token: Token) -> object:
+    """Return what a word says; an error names its flag, and the file where it stands in one."""
+    try:
+        return read(token.value)
+    except ValueError as error:
+        source = "" if token.source == "cli" else f" (from {token.source})"
+        raise CoercionError(msg=f"{error}{source}", token=token) from error
+
+
 def _one(read: Callable[[str], object]) -> Parameter:
     """Return how a flag is read that takes one word, whatever its type."""
-    return Parameter(n_tokens=1, converter=lambda _, tokens: read(tokens[0].value))
+    return Parameter(n_tokens=1, converter=lambda _, tokens: _value(read, tokens[0]))
 
 
 def _several(read: Callable[[str], object]) -> Parameter:
     """Return how a flag is read that takes one word or more."""
     return Parameter(
-        n_tokens=-1, converter=lambda _, tokens: tuple(read(token.value) for token in tokens)
+        n_tokens=-1, converter=lambda _, tokens: tuple(_value(read, token) for token in tokens)
     )
 
 

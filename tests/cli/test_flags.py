@@ -180,13 +180,14 @@ def test_the_older_name_of_a_flag(tmp_path):
 def test_a_file_of_flags(tmp_path):
     (tmp_path / "flags.yaml").write_text(
         "out: RUN\nimage_size: 64\nwindows: [3, [3, 5], 3x5]\ngrad-checkpointing: true\n"
-        "residual: false\nlr: 1e-3\nclasses: bolt\nepochs: 7\n"
+        "residual: false\nlr: 1e-3\nclasses: bolt\nepochs: 7\nout-indices: [[2, 3, 4], 5, 6-7]\n"
     )
     argv = ["train", "DATA", "--config", str(tmp_path / "flags.yaml"), "--epochs", "9"]
     given = call(*argv, "--no-grad-checkpointing")
     assert str(given["out"]) == "RUN" and given["classes"] == ("bolt",)
     assert given["model"] == {
         "image_size": (64,),
+        "out_indices": ((2, 3, 4), 5, (6, 7)),
         "windows": ((3, 3), (3, 5), (3, 5)),
         "residual": False,
     }
@@ -204,7 +205,9 @@ def test_a_file_of_flags(tmp_path):
         ("epochs: [1, 2]", "--config: --epochs takes one value, got [1, 2]"),
         ("epochs:", "--config: --epochs takes one value, got None"),
         ("hidden: []", "--config: --hidden takes one value or more, got []"),
-        ("hidden: [64, many]", "must be a whole number, got 'many'"),
+        ("hidden: [64, many]", "for --hidden: must be a whole number, got 'many' (from --config "),
+        ("out-indices: [[2, 4], 5]", "out_indices must be levels, or consecutive ones"),
+        ("out-indices: [[2, b], 5]", "--config: --out-indices: a mean is of levels, got [2, 'b']"),
         ("residual: 2", "--config: --residual is true or false, got 2"),
         ("fusion: lerned", 'Did you mean "learned"?'),
         ("alpha: {a: 1}", "'alpha' must be a value, or a list of values"),
@@ -245,6 +248,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, capsys):
         ),
         ("train DATA --out RUN --alpha 1 --alpha 2", "--alpha is given twice"),
         ("train DATA --out RUN --windows 3x5x7", "must be a side, or height x width"),
+        ("train DATA --out RUN --heads 8 a", "for --heads: must be a whole number, got 'a'"),
         ("train DATA --out RUN --hidden", "--hidden"),
         ("train DATA --out RUN --attention mlka lcaa", 'Did you mean "lca"?'),
         ("paper 6 DATA --out OUT", 'Choose from: "1", "2"'),
