@@ -35,7 +35,7 @@ def calibrate(
         tile: As predict will be told to.
         overlap: As predict will be told to.
     """
-    from rlr_fast.cli.common import check_class, report_failures
+    from rlr_fast.cli.common import check_class, refuse_unfinished, report_failures
     from rlr_fast.data import read_dataset
     from rlr_fast.data.layouts import find_class
     from rlr_fast.files import lock_folder
@@ -62,6 +62,7 @@ def calibrate(
     run = Path(checkpoint)
     if not run.is_dir():
         raise ValueError(f"calibrate writes into the run: there is no folder {checkpoint!r}")
+    refuse_unfinished(run)
     previous, known = read_calibration(run), trained_classes(run)
     found = read_dataset(data, layout)
     if classes is not None:

@@ -38,6 +38,7 @@ def evaluate(
         given_decider,
         given_scale,
         report_failures,
+        tell_unfinished,
         tell_unmeasured,
     )
     from rlr_fast.data import read_dataset
@@ -55,6 +56,7 @@ def evaluate(
         with group.together():
             how = InferenceExecution(**execution)
             folder = fetch_checkpoint(checkpoint)
+            tell_unfinished(folder)
             images = read_dataset(data, layout, classes)
             images.require_test()
             tell_unmeasured(images, trained_classes(folder), folder)

@@ -42,7 +42,7 @@ def export(
             camera's; a single number is both. By default the model's image size.
         half: Keep weights in float16: half the size; scores differ by a thousandth or so.
     """
-    from rlr_fast.cli.common import given_decider
+    from rlr_fast.cli.common import given_decider, tell_unfinished
     from rlr_fast.config import InferenceExecution
     from rlr_fast.export.export import check_target, export
     from rlr_fast.export.images import comparison_images, run_images
@@ -54,6 +54,7 @@ def export(
     size = None if input_size is None else flags.pair("--input-size", input_size)
     check_target(out, to, opset, half, size)
     folder = fetch_checkpoint(run)
+    tell_unfinished(folder)
     files = run_images(folder) if images is None else [f.path for f in find_images(images)]
     calibration = read_calibration(folder)
     classes = sorted(trained_classes(folder) or (calibration.classes if calibration else ()))

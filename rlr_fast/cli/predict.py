@@ -68,7 +68,13 @@ def predict(
         tile: Score pictures at their own resolution, in tiles: a side in pixels, or 512x1024.
         overlap: Pixels that neighboring tiles share at least; by default an eighth of the tile.
     """
-    from rlr_fast.cli.common import check_class, check_out, given_decider, given_scale
+    from rlr_fast.cli.common import (
+        check_class,
+        check_out,
+        given_decider,
+        given_scale,
+        tell_unfinished,
+    )
     from rlr_fast.data.check import counted
     from rlr_fast.inference.batches import load_model
     from rlr_fast.inference.report import model_facts
@@ -102,6 +108,7 @@ def predict(
             files = None if watch else find_images(paths, out)
             folder = fetch_checkpoint(checkpoint)
             read_config(folder / CONFIG_FILE)  # refuses what is no run before its parts are missed
+            tell_unfinished(folder)
             colors = None if no_pictures and not report else given_scale(scale, folder)
             check_out(out)
             if report:
@@ -132,7 +139,7 @@ def predict(
             "relative": scale is None,
         }
         if decider is not None and files is None and category is None and len(known) > 1:
-            _log.warning("images in no folder of a class of the run: %s", _POOLED)
+            _log.warning("images that arrive in no folder of a class of the run: %s", _POOLED)
         if files is None:
             options |= {"classes": known, "category": category, "settle": settle}
             options["told"] = None if quiet else _tell

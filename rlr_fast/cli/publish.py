@@ -38,6 +38,7 @@ def publish(
     """
     from huggingface_hub import HfApi
 
+    from rlr_fast.cli.common import refuse_unfinished
     from rlr_fast.data.records import read_record
     from rlr_fast.files import file_digest
     from rlr_fast.inference.model_card import MeasuredMetrics, write_published
@@ -55,6 +56,7 @@ def publish(
         except ValueError as error:
             raise ValueError(f"{path} is damaged: {error}") from None
     check_checkpoint(run)
+    refuse_unfinished(run)
     if metrics is not None and metrics["weights"] not in (None, file_digest(run / WEIGHTS_FILE)):
         raise ValueError(f"--results: {str(results)!r} is the evaluation of another model")
     with contextlib.ExitStack() as stack:

@@ -31,7 +31,7 @@ SETTINGS_FILE = "prediction.json"
 PARTS_FOLDER = "parts"
 
 _PARTS = "rows-*-*-*.jsonl"
-_ANEW = "without --resume all files are scored anew"
+_ANEW = "without --resume or --watch all files are scored anew"
 
 _log = logging.getLogger(__name__)
 

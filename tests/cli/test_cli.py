@@ -94,6 +94,23 @@ def test_without_flags_what_cannot_be_decided_is_scored_and_told(
     assert "2 images in no folder of a class" in caplog.text and "pooled" in caplog.text
 
 
+def test_a_run_that_was_stopped_before_its_end_is_told(trained, tmp_path, capsys, caplog):
+    run = tmp_path / "run"
+    shutil.copytree(trained / "run", run)
+    (run / "calibration.json").unlink()  # as training leaves it that is killed
+    data, out = str(trained / "data"), str(tmp_path / "out")
+    argv = ["--checkpoint", str(run), "--out", out, "--quiet"]
+    for verb in (["eval"], ["predict", "--no-pictures"]):
+        caplog.clear()
+        assert main([*verb, data, *argv]) == 0
+        assert f"{run} was not trained to its end" in caplog.text
+    for words in (
+        ("calibrate", data, "--split", "test", "--checkpoint", run),
+        ("publish", run, "me/it", "--license", "mit", "--out", out),
+    ):
+        assert "finishes it with --resume" in refused(capsys, *words)
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

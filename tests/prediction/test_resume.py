@@ -148,7 +148,7 @@ def test_other_settings_are_refused_and_nothing_is_lost(whole, tmp_path, options
     shutil.copytree(folder / "out", tmp_path / "out")
     with pytest.raises(ValueError, match=message) as error:
         again(whole, tmp_path / "out", **options)
-    assert "without --resume all files are scored anew" in str(error.value)
+    assert "without --resume or --watch all files are scored anew" in str(error.value)
     assert same(folder, tmp_path / "out")
 
 
