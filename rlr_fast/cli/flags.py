@@ -235,4 +235,4 @@ Config = Annotated[
 ]
 Switch = Annotated[bool, Parameter(show_default=False)]
 Report = Annotated[Switch, Parameter(help="Write report.html, a page for a browser.", negative=())]
-Quiet = Annotated[Switch, Parameter(help="Show no progress bars.")]
+Quiet = Annotated[Switch, Parameter(help="Show no progress bars, and of training no plan.")]

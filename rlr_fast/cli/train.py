@@ -57,6 +57,8 @@ def train(
             settings = from_dict(RLRConfig, model, base_model)
             training = from_dict(TrainConfig, recipe, base_recipe)
             how = TrainExecution(**execution)
+            if previous is not None:
+                classes = classes or previous["data"].get("classes")
             images = read_dataset(data, layout, classes)
         result = train(settings, training, images, out, how, resume=resume, quiet=quiet)
         if not group.is_main:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from rlr_fast.config import PRESETS, RLRConfig
+from rlr_fast.config import PRESETS
 from rlr_fast.files import replacing, write_atomically
 from rlr_fast.inference.decisions import ALPHA, Decider
 from rlr_fast.inference.metrics import HEADINGS
-from rlr_fast.models.checkpoint import CONFIG_FILE, WEIGHTS_FILE, CheckpointError, read_config
+from rlr_fast.models.checkpoint import CONFIG_FILE, WEIGHTS_FILE, CheckpointError, load_config
 from rlr_fast.training.calibration import CALIBRATION_FILE, read_calibration, trained_classes
 from rlr_fast.training.run_dir import read_run
 
@@ -71,8 +71,8 @@ def write_published(
         CheckpointError: A file of the run is missing or damaged.
         OSError: A file cannot be read or written.
     """
-    config = read_config(run / CONFIG_FILE)
-    source = backbone_weights or RLRConfig.from_dict(config).backbone_weights
+    config = load_config(run / CONFIG_FILE)
+    source = backbone_weights or config.backbone_weights
     if source not in _COMMON:
         raise ValueError(
             f"backbone_weights must be timm or package, which others can have, got {source!r}"
@@ -80,8 +80,7 @@ def write_published(
     if not (run / WEIGHTS_FILE).exists():
         raise CheckpointError(f"{run} is not a checkpoint: it has no {WEIGHTS_FILE}")
     out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(config | {"backbone_weights": source}, indent=2)
-    write_atomically(out / CONFIG_FILE, text)
+    write_atomically(out / CONFIG_FILE, replace(config, backbone_weights=source).to_json())
     for name in (WEIGHTS_FILE, CALIBRATION_FILE):
         if (run / name).exists():
             with replacing(out / name) as partial:
@@ -117,7 +116,7 @@ def model_card(
     Raises:
         CheckpointError: A file of the run is missing or damaged.
     """
-    config = RLRConfig.from_dict(read_config(run / CONFIG_FILE))
+    config = load_config(run / CONFIG_FILE)
     record = read_run(run) or {}
     data = record.get("data", {})
     classes = sorted(trained_classes(run)) or list(data.get("classes", []))

@@ -14,6 +14,8 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor
 
+from rlr_fast.config import RLRConfig
+
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 
@@ -107,6 +109,19 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} cannot be read: it holds no JSON object")
     return values
+
+
+def load_config(path: Path) -> RLRConfig:
+    """Return the configuration of a checkpoint's ``config.json``.
+
+    Raises:
+        CheckpointError: It is missing, not a JSON object, or no configuration.
+    """
+    values = read_config(path)
+    try:
+        return RLRConfig.from_dict(values)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def sealed(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:

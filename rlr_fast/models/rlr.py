@@ -25,7 +25,7 @@ from rlr_fast.models.checkpoint import (
     WEIGHTS_FILE,
     CheckpointError,
     fetch_checkpoint,
-    read_config,
+    load_config,
     read_weights,
     sealed,
 )
@@ -441,7 +441,7 @@ class RLRModel(
         hub = ("revision", "token", "cache_dir", "force_download", "local_files_only")
         given = {name: options.pop(name) for name in hub if name in options}
         folder = fetch_checkpoint(pretrained_model_name_or_path, **given)
-        read_config(folder / CONFIG_FILE)  # the mixin would meet a broken one with a traceback
+        load_config(folder / CONFIG_FILE)  # the mixin would meet a broken one with a traceback
         model: RLRModel = super().from_pretrained(folder, **options)
         return model
 
@@ -455,11 +455,11 @@ class RLRModel(
         **unused: Any,
     ) -> RLRModel:
         folder = Path(model_id)  # of `from_pretrained`
-        values = read_config(folder / CONFIG_FILE)
+        config = load_config(folder / CONFIG_FILE)
         if backbone_weights is not None:
-            values["backbone_weights"] = backbone_weights
+            config = dataclasses.replace(config, backbone_weights=backbone_weights)
         state, metadata = read_weights(folder / WEIGHTS_FILE)
-        model = cls(RLRConfig.from_dict(values), backend=backend)
+        model = cls(config, backend=backend)
         model.check_backbone(metadata, model_id)
         try:
             model.load_checkpoint_state(state)

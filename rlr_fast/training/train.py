@@ -157,7 +157,7 @@ def train(
                 _log.warning(line)
         images = sum(map(len, data.train.values()))
         steps = recipe.epochs * math.ceil(images / recipe.batch_size)
-        if group.is_main and steps < _FEW_STEPS:
+        if group.is_main and not resume and steps < _FEW_STEPS:
             _log.warning(_few_steps(images, steps, recipe))
         if group.is_main and not quiet:
             print(

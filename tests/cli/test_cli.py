@@ -455,6 +455,18 @@ def test_resume_needs_no_settings(trained, capsys):
     assert "trained 2 epochs" in capsys.readouterr().out
 
 
+def test_resume_takes_the_classes_of_the_run(trained, tmp_path, capsys, caplog):
+    argv = ["train", str(trained / "data"), "--out", str(tmp_path / "run")]
+    argv += ["--cache-dir", str(tmp_path / "cache")]
+    assert main([*argv, "--classes", "cloth", *FLAGS]) == 0
+    assert "steps of 4 images are few" in caplog.text
+    caplog.clear()
+    assert main([*argv, "--resume", "--quiet"]) == 0
+    assert "are few" not in caplog.text  # no other number of epochs can be given any more
+    message = refused(capsys, *argv, "--resume", "--classes", "bolt")
+    assert "cannot be resumed with other settings" in message
+
+
 def test_resume_with_another_preset_is_refused(trained, capsys):
     arguments = ["train", trained / "data", "--out", trained / "run", "--resume", "--quiet"]
     message = refused(capsys, *arguments, "--preset", "paper")

@@ -263,7 +263,7 @@ def test_config_with_an_unknown_field_is_an_error(model, tmp_path):
     model.save_pretrained(tmp_path)
     values = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(values | {"depth": 3}))
-    with pytest.raises(ValueError, match="no field 'depth'"):
+    with pytest.raises(CheckpointError, match="no field 'depth'"):
         RLRModel.from_pretrained(tmp_path)
 
 
