@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 from cli_cases import FLAGS
 from conftest import make_tree
@@ -17,3 +19,13 @@ def trained(tmp_path_factory):
     arguments = ["train", str(data), "--out", str(root / "run"), "--cache-dir", str(root / "cache")]
     assert main([*arguments, *FLAGS]) == 0
     return root
+
+
+@pytest.fixture
+def calibrated(trained, tmp_path):
+    """A copy of the run, calibrated on the normal test images: two per class."""
+    run = tmp_path / "calibrated"
+    shutil.copytree(trained / "run", run)
+    argv = ["calibrate", str(trained / "data"), "--split", "test", "--checkpoint", str(run)]
+    assert main([*argv, "--quiet"]) == 0
+    return run

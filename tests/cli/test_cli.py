@@ -6,27 +6,21 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-import torch
 from cli_cases import FLAGS, refused
-from conftest import make_tree, save_picture
+from conftest import make_tree
 from gpu import ON_GPU
-from PIL import Image
 from torch._inductor.exc import InductorError
 
 from rlr_fast.cli import main
 from rlr_fast.config import PRESETS, Preset
 from rlr_fast.data import synthetic
-from rlr_fast.files import lock_folder, write_atomically
 from rlr_fast.inference import batches
 
-CALIBRATED = ["predict", "DATA", "--checkpoint", "CAL", "--out", "OUT"]
 PREDICT = ["predict", "DATA", "--checkpoint", "RUN", "--out", "OUT"]
 
 
@@ -43,143 +37,6 @@ def test_train_eval_predict(trained, tmp_path, capsys):
     assert "5 of 5 images scored" in capsys.readouterr().out
 
 
-@pytest.fixture
-def calibrated(trained, tmp_path):
-    """A copy of the run, calibrated on the normal test images: two per class."""
-    run = tmp_path / "calibrated"
-    shutil.copytree(trained / "run", run)
-    argv = ["calibrate", str(trained / "data"), "--split", "test", "--checkpoint", str(run)]
-    assert main([*argv, "--quiet"]) == 0
-    return run
-
-
-def test_a_calibrated_run_decides_and_fails_a_script(trained, calibrated, tmp_path, capsys):
-    out = tmp_path / "out"
-    argv = ["predict", "--checkpoint", str(calibrated), "--out", str(out), "--quiet"]
-    good, images = str(trained / "data/bolt/test/good"), str(trained / "data")
-    assert main([*argv, good, "--alpha", "0.34", "--fail-on-anomaly", "--masks"]) == 0
-    assert "2 of 2 images scored, 0 of 2 anomalous at alpha 0.34" in capsys.readouterr().out
-    assert len(list((out / "masks").rglob("*.png"))) == 2
-    noise = tmp_path / "bolt/noise.png"
-    noise.parent.mkdir()
-    Image.effect_noise((64, 48), 120).convert("RGB").save(noise)
-    assert main([*argv, images, str(noise), "--alpha", "0.34", "--fail-on-anomaly"]) == 3
-    eval_argv = ["eval", images, "--checkpoint", str(calibrated), "--out", str(out), "--quiet"]
-    assert main([*eval_argv, "--alpha", "0.34", "--pool"]) == 0
-    assert "decisions at alpha 0.34, all classes pooled:" in capsys.readouterr().out
-    decided = json.loads((out / "metrics.json").read_text())["decisions"]
-    assert decided["all"]["normal"] == 0 and decided["all"]["anomalous"] == 4
-
-
-def test_without_flags_what_cannot_be_decided_is_scored_and_told(
-    trained, calibrated, tmp_path, capsys, caplog
-):
-    argv = ["predict", str(trained / "data/bolt/test"), "--out", str(tmp_path / "out"), "--quiet"]
-    assert main([*argv, "--checkpoint", str(trained / "run")]) == 0
-    assert "not decided:" in caplog.text and "has no calibration" in caplog.text
-    assert main([*argv, "--checkpoint", str(calibrated)]) == 0
-    assert "alpha=0.05 needs 19 calibration images, there are 2 of bolt" in caplog.text
-    rows = [json.loads(x) for x in (tmp_path / "out/results.jsonl").read_text().splitlines()]
-    assert all(row["p_value"] and row["decision"] is None for row in rows)
-    values = json.loads((calibrated / "config.json").read_text())
-    write_atomically(calibrated / "config.json", json.dumps(values | {"top_share": 0.1}))
-    assert main([*argv, "--checkpoint", str(calibrated)]) == 0
-    assert "of other scores (top_share was 0.0, now 0.1)" in caplog.text
-    caplog.clear()
-    images = tmp_path / "images"
-    shutil.copytree(trained / "data/bolt/test/good", images)
-    write_atomically(calibrated / "config.json", json.dumps(values))
-    argv[1] = str(images)
-    assert main([*argv, "--checkpoint", str(calibrated), "--alpha", "0.3"]) == 0
-    assert "2 images in no folder of a class" in caplog.text and "pooled" in caplog.text
-
-
-def test_a_run_that_was_stopped_before_its_end_is_told(trained, tmp_path, capsys, caplog):
-    run = tmp_path / "run"
-    shutil.copytree(trained / "run", run)
-    (run / "calibration.json").unlink()  # as training leaves it that is killed
-    data, out = str(trained / "data"), str(tmp_path / "out")
-    argv = ["--checkpoint", str(run), "--out", out, "--quiet"]
-    for verb in (["eval"], ["predict", "--no-pictures"]):
-        caplog.clear()
-        assert main([*verb, data, *argv]) == 0
-        assert f"{run} was not trained to its end" in caplog.text
-    for words in (
-        ("calibrate", data, "--split", "test", "--checkpoint", run),
-        ("publish", run, "me/it", "--license", "mit", "--out", out),
-    ):
-        assert "finishes it with --resume" in refused(capsys, *words)
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        ([*PREDICT, "--alpha", "0.1"], "has no calibration"),
-        ([*PREDICT, "--masks"], "has no calibration"),
-        ([*PREDICT, "--fail-on-anomaly"], "has no calibration"),
-        (["eval", *PREDICT[1:], "--pool"], "has no calibration"),
-        ([*PREDICT, "--class", "bold"], "did you mean 'bolt'?"),
-        ([*PREDICT, "--alpha", "5"], "must be above 0 and below 1, got '5'"),
-        ([*CALIBRATED, "--masks"], "there are 2 of bolt, 2 of cloth"),
-        ([*CALIBRATED, "--alpha", "0.34", "--precision", "bf16"], "precision was fp32, now bf16"),
-        ([*CALIBRATED, "--alpha", "0.34", "--tile", "32"], "tile was None, now [32, 32]"),
-        (["calibrate", "DATA", "--checkpoint", "RUN"], "the run was trained on all of them"),
-        (["calibrate", "DATA", "--checkpoint", "RUN", "--split", "train"], "take others"),
-        (["calibrate", "DATA", "--checkpoint", "a/b", "--split", "test"], "there is no folder"),
-        (
-            ["calibrate", "DATA", "--checkpoint", "RUN", "--split", "test", "--class", "bolt"],
-            "--class is for images of one class, there are 2",
-        ),
-        (["calibrate", "PLAIN", "--checkpoint", "RUN"], "not trained on a class 'plain'"),
-        (
-            ["calibrate", "PLAIN", "--checkpoint", "RUN", "--class", "cloht"],
-            "did you mean 'cloth'?",
-        ),
-    ],
-    ids=lambda value: " ".join(value)[-50:] if isinstance(value, list) else None,
-)
-def test_a_decision_that_cannot_be_made_is_one_line(
-    argv, message, trained, calibrated, tmp_path, capsys
-):
-    shutil.copytree(trained / "data/bolt/test/good", tmp_path / "plain")
-    places = {"DATA": trained / "data", "RUN": trained / "run", "OUT": tmp_path / "out"}
-    places |= {"CAL": calibrated, "PLAIN": tmp_path / "plain"}
-    told = refused(capsys, *(places.get(word, word) for word in argv))
-    assert message in told and told.count("\n") == 1
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_finished_run_that_is_resumed_keeps_its_calibration(trained, calibrated):
-    before = (calibrated / "calibration.json").read_bytes()
-    argv = ["train", str(trained / "data"), "--out", str(calibrated), "--resume", "--quiet"]
-    argv += ["--device", "cpu"]  # as the run: another device rounds the color scale otherwise
-    assert main([*argv, "--cache-dir", str(trained / "cache")]) == 0
-    assert (calibrated / "calibration.json").read_bytes() == before
-
-
-def test_a_plain_folder_calibrates_the_class_that_is_named(trained, calibrated, tmp_path, capsys):
-    shutil.copytree(trained / "data/bolt/test/good", tmp_path / "plain")
-    argv = ["calibrate", "--checkpoint", str(calibrated), "--quiet"]
-    assert main([*argv, str(tmp_path / "plain"), "--class", "cloth"]) == 0
-    assert main([*argv, str(trained / "data/bolt/test/good")]) == 0  # the folder names it
-    printed = capsys.readouterr().out
-    assert "bolt        2  0.3334" in printed and "all pooled: 4 images" in printed
-    classes = json.loads((calibrated / "calibration.json").read_text())["calibration"]["classes"]
-    assert set(classes) == {"bolt", "cloth"}
-    assert classes["bolt"]["files"] == classes["cloth"]["files"]
-
-
-def test_images_that_were_trained_on_calibrate_nothing_under_any_name(trained, tmp_path, capsys):
-    plain = shutil.copytree(trained / "data/bolt/train/good", tmp_path / "bolt")
-    for file in sorted(plain.iterdir()):
-        file.rename(plain / f"a{file.name}")
-    shutil.copy(trained / "data/bolt/test/good/000.png", plain / "b.png")
-    message = refused(capsys, "calibrate", plain, "--checkpoint", trained / "run")
-    assert (
-        "the run was trained on 5 of these 6 images, such as" in message and "a000.png" in message
-    )
-
-
 def test_eval_tells_of_strange_classes_and_of_those_that_have_no_value(trained, tmp_path, caplog):
     shutil.copytree(trained / "data/bolt", tmp_path / "data/nut")
     shutil.rmtree(tmp_path / "data/nut/test/hole")
@@ -187,13 +44,6 @@ def test_eval_tells_of_strange_classes_and_of_those_that_have_no_value(trained, 
     assert main([*argv, "--out", str(tmp_path / "out")]) == 0
     assert "run was not trained on nut" in caplog.text
     assert "no defective test image of nut: what needs both kinds has no value" in caplog.text
-
-
-def test_predict_tells_how_images_of_unknown_class_are_decided(calibrated, tmp_path, caplog):
-    save_picture(tmp_path / "images/0.png", 0)
-    argv = ["predict", str(tmp_path / "images"), "--checkpoint", str(calibrated), "--quiet"]
-    assert main([*argv, "--out", str(tmp_path / "out"), "--pool", "--alpha", "0.34"]) == 0
-    assert "1 image in no folder of a class of the run: decided by all classes" in caplog.text
 
 
 def test_demo_makes_trains_evaluates_and_predicts(tmp_path, monkeypatch, capsys, small, brief):
@@ -359,133 +209,6 @@ def test_metrics_name_the_precision(trained, tmp_path):
     assert main([*argv, "--out", str(tmp_path), "--precision", "bf16", "--batch-size", "3"]) == 0
     values = json.loads((tmp_path / "metrics.json").read_text())
     assert values["protocol"]["precision"] == "bf16"
-
-
-@pytest.mark.parametrize(
-    "error",
-    [MemoryError(), RuntimeError("[x] DefaultCPUAllocator: can't allocate memory: 9 bytes")],
-    ids=["numpy", "torch"],
-)
-def test_out_of_memory_says_what_needs_less(trained, tmp_path, capsys, monkeypatch, error):
-    def full(*_):
-        raise error
-
-    monkeypatch.setattr("rlr_fast.models.rlr.RLRModel.tokens", full)
-    argv = ("eval", trained / "data", "--checkpoint", trained / "run", "--out", tmp_path / "out")
-    message = refused(capsys, *argv, "--quiet")
-    assert "out of memory" in message and "a smaller --batch-size needs less" in message
-
-
-def test_two_evaluations_do_not_work_in_one_folder(trained, tmp_path, capsys):
-    argv = ("eval", trained / "data", "--checkpoint", trained / "run", "--out", tmp_path / "out")
-    with lock_folder(tmp_path / "out"):
-        assert "another process works in" in refused(capsys, *argv, "--quiet")
-
-
-@pytest.mark.parametrize(
-    ("number", "word"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")]
-)
-def test_a_signal_that_meets_a_destructor_is_not_lost(
-    trained, tmp_path, capsys, monkeypatch, number, word
-):
-    class Destroyed:
-        def __del__(self):
-            os.kill(os.getpid(), number)
-            time.sleep(0.01)  # Python raises here what the signal means, and ignores it
-
-    went_on = []
-
-    def score(*_, **__):
-        Destroyed()
-        time.sleep(30)
-        went_on.append(True)
-
-    monkeypatch.setattr("rlr_fast.inference.evaluate.evaluate", score)
-    argv = ["eval", str(trained / "data"), "--checkpoint", str(trained / "run"), "--quiet"]
-    # A shell lets what it starts in the background ignore interruptions.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        assert main([*argv, "--out", str(tmp_path)]) == 128 + number and not went_on
-    finally:
-        signal.signal(signal.SIGINT, before)
-    told = capsys.readouterr().err
-    assert word in told and "Traceback" not in told
-
-
-def test_a_termination_is_told_as_an_interruption_is(trained, tmp_path, capsys, monkeypatch):
-    before = signal.getsignal(signal.SIGTERM)
-
-    def end(*_):
-        os.kill(os.getpid(), signal.SIGTERM)
-        raise AssertionError("it went on")
-
-    monkeypatch.setattr("rlr_fast.models.rlr.RLRModel.tokens", end)
-    argv = ["train", str(trained / "data"), "--out", str(tmp_path / "run")]
-    assert main([*argv, "--cache-dir", str(tmp_path), *FLAGS]) == 143
-    assert "rlr-fast: terminated; --resume goes on" in capsys.readouterr().err
-    assert signal.getsignal(signal.SIGTERM) == before
-
-
-@pytest.mark.parametrize("verb", ["eval", "predict"])
-def test_a_gpu_out_of_memory_says_what_needs_less(verb, trained, tmp_path, capsys, monkeypatch):
-    def full(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
-
-    monkeypatch.setattr("rlr_fast.models.rlr.RLRModel.tokens", full)
-    argv = (verb, trained / "data", "--checkpoint", trained / "run", "--out", tmp_path / "out")
-    message = refused(capsys, *argv, "--quiet")
-    assert "out of GPU memory" in message and "a smaller --batch-size needs less" in message
-    assert len(message.splitlines()) == 1
-
-
-def test_a_cache_out_of_gpu_memory_says_what_needs_less(trained, tmp_path, capsys, monkeypatch):
-    def full(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-
-    monkeypatch.setattr("rlr_fast.models.rlr.RLRModel.tokens", full)
-    places = ("--out", tmp_path / "run", "--cache-dir", tmp_path / "cache")
-    message = refused(capsys, "train", trained / "data", *places, *FLAGS)
-    assert "8 images of 32 x 32 pixels" in message and "smaller --image-size" in message
-    assert list((tmp_path / "cache").iterdir()) == []
-
-
-def test_resume_needs_no_settings(trained, capsys):
-    arguments = ["train", str(trained / "data"), "--out", str(trained / "run"), "--resume"]
-    assert main([*arguments, "--quiet", "--cache-dir", str(trained / "cache")]) == 0
-    assert "trained 2 epochs" in capsys.readouterr().out
-
-
-def test_resume_takes_the_classes_of_the_run(trained, tmp_path, capsys, caplog):
-    argv = ["train", str(trained / "data"), "--out", str(tmp_path / "run")]
-    argv += ["--cache-dir", str(tmp_path / "cache")]
-    assert main([*argv, "--classes", "cloth", *FLAGS]) == 0
-    assert "steps of 4 images are few" in caplog.text
-    caplog.clear()
-    assert main([*argv, "--resume", "--quiet"]) == 0
-    assert "are few" not in caplog.text  # no other number of epochs can be given any more
-    message = refused(capsys, *argv, "--resume", "--classes", "bolt")
-    assert "cannot be resumed with other settings" in message
-
-
-def test_resume_with_another_preset_is_refused(trained, capsys):
-    arguments = ["train", trained / "data", "--out", trained / "run", "--resume", "--quiet"]
-    message = refused(capsys, *arguments, "--preset", "paper")
-    assert "cannot be resumed with other settings: backbone was" in message
-
-
-def test_resume_of_a_run_that_finished_no_epoch_takes_its_settings(trained, tmp_path, capsys):
-    shutil.copytree(trained / "run", tmp_path / "run")
-    (tmp_path / "run/training_state.safetensors").unlink()
-    places = ["--out", str(tmp_path / "run"), "--cache-dir", str(trained / "cache")]
-    assert main(["train", str(trained / "data"), *places, "--resume", "--quiet"]) == 0
-    assert "trained 2 epochs" in capsys.readouterr().out
-
-
-def test_resume_of_nothing_says_that_a_new_run_begins(trained, tmp_path, caplog):
-    places = ["--out", str(tmp_path / "run"), "--cache-dir", str(trained / "cache")]
-    assert main(["train", str(trained / "data"), *places, "--resume", *FLAGS]) == 0
-    assert f"there is no run in {tmp_path / 'run'} to resume; a new one begins" in caplog.text
-    assert "begins, of the preset tiny" in caplog.text
 
 
 def test_predict_takes_a_name_that_is_no_text(trained, tmp_path):
