@@ -38,7 +38,7 @@ from triton.errors import TritonError
 from benchmarks import sass
 from benchmarks.codegen import DTYPES, compile_launch, specialization, tiles_of, version
 from benchmarks.launches import Shape, launches
-from rlr_fast.config import PRESETS
+from rlr_fast.config import PRESETS, per_level
 from rlr_fast.functional import window_pair
 from rlr_fast.kernels import _launch, distance
 from rlr_fast.kernels._launch import HEAD_DIMS, Launch
@@ -74,7 +74,7 @@ class Task:
 
 
 def preset_levels() -> list[tuple[Shape, int]]:
-    """The levels of every preset at `PIXELS`, each with the channels of its tokens."""
+    """The levels of every preset at `PIXELS` and its own, each with the channels of its tokens."""
     found = []
     for preset in PRESETS.values():
         config = preset.model
@@ -88,10 +88,11 @@ def preset_levels() -> list[tuple[Shape, int]]:
         info = network.feature_info
         levels = zip(
             info.reduction(), info.channels(), config.hidden, config.heads, config.windows,
-            strict=True,
+            per_level(config.patches, len(config.hidden)), strict=True,
         )  # fmt: skip
-        for pixels, (stride, channels, hidden, heads, window) in product(PIXELS, list(levels)):
-            side = -(-pixels // stride)
+        sizes = sorted({*PIXELS, *config.image_size})
+        for pixels, (stride, channels, hidden, heads, window, patch) in product(sizes, [*levels]):
+            side = -(-pixels // (stride * patch))
             shape = Shape((side, side), hidden // heads, window_pair(window))
             found.append((shape, channels))
     return found
