@@ -381,6 +381,7 @@ PRESETS: dict[str, Preset] = {
             backbone="tf_efficientnet_lite0",
             backbone_weights="package",
             out_indices=(2, 3),
+            image_size=(320, 320),
             standardize=True,
             hidden=(256, 256),
             heads=(8, 8),
@@ -401,7 +402,7 @@ PRESETS: dict[str, Preset] = {
             score_fit="scaled",
             calibration_share=0.2,
         ),
-        "the best answers that a CPU trains: EfficientNet-Lite0 at 256 px, two levels",
+        "the best answers that a CPU trains: EfficientNet-Lite0 at 320 px, two levels",
     ),
 }
 
