@@ -64,7 +64,7 @@ class Backbone(nn.Module):
     ) -> None:
         super().__init__()
         self.name, self.weights, self.image_size = name, weights, image_size
-        self.groups = level_groups(out_indices)
+        self.groups = tuple(level_groups(out_indices))
         self.indices = tuple(level for group in self.groups for level in group)
         with _quiet_builder(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(_RANDOM_SEED)  # "random" weights are the same in every process
@@ -145,7 +145,7 @@ def neighborhood_mean(maps: Tensor, p: int) -> Tensor:
 
 
 def _create(
-    name: str, weights: str, groups: Sequence[tuple[int, ...]], size: tuple[int, int]
+    name: str, weights: str, groups: tuple[tuple[int, ...], ...], size: tuple[int, int]
 ) -> nn.Module:
     architecture = name.split(".")[0]
     if not timm.is_model(architecture):
