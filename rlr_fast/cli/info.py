@@ -155,14 +155,14 @@ def info(
         checkpoint: Folder of a run whose model is described, in place of a preset's.
         as_json: Write JSON.
     """
-    from rlr_fast.models.checkpoint import CONFIG_FILE, read_config
+    from rlr_fast.models.checkpoint import CONFIG_FILE, load_config
     from rlr_fast.models.environment import start_device
 
     described = None
     if preset is not None or checkpoint is not None or model:
         base = PRESETS[preset or "paper"].model
         if checkpoint is not None:
-            base = from_dict(RLRConfig, read_config(checkpoint / CONFIG_FILE))
+            base = load_config(checkpoint / CONFIG_FILE)
         described = from_dict(RLRConfig, model, base)
     values, text = describe(described, start_device(ExecutionConfig(**execution)))
     print(json.dumps(values, indent=2) if as_json else text)

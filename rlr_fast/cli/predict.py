@@ -79,7 +79,7 @@ def predict(
     from rlr_fast.inference.batches import load_model
     from rlr_fast.inference.report import model_facts
     from rlr_fast.inference.tiling import optional_tiles
-    from rlr_fast.models.checkpoint import CONFIG_FILE, fetch_checkpoint, read_config
+    from rlr_fast.models.checkpoint import CONFIG_FILE, fetch_checkpoint, load_config
     from rlr_fast.prediction.arrivals import check_watched
     from rlr_fast.prediction.image_files import find_images
     from rlr_fast.prediction.predict import check_report_run, predict
@@ -107,7 +107,7 @@ def predict(
                 raise ValueError("--settle is of --watch, which is not given")
             files = None if watch else find_images(paths, out)
             folder = fetch_checkpoint(checkpoint)
-            read_config(folder / CONFIG_FILE)  # refuses what is no run before its parts are missed
+            load_config(folder / CONFIG_FILE)  # refuses what is no run before its parts are missed
             tell_unfinished(folder)
             colors = None if no_pictures and not report else given_scale(scale, folder)
             check_out(out)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from rlr_fast.config import Level, level_groups, level_name
+from rlr_fast.config import Level, level_groups
 from rlr_fast.models.backbone_weights import no_weights, refuse_untrained, weight_options
 
 _RANDOM_SEED = 0
@@ -64,14 +64,14 @@ class Backbone(nn.Module):
     ) -> None:
         super().__init__()
         self.name, self.weights, self.image_size = name, weights, image_size
-        self.groups = tuple(level_groups(out_indices))
+        self.groups = level_groups(out_indices)
         self.indices = tuple(level for group in self.groups for level in group)
         with _quiet_builder(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(_RANDOM_SEED)  # "random" weights are the same in every process
-            self.network = _create(name, weights, self.groups, image_size)
+            self.network = _create(name, weights, self.indices, image_size)
             if weights not in ("timm", "package", "random"):
                 torch.manual_seed(_RANDOM_SEED)
-                untrained = _create(name, "random", self.groups, image_size)
+                untrained = _create(name, "random", self.indices, image_size)
                 refuse_untrained(name, weights, self.network, untrained)
         # A third faster than contiguous at 256 px on a CPU; on a GPU the layout of tensor cores.
         self.network.requires_grad_(False).eval().to(memory_format=torch.channels_last)
@@ -145,7 +145,7 @@ def neighborhood_mean(maps: Tensor, p: int) -> Tensor:
 
 
 def _create(
-    name: str, weights: str, groups: tuple[tuple[int, ...], ...], size: tuple[int, int]
+    name: str, weights: str, out_indices: tuple[int, ...], size: tuple[int, int]
 ) -> nn.Module:
     architecture = name.split(".")[0]
     if not timm.is_model(architecture):
@@ -153,14 +153,14 @@ def _create(
             f"backbone: timm has no network {name!r}; {_suggest_network(architecture)}"
         )
     # timm's "getter" drops all that follows the last level; a few networks lack it.
-    indices = tuple(level for group in groups for level in group)
-    options = {"features_only": True, "feature_cls": "getter", "out_indices": indices}
+    options = {"features_only": True, "feature_cls": "getter", "out_indices": out_indices}
     options |= weight_options(name, weights)
     try:
         network = _build(name, size, options)
     except (AssertionError, IndexError) as error:
-        levels = ", ".join(map(level_name, groups))
-        raise ValueError(f"out_indices: {name!r} cannot give the levels {levels}") from error
+        raise ValueError(
+            f"out_indices: {name!r} cannot give the levels {out_indices} ({error})"
+        ) from error
     except RuntimeError as error:
         tried = "timm knows none" if weights == "timm" else f"those of {weights!r} do not fit"
         raise no_weights(name, f"{tried} ({error})") from error

@@ -92,11 +92,11 @@ def hub_errors(what: str) -> Iterator[None]:
         raise CheckpointError(f"{what}: {first_line}") from error
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """Read a checkpoint's ``config.json``.
+def load_config(path: Path) -> RLRConfig:
+    """Return the configuration of a checkpoint's ``config.json``.
 
     Raises:
-        CheckpointError: It is missing or not a JSON object.
+        CheckpointError: It is missing, not a JSON object, or no configuration.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -108,16 +108,6 @@ def read_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} cannot be read: it holds no JSON object")
-    return values
-
-
-def load_config(path: Path) -> RLRConfig:
-    """Return the configuration of a checkpoint's ``config.json``.
-
-    Raises:
-        CheckpointError: It is missing, not a JSON object, or no configuration.
-    """
-    values = read_config(path)
     try:
         return RLRConfig.from_dict(values)
     except ValueError as error:
