@@ -12,9 +12,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from rlr_fast.kernels import _choice, _launch, lca, mlka, reference
+from rlr_fast.kernels import _choice, _launch, mlka, reference
 from rlr_fast.kernels._launch import Geometry, Launch
 from rlr_fast.kernels._trial import launch_passes
+from rlr_fast.kernels.lca import backward as lca_backward
 
 HEADS = 8
 
@@ -155,7 +156,7 @@ def _operator_launches(operator: str, shape: Shape, dtype: torch.dtype) -> list[
     q, k, v, o, do, dq = (named[f"{operator}_{name}"] for name in ("q", "k", "v", "o", "do", "dq"))
     bound, dv = named["bound"], named["mlka_dv"]
     # All partial halos of a large grid at once: the same kernels would be launched for each few.
-    at_once = mock.patch.object(lca, "_LARGEST_PARTS", 2**60)
+    at_once = mock.patch.object(lca_backward, "_LARGEST_PARTS", 2**60)
     with at_once, _launch.recorded() as records:
         launch_passes(operator, q, k, bound, v, o, do, dq, dv, geometry, backward=True)
     return records

@@ -198,11 +198,11 @@ def test_interpreter_is_refused_in_one_line():
 BANDS = """
 import json, torch
 from benchmarks.launches import SHAPES, launches
-from rlr_fast.kernels import lca
+from rlr_fast.kernels.lca import backward
 
 made = launches(SHAPES["256x256-d16-w11-b4"], torch.bfloat16)
 rows = made["lca-backward-deterministic"]
-print(json.dumps([rows.programs == made["lca-backward"].programs, lca._LARGEST_PARTS]))
+print(json.dumps([rows.programs == made["lca-backward"].programs, backward._LARGEST_PARTS]))
 """
 
 

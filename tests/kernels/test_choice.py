@@ -269,10 +269,11 @@ TRIAL = """
 import json, torch
 from tests.ptx.driver import machine_as_device
 from rlr_fast.kernels import _choice, _trial, lca
+from rlr_fast.kernels.lca.forward import forward_kernel
 from rlr_fast.kernels.tiles import HaloTiles
 
 def compiled():
-    return sum(len(caches[0]) for caches in lca.forward_kernel.device_caches.values())
+    return sum(len(caches[0]) for caches in forward_kernel.device_caches.values())
 
 query, key = torch.randn(2, 1, 42, 16).bfloat16(), torch.randn(1, 42, 16).bfloat16()
 with _choice.forced(architecture=80), machine_as_device("80") as log:

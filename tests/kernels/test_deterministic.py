@@ -13,6 +13,7 @@ from kernel_cases import check, small_raster_tiles
 from rlr_fast.kernels import _launch, lca
 from rlr_fast.kernels._choice import forced
 from rlr_fast.kernels._launch import Geometry
+from rlr_fast.kernels.lca import backward
 from rlr_fast.kernels.tiles import HaloTiles
 
 
@@ -46,10 +47,10 @@ def test_partial_halos_are_summed_a_few_at_a_time(programs, monkeypatch):
     with forced(halo_backward=HaloTiles(2, 2, 4)):
         whole = check(LCA, inputs, (7, 6), (3, 5))
         # Of 12 tiles of 4 x 6 keys, held as 32: five at a time, which begin within a row of tiles.
-        monkeypatch.setattr(lca, "_LARGEST_PARTS", 5 * 2 * 32 * 16 * inputs[0].element_size())
+        monkeypatch.setattr(backward, "_LARGEST_PARTS", 5 * 2 * 32 * 16 * inputs[0].element_size())
         with _launch.recorded() as launches:
             results(LCA, inputs, (7, 6), (3, 5), backend="triton")
-        parts = [x.arguments[0] for x in launches if x.kernel is lca.gather_kernel]
+        parts = [x.arguments[0] for x in launches if x.kernel is backward.gather_kernel]
         few = check(LCA, inputs, (7, 6), (3, 5))
         again = results(LCA, inputs, (7, 6), (3, 5), backend="triton")
     assert len(parts) == triton.cdiv(12 if programs == 1 else 3 * 12, 5)
@@ -68,7 +69,7 @@ def test_partial_halos_of_a_large_grid_take_bounded_memory():
         lca.launch_backward(
             rows, rows, shared, shared, rows, rows, rows, Geometry.of(grid, (11, 11))
         )
-    gathers = [x.arguments for x in launches if x.kernel is lca.gather_kernel]
+    gathers = [x.arguments for x in launches if x.kernel is backward.gather_kernel]
     sizes = [sum(x.numel() * x.element_size() for x in found[:2]) for found in gathers]
     assert len(sizes) > 1
     assert max(sizes) <= 256 * 2**20

@@ -18,7 +18,7 @@ from rlr_fast.kernels import block, lca, mlka, reference
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_operators_pass_opcheck(operator):
-    module = lca if operator is LCA else mlka.op
+    module = lca.op if operator is LCA else mlka.op
     query, key, value, _ = (
         x.requires_grad_() for x in make_inputs(operator, (3, 4), batch=2, dtype=torch.float32)
     )

@@ -252,7 +252,7 @@ class MachineDriver:
         }
         options = {name: getattr(metadata, name) for name in ("num_warps", "num_stages", "maxnreg")}
         return Run(
-            f"{function.__module__.rpartition('.')[2]}.{function.__name__}",
+            f"{function.__module__.removeprefix('rlr_fast.kernels.')}.{function.__name__}",
             grid,
             {name: value for name, value in options.items() if value},
             constants,

@@ -82,9 +82,11 @@ def test_every_kernel_is_run(rows, arch):
         if row["arch"] == arch
         for launch in row.get("launches", ())
     }
-    operators = {"forward.forward_kernel", "backward.backward_key_kernel"}
-    operators |= {"backward.backward_query_kernel", "backward.delta_kernel"}
-    operators |= {f"lca.{name}_kernel" for name in ("forward", "backward", "gather")}
+    operators = {f"{name}.forward.forward_kernel" for name in ("mlka", "lca")}
+    operators |= {f"lca.backward.{name}_kernel" for name in ("backward", "gather")}
+    operators |= {
+        f"mlka.backward.{name}_kernel" for name in ("backward_key", "backward_query", "delta")
+    }
     others = {"reference.prepare_kernel", "distance.forward_kernel", "distance.backward_kernel"}
     assert run == operators | others
 
