@@ -67,5 +67,6 @@ def train(
     if result.history:
         loss = result.history[-1]["loss"]
         figures = f", loss {loss:.4f}, {result.images_per_s:.0f} images/s"
-    print(f"trained {counted(training.epochs, 'epoch')}{figures}: {result.out}")
+    trained = "already trained" if result.began == training.epochs else "trained"
+    print(f"{trained} {counted(training.epochs, 'epoch')}{figures}: {result.out}")
     return report_failures([str(failure.error) for failure in result.failures])

@@ -70,12 +70,14 @@ class TrainResult:
         failures: Images that could not be read and were left out: those to train on, then those to
             calibrate on, each by its place among them.
         images_per_s: Median over the run; NaN where the history is lost.
+        began: Epochs that the run had when it was resumed; all of them, if it was finished.
     """
 
     out: Path
     history: list[dict[str, float]]
     failures: list[ImageFailure]
     images_per_s: float
+    began: int
 
 
 def train(
@@ -217,7 +219,7 @@ def train(
                     loss_curve(trainer.history, out / CURVE_FILE)
         speeds = [row["images_per_s"] for row in trainer.history]
         speed = statistics.median(speeds) if speeds else math.nan
-        return TrainResult(out, trainer.history, failures, speed)
+        return TrainResult(out, trainer.history, failures, speed, trainer.began)
 
 
 def _few_steps(images: int, steps: int, recipe: TrainConfig) -> str:

@@ -65,6 +65,7 @@ class Trainer:
     Attributes:
         history: Rows of the log.
         epoch: Finished epochs.
+        began: Finished epochs when `fit` began: those of a run that goes on.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class Trainer:
         self.model, self.recipe, self.features, self.out = model, recipe, features, out
         self.processes, self.progress = processes, progress
         self.history: list[Row] = []
-        self.epoch = 0
+        self.epoch = self.began = 0
         self.steps = Steps(
             model,
             recipe,
@@ -102,6 +103,7 @@ class Trainer:
             PeerError: Another process met one of these.
         """
         self._load()
+        self.began = self.epoch
         self.progress(self.epoch * self.steps.images)
         if self.epoch >= self.recipe.epochs:
             with self.processes.together():

@@ -123,7 +123,7 @@ def test_a_cache_out_of_gpu_memory_says_what_needs_less(trained, tmp_path, capsy
 def test_resume_needs_no_settings(trained, capsys):
     arguments = ["train", str(trained / "data"), "--out", str(trained / "run"), "--resume"]
     assert main([*arguments, "--quiet", "--cache-dir", str(trained / "cache")]) == 0
-    assert "trained 2 epochs" in capsys.readouterr().out
+    assert "already trained 2 epochs" in capsys.readouterr().out
 
 
 def test_resume_takes_the_classes_of_the_run(trained, tmp_path, capsys, caplog):
