@@ -158,6 +158,19 @@ def test_unknown_field_suggests_the_nearest():
         from_dict(RLRConfig, {"alfa": 3})
 
 
+def test_other_levels_take_what_is_the_same_for_all():
+    base = RLRConfig.preset("accurate")
+    assert base.hidden == (256, 256) and len(set(base.patches)) == 2
+    config = from_dict(RLRConfig, {"out_indices": [1, 2, 3], "patches": 1}, base)
+    assert config.hidden == (256, 256, 256) and config.windows == ((7, 7),) * 3
+    config = from_dict(
+        RLRConfig, {"out_indices": [1, 2, 3], "patches": 1, "hidden": [8, 16, 24]}, base
+    )
+    assert config.hidden == (8, 16, 24) and config.heads == (8, 8, 8)
+    with pytest.raises(ValueError, match="patches must be one value, or one for each of 3 levels"):
+        from_dict(RLRConfig, {"out_indices": [1, 2, 3]}, base)
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [

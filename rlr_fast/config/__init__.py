@@ -13,6 +13,7 @@ from rlr_fast.config.execution import (
     TrainExecution,
 )
 from rlr_fast.config.levels import (
+    PER_LEVEL,
     Level,
     Window,
     level_groups,
@@ -36,7 +37,7 @@ from rlr_fast.config.settings import (
 )
 
 __all__ = [
-    "LARGEST", "PRESETS", "REFERENCE_VALUES", "SCORE_FIELDS", "Backend", "Cache",
+    "LARGEST", "PER_LEVEL", "PRESETS", "REFERENCE_VALUES", "SCORE_FIELDS", "Backend", "Cache",
     "ExecutionConfig", "InferenceExecution", "Level", "Precision", "Preset", "RLRConfig",
     "TrainConfig", "TrainExecution", "Window", "check_branches", "check_seed", "from_dict",
     "level_groups", "level_name", "per_level", "read_level", "short_windows", "suggest",

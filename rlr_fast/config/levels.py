@@ -12,6 +12,8 @@ from rlr_fast.config.rules import require
 Window = tuple[int, int]
 Level = int | tuple[int, ...]
 """A level of the backbone, or consecutive ones whose mean is taken as one."""
+PER_LEVEL = ("hidden", "heads", "windows", "patches", "components")
+"""The fields of `RLRConfig` that hold a value per level and are not fitted."""
 
 
 def window_pair(window: int | Sequence[int]) -> Window:

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 
 from rlr_fast.config.execution import Precision
 from rlr_fast.config.levels import (
+    PER_LEVEL,
     Level,
     Window,
     level_groups,
@@ -419,6 +420,9 @@ T = TypeVar("T", RLRConfig, TrainConfig)
 def from_dict(cls: type[T], values: Mapping[str, Any], base: T | None = None) -> T:
     """Build a configuration from plain values over ``base`` (default: the class defaults).
 
+    Where ``values`` has other levels, what is the same for each of the base's levels is so for
+    each of them.
+
     Raises:
         ValueError: An unknown field, a value of the wrong type, or a broken rule.
     """
@@ -426,4 +430,8 @@ def from_dict(cls: type[T], values: Mapping[str, Any], base: T | None = None) ->
     for name in values:
         if name not in hints:
             raise ValueError(f"{cls.__name__} has no field {name!r}; {suggest(name, hints)}")
-    return dataclasses.replace(base if base is not None else cls(), **values)
+    base = base if base is not None else cls()
+    if isinstance(base, RLRConfig) and "out_indices" in values:
+        same = {name: set(getattr(base, name)) for name in PER_LEVEL}
+        values = {name: tuple(one) for name, one in same.items() if len(one) == 1} | dict(values)
+    return dataclasses.replace(base, **values)

@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from rlr_fast.config import (
+    PER_LEVEL,
     InferenceExecution,
     Level,
     RLRConfig,
@@ -35,7 +36,7 @@ from rlr_fast.models.precision import check_precision
 from rlr_fast.models.rlr import RLRModel
 from rlr_fast.paper.folder import TableFolder
 from rlr_fast.paper.report import REPORT_FILE, write_report
-from rlr_fast.paper.tables import LEVELS, PER_LEVEL, Row, Table
+from rlr_fast.paper.tables import LEVELS, Row, Table
 from rlr_fast.training.feature_cache import CacheError
 from rlr_fast.training.progress import progress_bar
 from rlr_fast.training.run_dir import TrainingError

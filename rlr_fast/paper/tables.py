@@ -12,9 +12,6 @@ Figures = Mapping[str, float]
 LEVELS = (1, 2, 3)
 """The stages that the paper reconstructs; a row's values per level stand for these."""
 
-PER_LEVEL = ("hidden", "heads", "windows", "patches", "components")
-"""The fields of `RLRConfig` that hold a value per level."""
-
 MVTEC_AD, VISA = "MVTec-AD", "VisA"
 
 

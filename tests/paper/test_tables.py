@@ -9,9 +9,10 @@ import pytest
 from conftest import SMALL
 
 from rlr_fast import RLRConfig
+from rlr_fast.config import PER_LEVEL
 from rlr_fast.inference.metrics import HEADINGS
 from rlr_fast.paper import configure
-from rlr_fast.paper.tables import CLASSES, LEVELS, PER_LEVEL, TABLES, Row
+from rlr_fast.paper.tables import CLASSES, LEVELS, TABLES, Row
 
 FIELDS = {item.name for item in dataclasses.fields(RLRConfig)}
 
