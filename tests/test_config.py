@@ -109,6 +109,7 @@ def test_single_values_are_repeated_for_every_level():
         ("smoothing", float("inf")),
         ("surround", -1.0),
         ("surround", 4.0),
+        ("image_surround", 4.0),
         ("level_offsets", (0.0, 1.0)),
         ("level_offsets", float("nan")),
         ("level_weights", (1.0, -1.0, 1.0)),

@@ -40,6 +40,7 @@ REFERENCE_VALUES = ("cross", "lca")
 # Fields of `RLRConfig` that turn distances into scores: they may change after training.
 SCORE_FIELDS = (
     "align_corners",
+    "image_surround",
     "level_offsets",
     "level_weights",
     "smoothing",
@@ -137,6 +138,8 @@ class RLRConfig:
         smoothing: Sigma, in pixels at 256 px, of the Gaussian before the image score; 0 is off.
         surround: Sigma, in pixels at 256 px, of a wide Gaussian of the score map that is subtracted
             from it, so that a defect counts by what it exceeds its surroundings; 0 is off.
+        image_surround: The same once more, of the smoothed map and for the image score alone, so
+            that it can be narrower.
         top_share: Share of the pixels whose mean is the image score; 0 is their maximum.
 
     Raises:
@@ -168,6 +171,7 @@ class RLRConfig:
     level_weights: tuple[float, ...] = (1.0,)
     smoothing: float = 4.0
     surround: float = 0.0
+    image_surround: float = 0.0
     top_share: float = 0.0
 
     def __post_init__(self) -> None:
@@ -242,17 +246,17 @@ class RLRConfig:
         require(
             any(self.level_weights), "level_weights", "positive for a level", self.level_weights
         )
-        for name in ("smoothing", "surround"):
+        for name in ("smoothing", "surround", "image_surround"):
             sigma = getattr(self, name)
             require(
                 0 <= sigma <= _WIDEST, name, f"from 0 to {_WIDEST}, the side of the image", sigma
             )
-        require(
-            self.surround == 0 or self.surround > self.smoothing,
-            "surround",
-            f"0 or more than smoothing={self.smoothing:g}",
-            self.surround,
-        )
+            require(
+                name == "smoothing" or sigma == 0 or sigma > self.smoothing,
+                name,
+                f"0 or more than smoothing={self.smoothing:g}",
+                sigma,
+            )
         require(0 <= self.top_share <= 1, "top_share", "from 0 to 1", self.top_share)
 
     @staticmethod
@@ -391,6 +395,7 @@ PRESETS: dict[str, Preset] = {
             blocks=2,
             align_corners=False,
             surround=96.0,
+            image_surround=48.0,
             top_share=0.005,
         ),
         TrainConfig(

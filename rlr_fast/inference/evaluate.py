@@ -225,17 +225,18 @@ def protocol(model: RLRModel, data: DataSet) -> dict[str, Any]:
         return f"sigma {' x '.join(dict.fromkeys(f'{of * s / 256:.3g}' for s in size))} px"
 
     smoothed = f" after a Gaussian, {sigma(config.smoothing)}" if config.smoothing else ""
-    surround = ""
-    if config.surround:
-        surround = f", less what a Gaussian of {sigma(config.surround)} makes of it"
+
+    def less(surround: float) -> str:
+        return f", less what a Gaussian of {sigma(surround)} makes of it" if surround else ""
+
     highest = f"mean of the highest {config.top_share:.3%}" if config.top_share else "maximum"
     return {
         "setting": "one model for all classes",
         "data": {"root": str(data.root), "layout": data.layout, "classes": list(data.classes)},
         "image_size": list(size),
         "mask": "non-zero in the file, nearest-neighbor resize",
-        "pixel_score": f"score map{surround}, not smoothed",
-        "image_score": f"{highest} of the score map{smoothed}",
+        "pixel_score": f"score map{less(config.surround)}, not smoothed",
+        "image_score": f"{highest} of the score map{smoothed}{less(config.image_surround)}",
         "upsampling": f"bilinear, {'corners aligned' if config.align_corners else 'centers kept'}",
         "level_offsets": list(config.level_offsets),
         "level_weights": list(config.level_weights),

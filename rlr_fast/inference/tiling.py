@@ -6,8 +6,10 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rlr_fast.config import InferenceExecution
@@ -107,8 +109,8 @@ def predict_tiled(
     border to border. Each is resized to the model's image size (Lanczos), scored, and its map, less
     the surround within the tile, resized back (bilinear). Where two tiles meet, the map goes
     linearly from one to the other; where one tile is alone it is that tile's own map. The score is
-    that of a model whose image is as large as a tile: its Gaussian, and the mean of as many highest
-    pixels.
+    that of a model whose image is as large as a tile: its Gaussians, and the mean of as many
+    highest pixels.
 
     One batch of tiles is held at a time (two on a GPU).
 
@@ -161,11 +163,17 @@ def predict_tiled(
                 )[0, 0]
             part = score_map[tops[i] : tops[i] + h, lefts[j] : lefts[j] + w]
             part += weights[0][i][:, None] * weights[1][j] * tile_map
-    smoothed = score_map.numpy()
-    for axis, side in enumerate(tiles.size):
-        smoothed = smooth(smoothed, model.config.smoothing, side, axis)
-    pixels = torch.from_numpy(smoothed).flatten()[None]
-    return TiledOutput(score_map, float(top_mean(pixels, model.config.top_share, h * w)))
+
+    def smoothed(values: NDArray[np.float32], sigma: float) -> NDArray[np.float32]:
+        for axis, side in enumerate(tiles.size):
+            values = smooth(values, sigma, side, axis)
+        return values
+
+    pixels = smoothed(score_map.numpy(), model.config.smoothing)
+    if model.config.image_surround:
+        pixels = pixels - smoothed(pixels, model.config.image_surround)
+    score = top_mean(torch.from_numpy(pixels).flatten()[None], model.config.top_share, h * w)
+    return TiledOutput(score_map, float(score))
 
 
 def tile_starts(length: int, tile: int, overlap: int) -> list[int]:

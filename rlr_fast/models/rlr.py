@@ -173,6 +173,7 @@ class RLRModel(
             self.config.level_weights,
             self.config.top_share,
             self.config.surround,
+            self.config.image_surround,
             self.config.align_corners,
         ).to(self.device)
 

@@ -109,8 +109,8 @@ class ScoreMap(nn.Module):
 
     Each level's map is upsampled bilinearly; the score map is the mean over the levels of
     ``weight * (distance - offset)``, which is eq. 16 where weights are 1 and offsets 0, less what a
-    wide Gaussian makes of it. The image score is the mean of the highest pixels after a Gaussian.
-    Both sigmas grow with the image, see `smooth` and `top_mean`.
+    wide Gaussian makes of it. The image score is the mean of the highest pixels after a Gaussian,
+    less what a wider one makes of them. All sigmas grow with the image, see `smooth`.
 
     Args:
         image_size: (H, W) of the score map.
@@ -118,7 +118,8 @@ class ScoreMap(nn.Module):
         offsets: Of the levels' distances; one stands for all levels.
         weights: Of the levels; one stands for all levels.
         top_share: Share of the pixels that the image score is the mean of; 0 is their maximum.
-        surround: Sigma of the wider Gaussian, in pixels at 256 px; 0 subtracts nothing.
+        surround: Sigma of the map's wide Gaussian, in pixels at 256 px; 0 subtracts nothing.
+        image_surround: The same of the image score's wider one.
         align_corners: See `torch.nn.functional.interpolate`.
     """
 
@@ -130,6 +131,7 @@ class ScoreMap(nn.Module):
         weights: Sequence[float] = (1.0,),
         top_share: float = 0.0,
         surround: float = 0.0,
+        image_surround: float = 0.0,
         align_corners: bool = True,
     ) -> None:
         super().__init__()
@@ -137,8 +139,9 @@ class ScoreMap(nn.Module):
         self.align_corners = align_corners
         self.offsets, self.weights, self.top_share = offsets, weights, top_share
         # A filter with its border rule as a matrix an axis: two small products, on any device.
-        sigmas = {"blur": smoothing} | ({"surround": surround} if surround else {})
-        self.has_surround = "surround" in sigmas
+        wide = {"surround": surround, "image_surround": image_surround}
+        sigmas = {"blur": smoothing} | {name: sigma for name, sigma in wide.items() if sigma}
+        self.filters = frozenset(sigmas)
         for filter_name, sigma in sigmas.items():
             for axis, size in zip("yx", image_size, strict=True):
                 matrix = torch.from_numpy(smooth(np.eye(size), sigma, size, axis=0)).float()
@@ -163,9 +166,11 @@ class ScoreMap(nn.Module):
         ]
         score_map = torch.stack(maps).mean(0)
         with torch.autocast(score_map.device.type, enabled=False):
-            if self.has_surround:
+            if "surround" in self.filters:
                 score_map = score_map.float() - self._filtered("surround", score_map)
             smoothed = self._filtered("blur", score_map)
+            if "image_surround" in self.filters:
+                smoothed = smoothed - self._filtered("image_surround", smoothed)
         height, width = self.image_size
         return score_map, top_mean(smoothed.flatten(1), self.top_share, height * width)
 

@@ -43,6 +43,7 @@ CONFIG = RLRConfig(
     blocks=1,
     top_share=0.01,
     surround=16.0,
+    image_surround=8.0,
 )
 ALPHA = ["--alpha", "0.2"]
 

@@ -76,6 +76,10 @@ def test_the_surround_is_told(small, dataset):
     assert told["pixel_score"] == (
         "score map, less what a Gaussian of sigma 8 x 16 px makes of it, not smoothed"
     )
+    told = protocol(RLRModel(dataclasses.replace(config, image_surround=16.0)), dataset)
+    assert told["image_score"].endswith(
+        "after a Gaussian, sigma 1 x 2 px, less what a Gaussian of sigma 4 x 8 px makes of it"
+    )
 
 
 def test_the_share_of_the_highest_pixels_is_told(small, dataset):

@@ -126,6 +126,18 @@ def test_score_is_the_maximum_after_the_models_gaussian_at_the_tiles_scale(small
     assert score == pytest.approx(expected.max(), rel=1e-5)
 
 
+def test_score_is_what_exceeds_its_surround_at_the_tiles_scale(small):
+    model = RLRModel(dataclasses.replace(small, smoothing=8.0, image_surround=64.0)).eval()
+    score_map, score = predict_tiled(model, picture(100, 300), (96, 80), 8)
+    near = score_map.double().numpy()
+    for sigma in (8.0, 64.0):
+        blurred = scipy.ndimage.gaussian_filter(
+            near, [sigma * 96 / 256, sigma * 80 / 256], mode="reflect"
+        )
+        near = blurred if sigma == 8.0 else near - blurred
+    assert score == pytest.approx(near.max(), rel=1e-4)
+
+
 def test_a_tile_counts_by_what_exceeds_its_surround(small):
     model = RLRModel(dataclasses.replace(small, surround=20.0)).eval()
     height, width = small.image_size

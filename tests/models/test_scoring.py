@@ -89,6 +89,20 @@ def test_the_score_map_is_what_exceeds_the_surround(smoothing):
         assert score[b].item() == pytest.approx(near.max(), rel=1e-4)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 4.0])
+def test_the_image_score_is_what_exceeds_its_own_surround(smoothing):
+    levels = [torch.rand(2, 1, 6, 5)]
+    map_alone, _ = ScoreMap((24, 40), smoothing, surround=96.0)(levels)
+    full, score = ScoreMap((24, 40), smoothing, surround=96.0, image_surround=32.0)(levels)
+    assert torch.equal(full, map_alone)
+    for b in range(2):
+        near = full[b, 0].double().numpy()
+        sigma = [smoothing * 24 / 256, smoothing * 40 / 256]
+        near = scipy.ndimage.gaussian_filter(near, sigma, mode="reflect")
+        near -= scipy.ndimage.gaussian_filter(near, [3, 5], mode="reflect")
+        assert score[b].item() == pytest.approx(near.max(), rel=1e-4)
+
+
 def test_levels_are_shifted_and_weighed_before_their_mean():
     maps = [torch.rand(2, 1, 6, 5), torch.rand(2, 1, 3, 4)]
     plain = [ScoreMap((16, 16), 0.0)([m])[0] for m in maps]

@@ -112,7 +112,9 @@ def test_a_calibration_from_when_the_surround_changed_the_image_score_alone_is_r
         Decider(Calibration(then, classes), 0.5).check_scoring(now)
 
 
-@pytest.mark.parametrize(("name", "value"), [("surround", 32.0), ("align_corners", False)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("surround", 32.0), ("image_surround", 32.0), ("align_corners", False)]
+)
 def test_a_calibration_from_before_a_setting_of_the_score_had_its_default(
     name, value, small, tmp_path
 ):
@@ -127,7 +129,7 @@ def test_a_calibration_from_before_a_setting_of_the_score_had_its_default(
     assert not read.is_of(model)
 
 
-@pytest.mark.parametrize("name", ["components", "patches", "surround"])
+@pytest.mark.parametrize("name", ["components", "patches", "surround", "image_surround"])
 def test_a_setting_that_came_later_has_its_default_in_what_was_written_before(name, small):
     scoring = scoring_identity(RLRModel(small))
     before = {key: value for key, value in scoring.items() if key != name}

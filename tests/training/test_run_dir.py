@@ -313,7 +313,7 @@ def test_settings_written_with_other_windows_of_the_same_meaning_are_the_same():
     assert changed == "windows was [3, 5], now [3, [3, 5]]"
 
 
-@pytest.mark.parametrize("name", ["components", "patches", "surround"])
+@pytest.mark.parametrize("name", ["components", "patches", "surround", "image_surround"])
 def test_a_run_from_before_a_setting_existed_had_its_default(name):
     record = {"model": SMALL.to_dict(), "recipe": {}, "data": {}}
     before = json.loads(json.dumps(record))
