@@ -395,7 +395,7 @@ PRESETS: dict[str, Preset] = {
             blocks=2,
             align_corners=False,
             surround=96.0,
-            image_surround=48.0,
+            image_surround=64.0,
             top_share=0.005,
         ),
         TrainConfig(
