@@ -128,6 +128,7 @@ def powers(
 
 
 def constants_of(geometry: Geometry, tile: HaloTiles, width: int, dtype: torch.dtype) -> dict:
+    """Return the constants that forward and backward kernel share, and warps and stages."""
     halo_a, halo_b = tile.parts(geometry)
     positions = max(16, tile.rows * tile.columns)
     return {

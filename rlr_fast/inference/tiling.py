@@ -29,7 +29,7 @@ class TiledOutput(NamedTuple):
 
     Attributes:
         score_map: (H, W) float32 anomaly score of each pixel, not smoothed.
-        score: Anomaly score of the picture: the maximum of the smoothed map.
+        score: Anomaly score of the picture, see `predict_tiled`.
     """
 
     score_map: Tensor

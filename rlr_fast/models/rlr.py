@@ -39,7 +39,8 @@ class RLROutput(NamedTuple):
 
     Attributes:
         score_map: (B, 1, H, W) anomaly score of each pixel, not smoothed (eq. 16).
-        score: (B,) anomaly score of each image: the maximum of the smoothed score map.
+        score: (B,) anomaly score of each image, by default the maximum of the smoothed
+            score map, see `ScoreMap`.
         level_maps: [(B, 1, h_j, w_j)] token distances of each level.
     """
 
