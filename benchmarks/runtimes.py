@@ -26,7 +26,7 @@ from rlr_fast.export.formats import FORMATS, OPSETS, Format, require_packages, w
 from rlr_fast.export.graph import ExportGraph, describe
 from rlr_fast.export.images import comparison_images
 from rlr_fast.export.runtimes import Outputs, runtimes
-from rlr_fast.inference.batches import load_model
+from rlr_fast.pictures.batches import load_model
 from rlr_fast.prediction.image_files import find_images
 
 # Name, format, opset, and whether weights are in float16.

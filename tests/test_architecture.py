@@ -16,7 +16,7 @@ FLOORS = (
     {"config", "files", "kernels", "memory", "ops"},
     {"functional"},
     {"models", "data"},
-    {"visualization"},
+    {"visualization", "pictures"},
     {"training"},
     {"inference"},
     {"prediction"},

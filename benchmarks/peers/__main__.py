@@ -28,12 +28,12 @@ from rlr_fast.config import InferenceExecution, read_level
 from rlr_fast.data import read_dataset
 from rlr_fast.data.images import iterate_images, load_sample_mask
 from rlr_fast.data.layouts import DataSet, Sample
-from rlr_fast.inference.batches import load_model
 from rlr_fast.inference.evaluate import evaluate
 from rlr_fast.inference.metrics import HEADINGS, class_metrics, format_table, mean_metrics
 from rlr_fast.models.backbone import Backbone
 from rlr_fast.models.backbone_weights import BackboneWeightsError
 from rlr_fast.models.checkpoint import CheckpointError, check_checkpoint
+from rlr_fast.pictures.batches import load_model
 
 _BATCH = 8
 

@@ -39,15 +39,15 @@ def calibrate(
     from rlr_fast.data import read_dataset
     from rlr_fast.data.layouts import find_class
     from rlr_fast.files import lock_folder
-    from rlr_fast.inference.batches import load_model
     from rlr_fast.inference.calibrate import (
         calibrate,
         calibration_images,
         check_not_trained_on,
     )
     from rlr_fast.inference.conformal import smallest_alpha
-    from rlr_fast.inference.tiling import optional_tiles
     from rlr_fast.models.checkpoint import check_checkpoint
+    from rlr_fast.pictures.batches import load_model
+    from rlr_fast.pictures.tiling import optional_tiles
     from rlr_fast.training.calibration import (
         CALIBRATION_FILE,
         read_calibration,

@@ -37,8 +37,8 @@ def train(
     from rlr_fast.cli.common import report_failures
     from rlr_fast.data import read_dataset
     from rlr_fast.data.check import counted
-    from rlr_fast.inference.batches import load_model
     from rlr_fast.models.checkpoint import CheckpointError
+    from rlr_fast.pictures.batches import load_model
     from rlr_fast.training.decoder import train_decoder
     from rlr_fast.training.progress import progress_bar
     from rlr_fast.visualization.decoder import check_decoder_file, save_decoder

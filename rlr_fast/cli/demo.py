@@ -27,10 +27,10 @@ def demo(
     from rlr_fast.data import read_dataset
     from rlr_fast.data.synthetic import make_dataset
     from rlr_fast.files import write_atomically
-    from rlr_fast.inference.batches import load_model
     from rlr_fast.inference.decisions import Decider
     from rlr_fast.inference.evaluate import FigureOptions, evaluate
     from rlr_fast.models.rlr import RLRModel
+    from rlr_fast.pictures.batches import load_model
     from rlr_fast.prediction.image_files import find_images
     from rlr_fast.prediction.predict import predict
     from rlr_fast.training.calibration import color_scale, read_calibration, trained_classes

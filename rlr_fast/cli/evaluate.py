@@ -43,10 +43,10 @@ def evaluate(
     )
     from rlr_fast.data import read_dataset
     from rlr_fast.files import file_digest, lock_folder, write_atomically
-    from rlr_fast.inference.batches import load_model
     from rlr_fast.inference.evaluate import FigureOptions, evaluate
     from rlr_fast.inference.report import model_facts
     from rlr_fast.models.checkpoint import WEIGHTS_FILE, fetch_checkpoint
+    from rlr_fast.pictures.batches import load_model
     from rlr_fast.training.calibration import scoring_identity, trained_classes
     from rlr_fast.training.distributed import processes
     from rlr_fast.training.progress import progress_bar

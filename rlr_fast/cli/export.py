@@ -46,8 +46,8 @@ def export(
     from rlr_fast.config import InferenceExecution
     from rlr_fast.export.export import check_target, export
     from rlr_fast.export.images import comparison_images, run_images
-    from rlr_fast.inference.batches import load_model
     from rlr_fast.models.checkpoint import fetch_checkpoint
+    from rlr_fast.pictures.batches import load_model
     from rlr_fast.prediction.image_files import find_images
     from rlr_fast.training.calibration import read_calibration, scoring_identity, trained_classes
 

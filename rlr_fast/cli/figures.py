@@ -37,7 +37,7 @@ def figures(
     from rlr_fast.cli.common import check_out, report_failures
     from rlr_fast.data import read_dataset
     from rlr_fast.data.check import counted
-    from rlr_fast.inference.batches import load_model
+    from rlr_fast.pictures.batches import load_model
     from rlr_fast.training.calibration import color_scale
     from rlr_fast.training.progress import progress_bar
     from rlr_fast.visualization.decoder import load_decoder

@@ -76,10 +76,10 @@ def predict(
         tell_unfinished,
     )
     from rlr_fast.data.check import counted
-    from rlr_fast.inference.batches import load_model
     from rlr_fast.inference.report import model_facts
-    from rlr_fast.inference.tiling import optional_tiles
     from rlr_fast.models.checkpoint import CONFIG_FILE, fetch_checkpoint, load_config
+    from rlr_fast.pictures.batches import load_model
+    from rlr_fast.pictures.tiling import optional_tiles
     from rlr_fast.prediction.arrivals import check_watched
     from rlr_fast.prediction.image_files import find_images
     from rlr_fast.prediction.predict import check_report_run, predict

@@ -12,9 +12,9 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from rlr_fast.export.runtimes import Outputs
-from rlr_fast.inference.batches import score_batches
 from rlr_fast.inference.decisions import Rule
 from rlr_fast.models.rlr import RLRModel
+from rlr_fast.pictures.batches import score_batches
 
 TOLERANCE = 1e-4
 """Largest difference of a score map or a score, as a share of the model's largest one.

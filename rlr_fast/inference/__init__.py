@@ -1,4 +1,4 @@
-"""A trained model at work: batches and tiles of images, the scorer, decisions, evaluation.
+"""A trained model at work: the scorer, decisions, calibration, evaluation.
 
 May import `training`, for the processes that share an evaluation, and all below it.
 """

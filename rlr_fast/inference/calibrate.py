@@ -14,10 +14,10 @@ from rlr_fast.data.check import counted
 from rlr_fast.data.contents import describe_images
 from rlr_fast.data.hold_out import hold_out
 from rlr_fast.files import file_digest
-from rlr_fast.inference.batches import check_placed
-from rlr_fast.inference.scored_files import LeftOut, score_files
-from rlr_fast.inference.tiling import Tiles
 from rlr_fast.models.rlr import RLRModel
+from rlr_fast.pictures.batches import check_placed
+from rlr_fast.pictures.scored_files import LeftOut, score_files
+from rlr_fast.pictures.tiling import Tiles
 from rlr_fast.training.calibration import (
     Calibration,
     ClassScores,

@@ -25,13 +25,13 @@ from rlr_fast.data import (
     pick_samples,
     read_image_size,
 )
-from rlr_fast.inference.batches import check_placed, score_batches
 from rlr_fast.inference.decisions import Decider
 from rlr_fast.inference.error_counts import DecisionErrors, ErrorCounts, count_errors
 from rlr_fast.inference.metrics import HEADINGS, class_metrics, format_table, mean_metrics
 from rlr_fast.inference.report import add_class
 from rlr_fast.models.environment import environment
 from rlr_fast.models.rlr import RLRModel
+from rlr_fast.pictures.batches import check_placed, score_batches
 from rlr_fast.training.distributed import Processes, processes
 from rlr_fast.visualization import SheetRow, sample_sheet
 from rlr_fast.visualization.report import ReportWriter

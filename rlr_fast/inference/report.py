@@ -14,8 +14,8 @@ from rlr_fast.data.images import open_image, to_rgb
 from rlr_fast.data.threads import map_ahead
 from rlr_fast.inference.decisions import Decider, Decision
 from rlr_fast.inference.error_counts import calibrated_on
-from rlr_fast.inference.scored_files import ScoredImage
 from rlr_fast.models.rlr import RLRModel
+from rlr_fast.pictures.scored_files import ScoredImage
 from rlr_fast.visualization.report import ReportImage, ReportWriter
 from rlr_fast.visualization.report.thumbnails import PICTURE_SIDE
 

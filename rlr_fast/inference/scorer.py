@@ -12,12 +12,12 @@ from numpy.typing import ArrayLike, NDArray
 
 from rlr_fast.config import InferenceExecution
 from rlr_fast.data.images import resize_image
-from rlr_fast.inference.batches import load_model, score_batches
 from rlr_fast.inference.conformal import check_alpha
 from rlr_fast.inference.decisions import CALIBRATE, Decider
-from rlr_fast.inference.scored_files import LeftOut, score_files
 from rlr_fast.models.checkpoint import fetch_checkpoint
 from rlr_fast.models.rlr import RLRModel
+from rlr_fast.pictures.batches import load_model, score_batches
+from rlr_fast.pictures.scored_files import LeftOut, score_files
 from rlr_fast.training.calibration import read_calibration, scoring_identity, trained_classes
 
 

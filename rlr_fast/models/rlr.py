@@ -86,7 +86,7 @@ class RLRModel(
         backbone: Frozen feature network (`Backbone`).
         levels: One `Reconstructor` per level.
         compiled_batch: Images in a batch for which
-            `rlr_fast.inference.batches.compile_model` compiled it.
+            `rlr_fast.pictures.batches.compile_model` compiled it.
 
     Raises:
         TypeError: ``config`` is something else.

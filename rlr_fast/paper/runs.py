@@ -26,7 +26,6 @@ from rlr_fast.config import (
 from rlr_fast.data import DataSet
 from rlr_fast.data.contents import unreadable_files
 from rlr_fast.functional import BackendError
-from rlr_fast.inference.batches import load_model
 from rlr_fast.inference.evaluate import check_masks, evaluate
 from rlr_fast.inference.metrics import HEADINGS
 from rlr_fast.models.backbone_weights import BackboneWeightsError
@@ -37,6 +36,7 @@ from rlr_fast.models.rlr import RLRModel
 from rlr_fast.paper.folder import TableFolder
 from rlr_fast.paper.report import REPORT_FILE, write_report
 from rlr_fast.paper.tables import LEVELS, Row, Table
+from rlr_fast.pictures.batches import load_model
 from rlr_fast.training.feature_cache import CacheError
 from rlr_fast.training.progress import progress_bar
 from rlr_fast.training.run_dir import TrainingError

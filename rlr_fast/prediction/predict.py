@@ -14,12 +14,12 @@ from typing import Any
 
 from rlr_fast.config import InferenceExecution
 from rlr_fast.files import lock_folder
-from rlr_fast.inference.batches import check_placed
 from rlr_fast.inference.conformal import MIN_DRIFT_IMAGES, drift
 from rlr_fast.inference.decisions import Decider, Rule
-from rlr_fast.inference.tiling import Sides, Tiles, optional_tiles
 from rlr_fast.models.precision import check_precision
 from rlr_fast.models.rlr import RLRModel
+from rlr_fast.pictures.batches import check_placed
+from rlr_fast.pictures.tiling import Sides, Tiles, optional_tiles
 from rlr_fast.prediction.image_files import ImageFile
 from rlr_fast.prediction.results import RESULTS_FILE, ResultsWriter, Row
 from rlr_fast.prediction.row_maker import RowMaker
@@ -95,7 +95,7 @@ def predict(
         execution: Batch size, precision and threads, as many that decode images as that write
             pictures; device, backend and compilation are the model's, which may not contradict it.
         tile: Score every picture at its own resolution, in tiles of this side or (height, width);
-            see `rlr_fast.inference.tiling.predict_tiled`. A picture smaller than a tile is a
+            see `rlr_fast.pictures.tiling.predict_tiled`. A picture smaller than a tile is a
             failure. By default pictures are resized to the model's image size.
         overlap: Pixels that neighboring tiles share at least; an eighth of the tile by default.
         decider: Decides images and pixels; None gives scores alone.

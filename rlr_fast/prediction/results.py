@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlr_fast.inference.decisions import Decision
-from rlr_fast.inference.scored_files import ScoredImage
+from rlr_fast.pictures.scored_files import ScoredImage
 from rlr_fast.prediction.image_files import ImageFile
 
 if TYPE_CHECKING:

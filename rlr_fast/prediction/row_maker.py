@@ -20,9 +20,9 @@ from rlr_fast.data.threads import BackgroundWriter, default_workers
 from rlr_fast.files import replacing
 from rlr_fast.inference.decisions import Decider
 from rlr_fast.inference.report import add_prediction
-from rlr_fast.inference.scored_files import LeftOut, ScoredImage, score_files
-from rlr_fast.inference.tiling import Tiles
 from rlr_fast.models.rlr import RLRModel
+from rlr_fast.pictures.scored_files import LeftOut, ScoredImage, score_files
+from rlr_fast.pictures.tiling import Tiles
 from rlr_fast.prediction.image_files import MASKS_FOLDER, PICTURES_FOLDER, ImageFile
 from rlr_fast.prediction.results import Row, image_row, left_out_row
 from rlr_fast.visualization import Scale, prediction_picture

@@ -11,11 +11,11 @@ from pathlib import Path
 from rlr_fast.config import InferenceExecution
 from rlr_fast.data.layouts import find_class
 from rlr_fast.files import lock_folder
-from rlr_fast.inference.batches import check_placed
 from rlr_fast.inference.decisions import Decider
-from rlr_fast.inference.tiling import Sides, optional_tiles
 from rlr_fast.models.precision import check_precision
 from rlr_fast.models.rlr import RLRModel
+from rlr_fast.pictures.batches import check_placed
+from rlr_fast.pictures.tiling import Sides, optional_tiles
 from rlr_fast.prediction.arrivals import Arrivals, check_watched
 from rlr_fast.prediction.image_files import ImageFile, picture_name, picture_place
 from rlr_fast.prediction.predict import Prediction, Tally, prediction_settings

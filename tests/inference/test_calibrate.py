@@ -14,7 +14,7 @@ from rlr_fast.data import load_image, read_dataset
 from rlr_fast.data.contents import describe_images
 from rlr_fast.data.hold_out import hold_out
 from rlr_fast.inference.calibrate import calibrate, calibration_images
-from rlr_fast.inference.tiling import Tiles
+from rlr_fast.pictures.tiling import Tiles
 from rlr_fast.training.calibration import color_scale, read_calibration
 
 

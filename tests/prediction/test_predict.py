@@ -19,7 +19,7 @@ from rlr_fast import RLRModel
 from rlr_fast.config import InferenceExecution
 from rlr_fast.data import load_image
 from rlr_fast.inference.decisions import Decider
-from rlr_fast.inference.tiling import predict_tiled
+from rlr_fast.pictures.tiling import predict_tiled
 from rlr_fast.prediction import row_maker
 from rlr_fast.prediction.image_files import find_images
 from rlr_fast.prediction.predict import predict

@@ -12,10 +12,10 @@ import torch
 
 from rlr_fast.config import InferenceExecution
 from rlr_fast.data import iterate_images
-from rlr_fast.inference.batches import score_batches
-from rlr_fast.inference.tiling import Tiles, predict_tiled
 from rlr_fast.models.precision import check_precision
 from rlr_fast.models.rlr import RLRModel
+from rlr_fast.pictures.batches import score_batches
+from rlr_fast.pictures.tiling import Tiles, predict_tiled
 
 
 @dataclass(frozen=True)

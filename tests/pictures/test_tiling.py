@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from rlr_fast import RLRModel
 from rlr_fast.data import resize_image
-from rlr_fast.inference.tiling import blend_weights, checked_tiles, predict_tiled, tile_starts
+from rlr_fast.pictures.tiling import blend_weights, checked_tiles, predict_tiled, tile_starts
 
 AXES = [
     pytest.param(64, 64, 8, id="one-tile"),

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from rlr_fast.config import InferenceExecution
 from rlr_fast.data import resize_image
-from rlr_fast.inference.batches import score_batches
 from rlr_fast.models.rlr import RLRModel
 from rlr_fast.models.scoring import smooth, top_mean
+from rlr_fast.pictures.batches import score_batches
 
 # Weights are multiples of this: products of two, and their sums to 1, are exact in float32.
 _WEIGHT_STEP = 2.0**-12
@@ -120,7 +120,7 @@ def predict_tiled(
         tile: Pixels of a tile: side, or (height, width).
         overlap: Pixels that neighbors share at least; an eighth of the tile by default.
         batch_size: Tiles scored at once.
-        precision: See `rlr_fast.inference.batches.score_batches`.
+        precision: See `rlr_fast.pictures.batches.score_batches`.
 
     Raises:
         ValueError: An argument breaks its rule, or the picture is smaller than a tile.
