@@ -8,6 +8,7 @@ everything; nothing but `__main__` imports it.
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 from collections.abc import Sequence
@@ -29,6 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     level = logging.WARNING if tells() else logging.ERROR  # what one tells, the others meet too
     logging.basicConfig(level=level, format="%(levelname)s: %(message)s")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that the terminal cannot show is no end
+            stream.reconfigure(errors="backslashreplace")
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         return _main(argv)
@@ -40,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: list[str]) -> int:
     app = build_app()
     words, _, _ = app.parse_commands(argv)
-    names = [word.partition("=")[0] for word in argv if word.startswith("--")]
+    names = [w.partition("=")[0].replace("_", "-") for w in argv if w.startswith("--")]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:  # a list of values would be joined
         return _refused(f"{twice} is given twice.", words)

@@ -28,19 +28,24 @@ def read_flags(_app: object, _words: object, arguments: ArgumentCollection) -> N
         for name in argument.names
         if name.startswith("--") and name not in argument.negatives and argument is not config
     }
-    for key, value in _read(path).items():
+    seen: set[int] = set()
+    for key, (value, text) in _read(path).items():
         name = "--" + key.replace("_", "-")
         if name not in known:
             names = (flag[2:] for flag in known)
             raise ValueError(f"--config: unknown flag {key!r}; {suggest(name[2:], names)}")
-        values = _checked(name, known[name], value)
+        if id(known[name]) in seen:
+            raise ValueError(f"--config: {name} stands there twice, under two names")
+        seen.add(id(known[name]))
+        values = _checked(name, known[name], value, text)
         if not known[name].has_tokens:
             for index, text in enumerate(values):
                 token = Token(keyword=name, value=text, source=f"--config {path}", index=index)
                 known[name].append(token)
 
 
-def _read(path: str) -> dict[str, Any]:
+def _read(path: str) -> dict[str, tuple[Any, Any]]:
+    """Return the values by name, each as YAML understands it, and as it is written."""
     try:
         text = Path(path).read_text(encoding="utf-8")
         tree, values = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
@@ -63,7 +68,9 @@ def _read(path: str) -> dict[str, Any]:
         # Seen before anything writes a value out: aliases make a few lines a billion words.
         if not _is_plain(value, lists=2):
             raise ValueError(f"--config: {str(name)!r} must be a value, or a list of values")
-    return {str(name): value for name, value in (values or {}).items()}
+    written = yaml.load(text, yaml.BaseLoader) or {}  # the same keys in the same order, as text
+    pairs = zip((values or {}).items(), written.items(), strict=True)
+    return {key: (value, text) for (_, value), (key, text) in pairs}
 
 
 def _is_plain(value: Any, lists: int) -> bool:
@@ -73,8 +80,8 @@ def _is_plain(value: Any, lists: int) -> bool:
     return not isinstance(value, (dict, set, tuple))
 
 
-def _checked(name: str, argument: Argument, value: Any) -> list[str]:
-    """Return a file's value as the words that a command line would hold."""
+def _checked(name: str, argument: Argument, value: Any, text: Any) -> list[str]:
+    """Return a file's value as the words that a command line would hold, from how it is written."""
     count, several = argument.token_count()
     if count == 0:
         if not isinstance(value, bool):
@@ -86,16 +93,17 @@ def _checked(name: str, argument: Argument, value: Any) -> list[str]:
             "one value or more" if several else "one value" if count == 1 else f"{count} values"
         )
         raise ValueError(f"--config: {name} takes {wanted}, got {value!r}")
-    return [_word(name, v) for v in values]
+    texts = text if isinstance(value, list) else [text]
+    return [_word(name, *each) for each in zip(values, texts, strict=True)]
 
 
-def _word(name: str, value: Any) -> str:
+def _word(name: str, value: Any, text: Any) -> str:
     """Return one of a flag's values as the command line has it: a list is 3x5, or 2-5 of levels."""
     if not isinstance(value, list):
-        return str(value)
+        return str(text)
     if name == "--out-indices":
         if not all(type(level) is int for level in value):
             raise ValueError(f"--config: {name}: a mean is of levels, got {value!r}")
         [group] = level_groups([value])
         return level_name(group)
-    return "x".join(map(str, value))
+    return "x".join(map(str, text))

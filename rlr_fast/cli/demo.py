@@ -41,6 +41,7 @@ def demo(
     preset, scoring = PRESETS["accurate"], InferenceExecution(**execution)
     # A quarter of the time, and of the tokens: 8 x 8, of which a larger window would leave few out.
     small = dataclasses.replace(preset.model, image_size=(128, 128), windows=((5, 5), (5, 5)))
+    recipe = dataclasses.replace(preset.train, epochs=12, seed=seed)  # half of the preset's
     data_root, run = out / "data", out / "run"
     RLRModel(small)  # fails without the backbone's weights, before the data are made
 
@@ -55,7 +56,7 @@ def demo(
     data = read_dataset(data_root)
     train(
         small,
-        dataclasses.replace(preset.train, epochs=12, seed=seed),  # half of the preset's
+        recipe,
         data,
         run,
         TrainExecution(**execution, cache_dir=out / "features"),

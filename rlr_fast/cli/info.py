@@ -158,6 +158,8 @@ def info(
     from rlr_fast.models.checkpoint import CONFIG_FILE, load_config
     from rlr_fast.models.environment import start_device
 
+    if preset is not None and checkpoint is not None:
+        raise ValueError("--preset and --checkpoint each name a model; give one of them")
     described = None
     if preset is not None or checkpoint is not None or model:
         base = PRESETS[preset or "paper"].model

@@ -89,3 +89,16 @@ def test_mistakes_in_the_file_are_told(content, message, trained, tmp_path, caps
     (tmp_path / "flags.yaml").write_text(content)
     argv = ("train", trained / "data", "--out", tmp_path, "--config", tmp_path / "flags.yaml")
     assert message in refused(capsys, *argv)
+
+
+def test_a_files_values_are_taken_as_they_are_written(tmp_path):
+    (tmp_path / "flags.yaml").write_text("seed: 010\nsize: 32\ntrain: 1\nclasses: [tile]\n")
+    argv = ["data", "make", str(tmp_path / "set"), "--config", str(tmp_path / "flags.yaml")]
+    assert main([*argv, "--quiet"]) == 0
+    assert json.loads((tmp_path / "set/dataset.json").read_text())["seed"] == 10
+
+
+def test_a_flag_under_two_names_is_told(tmp_path, capsys):
+    (tmp_path / "flags.yaml").write_text("image-size: 64\nimage_size: 128\n")
+    message = refused(capsys, "info", "--config", tmp_path / "flags.yaml")
+    assert "--image-size stands there twice, under two names" in message
