@@ -43,6 +43,7 @@ def publish(
     from rlr_fast.files import file_digest
     from rlr_fast.inference.model_card import MeasuredMetrics, write_published
     from rlr_fast.models.checkpoint import WEIGHTS_FILE, check_checkpoint, hub_errors
+    from rlr_fast.training.run_dir import read_run
 
     if not run.is_dir():
         raise ValueError(f"RUN: there is no folder {str(run)!r}")
@@ -59,6 +60,8 @@ def publish(
     refuse_unfinished(run)
     if metrics is not None and metrics["weights"] not in (None, file_digest(run / WEIGHTS_FILE)):
         raise ValueError(f"--results: {str(results)!r} is the evaluation of another model")
+    if out is not None and read_run(out) is not None:
+        raise ValueError(f"--out: {str(out)!r} holds a run, which would be overwritten")
     with contextlib.ExitStack() as stack:
         folder = out
         if folder is None:
