@@ -24,7 +24,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import ks_2samp
+from scipy.stats import betabinom, ks_2samp
 
 # A folder without drift is told to have some this often.
 _DRIFT_LEVEL = 0.001
@@ -99,7 +99,7 @@ def drift(
 
     It cannot tell drift from defects that score below the threshold, nor see drift of what the
     score does not measure. If all lies above, there is nothing left to compare; that more than half
-    does is reported by itself.
+    does is reported by itself, where it is as rare without drift.
 
     Args:
         calibration: Scores of the calibration images, (n,), in rising order.
@@ -114,10 +114,13 @@ def drift(
     bulk, seen = known[: len(known) - cut], new[new <= limit]
     if len(new) < MIN_DRIFT_IMAGES:
         return None
-    if 2 * len(seen) < len(new):
+    above = len(new) - len(seen)
+    # How often so many of m lie above the k-th highest of n without drift.
+    by_chance = betabinom.sf(above - 1, len(new), cut, len(known) + 1 - cut)
+    if 2 * len(seen) < len(new) and by_chance <= _DRIFT_LEVEL / tests:
         what = "threshold" if rank else "highest score of the calibration"
-        return f"{len(new) - len(seen)} of {len(new)} score above the {what}"
-    if not len(bulk) or ks_2samp(bulk, seen).pvalue > _DRIFT_LEVEL / tests:
+        return f"{above} of {len(new)} score above the {what}"
+    if not (len(bulk) and len(seen)) or ks_2samp(bulk, seen).pvalue > _DRIFT_LEVEL / tests:
         return None
     way = "higher" if np.median(seen) > np.median(bulk) else "lower"
     return f"scores of normal images are {way} than in the calibration"

@@ -71,3 +71,10 @@ def test_a_drift_of_normal_scores_is_told_with_its_direction(factor, way):
 def test_a_folder_that_lies_above_the_threshold_is_told():
     known = [i / 100 for i in range(100)]
     assert drift(known, [5.0] * 30 + [0.5] * 10, 0.05) == "30 of 40 score above the threshold"
+
+
+@pytest.mark.parametrize("images", [1, 2, 3, 8, 19])
+def test_few_calibration_images_tell_no_drift_where_there_is_none(images):
+    rng = np.random.default_rng(images)
+    told = [drift(sorted(rng.normal(size=images)), rng.normal(size=40), 0.05) for _ in range(500)]
+    assert sum(line is not None for line in told) <= 3  # one in 1,000 is expected
