@@ -121,7 +121,7 @@ class Backbone(nn.Module):
             images = images.to(self.mean.dtype) / 255
         elif not images.is_floating_point():
             raise ValueError(f"images must be uint8 or floating point, got {images.dtype}")
-        images = (images - self.mean) / self.std
+        images = (images.to(self.mean.dtype) - self.mean) / self.std
         maps = iter(self.network(images.contiguous(memory_format=torch.channels_last)))
         return [_mean([next(maps) for _ in group]) for group in self.groups]
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import bisect
 import copy
+import hashlib
 import itertools
 import logging
+import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +19,8 @@ from rlr_fast.visualization.report import REPORT_FOLDER
 
 PICTURES_FOLDER = "pictures"
 MASKS_FOLDER = "masks"
+
+_LONGEST = 255  # bytes of a file's name
 
 _log = logging.getLogger(__name__)
 
@@ -211,8 +215,14 @@ def picture_place(place: Path, root: Path) -> Path:
 def picture_name(place: Path) -> Path:
     """``a.png`` → ``a.png``, ``a.jpg`` → ``a.jpg.png``: no two images share a picture.
 
-    So ``a.jpg.png`` becomes ``a.jpg.png.png``.
+    So ``a.jpg.png`` becomes ``a.jpg.png.png``. A name too long for that is cut, and a digest of it
+    stands at its end.
     """
     if place.suffix == ".png" and Path(place.stem).suffix.lower() not in IMAGE_SUFFIXES:
         return place
+    name = os.fsencode(place.name)
+    if len(name) > _LONGEST - len(".png"):
+        digest = hashlib.sha256(name).hexdigest()[:12]
+        cut = name[: _LONGEST - len(f"-{digest}.png")].decode(errors="ignore")
+        return place.with_name(f"{cut}-{digest}.png")
     return place.with_name(place.name + ".png")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tracemalloc
 from pathlib import Path
 
@@ -98,3 +99,11 @@ def test_a_file_takes_little_memory(tmp_path):
     # The interpreter's table of interned strings grows now and then, at once, by megabytes.
     used = sum(trace.size for trace in traces if trace.size < 2**20)
     assert len(files) == 2000 and used < 300_000
+
+
+def test_a_name_too_long_for_its_pictures_is_cut_and_stays_its_own(tmp_path):
+    for letter in "ab":
+        save_picture(tmp_path / f"{'ü' * 124}{letter}.jpg", 0)
+    names = [file.picture.name for file in find_images([tmp_path])]
+    assert len(set(names)) == 2 and all(len(os.fsencode(name)) <= 255 for name in names)
+    assert all(name.startswith("ü" * 118) and name.endswith(".png") for name in names)
