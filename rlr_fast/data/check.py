@@ -358,7 +358,7 @@ def _leaks(data: DataSet) -> dict[Sample, Path]:
         for samples_of in splits:
             for samples in samples_of.values():
                 for sample in samples:
-                    if os.path.isfile(sample.path):
+                    if os.path.isfile(sample.path) and os.access(sample.path, os.R_OK):
                         length = os.path.getsize(sample.path)
                         by_length.setdefault(length, []).append(sample)
     leaks: dict[Sample, Path] = {}
