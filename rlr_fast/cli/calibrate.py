@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -9,6 +10,8 @@ from cyclopts import Parameter
 
 from rlr_fast.cli import flags
 from rlr_fast.config import InferenceExecution
+
+_log = logging.getLogger(__name__)
 
 
 def calibrate(
@@ -32,10 +35,11 @@ def calibrate(
     Args:
         split: Take the normal images to train on, or to test on; by default those of validation,
             those that training kept out, or all of a plain folder.
-        tile: As predict will be told to.
+        tile: As predict will be told to; by default as the model was trained.
         overlap: As predict will be told to.
     """
     from rlr_fast.cli.common import check_class, refuse_unfinished, report_failures
+    from rlr_fast.config import optional_tiles
     from rlr_fast.data import read_dataset
     from rlr_fast.data.layouts import find_class
     from rlr_fast.files import lock_folder
@@ -47,7 +51,6 @@ def calibrate(
     from rlr_fast.inference.conformal import smallest_alpha
     from rlr_fast.models.checkpoint import check_checkpoint
     from rlr_fast.pictures.batches import load_model
-    from rlr_fast.pictures.tiling import optional_tiles
     from rlr_fast.training.calibration import (
         CALIBRATION_FILE,
         read_calibration,
@@ -63,7 +66,7 @@ def calibrate(
     if not run.is_dir():
         raise ValueError(f"calibrate writes into the run: there is no folder {checkpoint!r}")
     refuse_unfinished(run)
-    previous, known = read_calibration(run), trained_classes(run)
+    known = trained_classes(run)
     found = read_dataset(data, layout)
     if classes is not None:
         read_dataset(data, layout, classes)  # names those that it does not have
@@ -72,6 +75,9 @@ def calibrate(
         for name, samples in calibration_images(found, read_run(run), split).items()
         if classes is None or name in classes
     }
+    missing = [name for name in classes or () if name not in chosen]
+    if missing:
+        raise ValueError(f"there are no images to calibrate on of {', '.join(missing)} in {data}")
     if len(chosen) == 1:
         [(name, paths)] = chosen.items()
         if category is None and name not in known:  # the folder of one split or kind, perhaps
@@ -87,8 +93,16 @@ def calibrate(
         lock_folder(run),
         progress_bar("calibrate", sum(map(len, chosen.values())), quiet) as bar,
     ):
+        previous = read_calibration(run)
         calibration, failures = calibrate(
             model, chosen, run, previous, how, source=str(data), tiles=tiles, progress=bar.update
+        )
+    lost = [] if previous is None else sorted(previous.classes.keys() - calibration.classes.keys())
+    if lost:
+        _log.warning(
+            "the scores of %s are dropped: they were made with other weights, tiles, precision or "
+            "score settings than these; calibrate them again",
+            ", ".join(lost),
         )
     counts = {name: len(scores.image) for name, scores in calibration.classes.items()}
     width = max(map(len, counts))

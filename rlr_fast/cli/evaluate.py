@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 
 from rlr_fast.cli import flags
-from rlr_fast.config import InferenceExecution
+from rlr_fast.config import InferenceExecution, optional_tiles
 
 
 def evaluate(
@@ -19,6 +19,8 @@ def evaluate(
     figures: flags.Switch = False,
     per_defect: flags.Positive = 1,
     report: flags.Report = False,
+    tile: flags.Sides | None = None,
+    overlap: flags.Sides | None = None,
     scale: flags.Scale | None = None,
     config: flags.Config | None = None,
     layout: flags.Layout = "auto",
@@ -32,6 +34,9 @@ def evaluate(
     Args:
         figures: Write a sheet of samples per class.
         per_defect: Samples of each defect in a sheet.
+        tile: Score pictures at their own resolution, in tiles: a side in pixels, or 512x1024; by
+            default as the model was trained.
+        overlap: Pixels that neighboring tiles share at least; by default an eighth of the tile.
     """
     from rlr_fast.cli.common import (
         check_out,
@@ -55,6 +60,7 @@ def evaluate(
     with processes() as group, contextlib.ExitStack() as locks:
         with group.together():
             how = InferenceExecution(**execution)
+            optional_tiles(tile, overlap)  # refused before anything is read
             folder = fetch_checkpoint(checkpoint)
             tell_unfinished(folder)
             images = read_dataset(data, layout, classes)
@@ -69,11 +75,12 @@ def evaluate(
             if figures and colors is not None:
                 sheets = FigureOptions(out / "figures", colors, per_defect)
             model = load_model(folder, how, backbone_weights)
+            tiles = optional_tiles(tile, overlap, model.config.tiles)
             decider = None
             if group.is_main:
                 decider = given_decider(
                     folder,
-                    scoring_identity(model, how.precision),
+                    scoring_identity(model, how.precision, tiles),
                     images.classes,
                     alpha=alpha,
                     pool=pool,
@@ -85,7 +92,7 @@ def evaluate(
             page = None
             if group.is_main and report and colors is not None:
                 about = f"{images.root}, layout {images.layout}, test images"
-                facts = model_facts(model, checkpoint, about, how.precision)
+                facts = model_facts(model, checkpoint, about, how.precision, tiles)
                 page = stack.enter_context(ReportWriter(out, "evaluation", colors, facts))
                 page.alpha = None if decider is None else decider.alpha
             bar = stack.enter_context(progress_bar("eval", total, quiet or not group.is_main))
@@ -93,6 +100,7 @@ def evaluate(
                 model,
                 images,
                 how,
+                tiles=tiles,
                 figures=sheets,
                 decider=decider,
                 report=page,
@@ -100,9 +108,9 @@ def evaluate(
             )
             if group.is_main:  # before the report is closed, which may meet a full disk
                 bar.close()
-                print(result.table(), flush=True)
                 weights = file_digest(folder / WEIGHTS_FILE)
                 write_atomically(out / "metrics.json", result.to_json(weights))
+                print(result.table(), flush=True)
         if not group.is_main:
             return 0
     print(f"\n{out / 'metrics.json'}")

@@ -59,6 +59,13 @@ def export(
     calibration = read_calibration(folder)
     classes = sorted(trained_classes(folder) or (calibration.classes if calibration else ()))
     model = load_model(folder, InferenceExecution(device="cpu"), backbone_weights)
+    tiles = model.config.tiles
+    if tiles is not None:
+        _log.warning(
+            "the model sees pictures in tiles of %d x %d pixels: an image of the file is one of "
+            "them, and to cut and to join them is the caller's work",
+            *tiles.size,
+        )
     decider = given_decider(
         folder,
         scoring_identity(model),

@@ -119,6 +119,7 @@ _HINTS: dict[Any, Any] = {
     tuple[int, ...]: _WHOLES,
     tuple[config.Level, ...]: Annotated[tuple[str, ...], _several(config.read_level)],
     tuple[int, int]: _SIDES,  # a single number stands for both sides
+    tuple[int, int] | None: Annotated[int, _one(_sides)],
     tuple[config.Window, ...]: Annotated[tuple[int, ...], _several(_window)],
 }
 

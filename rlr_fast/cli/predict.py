@@ -65,7 +65,8 @@ def predict(
         watch: Score images as they arrive in the folders, until Ctrl+C; images that have a row in
             the table already are left out.
         settle: With --watch, seconds for which a file must not have changed.
-        tile: Score pictures at their own resolution, in tiles: a side in pixels, or 512x1024.
+        tile: Score pictures at their own resolution, in tiles: a side in pixels, or 512x1024; by
+            default as the model was trained.
         overlap: Pixels that neighboring tiles share at least; by default an eighth of the tile.
     """
     from rlr_fast.cli.common import (
@@ -75,11 +76,11 @@ def predict(
         given_scale,
         tell_unfinished,
     )
+    from rlr_fast.config import optional_tiles
     from rlr_fast.data.check import counted
     from rlr_fast.inference.report import model_facts
     from rlr_fast.models.checkpoint import CONFIG_FILE, fetch_checkpoint, load_config
     from rlr_fast.pictures.batches import load_model
-    from rlr_fast.pictures.tiling import optional_tiles
     from rlr_fast.prediction.arrivals import check_watched
     from rlr_fast.prediction.image_files import find_images
     from rlr_fast.prediction.predict import check_report_run, predict
@@ -92,7 +93,7 @@ def predict(
     with processes() as group:
         with group.together():
             how = InferenceExecution(**execution)
-            tiles = optional_tiles(tile, overlap)
+            optional_tiles(tile, overlap)  # refused before anything is read
             if report:
                 check_report_run(resume, group.world_size)
             if watch:
@@ -122,9 +123,10 @@ def predict(
                 files = files.classified(known) if category is None else files.of_class(category)
             categories = set(known) if category is None else {category}
             model = load_model(folder, how, backbone_weights)
+            tiles = optional_tiles(tile, overlap, model.config.tiles)
             decider = given_decider(
                 folder,
-                scoring_identity(model, how.precision, *(tiles or (None, None))),
+                scoring_identity(model, how.precision, tiles),
                 (categories or {None}) if files is None else files.categories,
                 alpha=alpha,
                 pool=pool,
@@ -153,9 +155,7 @@ def predict(
         with contextlib.ExitStack() as stack:
             page = None
             if report and colors is not None:
-                facts = model_facts(model, checkpoint, _told(paths), how.precision)
-                if tiles is not None:
-                    facts["Tiles"] = "{} × {} pixels, {} × {} shared".format(*tiles[0], *tiles[1])
+                facts = model_facts(model, checkpoint, _told(paths), how.precision, tiles)
                 out.mkdir(parents=True, exist_ok=True)
                 page = stack.enter_context(ReportWriter(out, "prediction", colors, facts))
                 page.alpha = None if decider is None else decider.alpha

@@ -59,6 +59,7 @@ def train(
             how = TrainExecution(**execution)
             if previous is not None:
                 classes = classes or previous["data"].get("classes")
+                layout = previous["data"]["layout"] if layout == "auto" else layout
             images = read_dataset(data, layout, classes)
         result = train(settings, training, images, out, how, resume=resume, quiet=quiet)
         if not group.is_main:

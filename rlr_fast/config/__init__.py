@@ -35,11 +35,12 @@ from rlr_fast.config.settings import (
     check_seed,
     from_dict,
 )
+from rlr_fast.config.tiles import Sides, Tiles, checked_tiles, optional_tiles
 
 __all__ = [
     "LARGEST", "PER_LEVEL", "PRESETS", "REFERENCE_VALUES", "SCORE_FIELDS", "Backend", "Cache",
     "ExecutionConfig", "InferenceExecution", "Level", "Precision", "Preset", "RLRConfig",
-    "TrainConfig", "TrainExecution", "Window", "check_branches", "check_seed", "from_dict",
-    "level_groups", "level_name", "per_level", "read_level", "short_windows", "suggest",
-    "window_pair",
+    "Sides", "Tiles", "TrainConfig", "TrainExecution", "Window", "check_branches", "check_seed",
+    "checked_tiles", "from_dict", "level_groups", "level_name", "optional_tiles", "per_level",
+    "read_level", "short_windows", "suggest", "window_pair",
 ]  # fmt: skip

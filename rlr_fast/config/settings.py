@@ -27,6 +27,7 @@ from rlr_fast.config.rules import (
     require_number,
     suggest,
 )
+from rlr_fast.config.tiles import Tiles, optional_tiles
 
 Attention = Literal["self", "cross", "mlka", "lca"]
 Fusion = Literal["fixed", "learned"]
@@ -109,6 +110,10 @@ class RLRConfig:
         out_indices: Levels of the network to reconstruct, as timm counts them (strides 4, 8, 16). A
             range such as 2-5 is one level, the mean of these: of a ViT's blocks, for example.
         image_size: Input height and width in pixels; a single number is both.
+        tile: Pixels of a picture's tile: a side, or height x width such as 512x1024. The model
+            sees pictures in such tiles, each resized to image_size; by default it sees them whole.
+        overlap: Pixels that neighboring tiles share at least: a side, or height x width; by default
+            an eighth of the tile.
         neighborhood: p of eq. 1: odd side of the averaged neighborhood; 1 is off.
         standardize: Standardize each feature channel by its mean and deviation over the training
             set.
@@ -150,6 +155,8 @@ class RLRConfig:
     backbone_weights: str = "timm"
     out_indices: tuple[Level, ...] = (1, 2, 3)
     image_size: tuple[int, int] = (256, 256)
+    tile: tuple[int, int] | None = None
+    overlap: tuple[int, int] | None = None
     neighborhood: int = 3
     standardize: bool = False
     components: tuple[int, ...] = (0,)
@@ -193,6 +200,10 @@ class RLRConfig:
             self.image_size,
         )
         put("image_size", sides)
+        tiles = optional_tiles(self.tile, self.overlap)
+        if tiles is not None:
+            put("tile", tiles.size)
+            put("overlap", None if self.overlap is None else tiles.overlap)
         put("hidden", level_values("hidden", self.hidden, levels))
         put("heads", level_values("heads", self.heads, levels))
         windows = level_values("windows", self.windows, levels)
@@ -258,6 +269,22 @@ class RLRConfig:
                 sigma,
             )
         require(0 <= self.top_share <= 1, "top_share", "from 0 to 1", self.top_share)
+
+    @property
+    def tiles(self) -> Tiles | None:
+        """How pictures are cut for the model; None where it sees them whole."""
+        return optional_tiles(self.tile, self.overlap)
+
+    def require_whole(self, what: str) -> None:
+        """Refuse a model that sees pictures in tiles.
+
+        Args:
+            what: What can only be done with whole ones.
+
+        Raises:
+            ValueError: It has tiles.
+        """
+        require(self.tile is None, "tile", f"None: {what} takes pictures whole", self.tile)
 
     @staticmethod
     def preset(name: str) -> RLRConfig:

@@ -21,7 +21,9 @@ from __future__ import annotations
 import itertools
 import os
 import stat
+import threading
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from rlr_fast.config import LARGEST
-from rlr_fast.data.layouts import Sample
+from rlr_fast.data.layouts import Box, Sample
 from rlr_fast.data.threads import default_workers, map_ahead
 
 # What Pillow raised over 150,000 broken files: cut short, or with bytes changed.
@@ -49,6 +51,9 @@ _FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP")
 
 _PICTURES_AHEAD = 2
 
+# An image, and the (height, width) of its file.
+_Loaded = tuple[torch.Tensor, tuple[int, int]]
+
 
 class UnreadableImageError(OSError):
     """An image file that is missing, broken, too large, or of pixels with no meaning as a picture.
@@ -64,8 +69,16 @@ class UnreadableImageError(OSError):
         self.path = Path(path)
         self.reason = reason
 
+    _action = "read"
+
     def __str__(self) -> str:
-        return f"cannot read image {str(self.path)!r}: {self.reason}"
+        return f"cannot {self._action} image {str(self.path)!r}: {self.reason}"
+
+
+class UnscoredImageError(UnreadableImageError):
+    """An image file that can be read, but of which the model can make nothing."""
+
+    _action = "take"
 
 
 @dataclass(frozen=True)
@@ -212,6 +225,9 @@ def iterate_images(
 ) -> Iterator[ImageBatch]:
     """Yield images in the order of `items`, decoded ahead by threads while the caller is busy.
 
+    Of a sample with a `box`, that part is an image. Parts of a file that follow each other are
+    decoded once.
+
     Every batch is of `batch_size` items but the last, which may have fewer. A file that cannot be
     read does not end the iteration: it is told in `ImageBatch.failures`, and its batch has an image
     less, or none. So which images are scored together depends on their places alone. The threads
@@ -235,16 +251,32 @@ def iterate_images(
     workers = default_workers() if workers is None else workers
     if workers < 1:
         raise ValueError(f"workers must be positive, got {workers=}")
-    paths = (item.path if isinstance(item, Sample) else Path(item) for item in items)
+    parts = (
+        (item.path, item.box) if isinstance(item, Sample) else (Path(item), None) for item in items
+    )
     # Checked before the first batch is asked for, hence two functions.
-    return _iterate(paths, size, batch_size, workers)
+    return _iterate(parts, size, batch_size, workers)
 
 
 def _iterate(
-    paths: Iterator[Path], size: tuple[int, int] | None, batch_size: int, workers: int
+    parts: Iterator[tuple[Path, Box | None]],
+    size: tuple[int, int] | None,
+    batch_size: int,
+    workers: int,
 ) -> Iterator[ImageBatch]:
     ahead = _PICTURES_AHEAD if size is None else max(batch_size, 2 * workers)
-    decoded = enumerate(map_ahead(lambda path: _loaded(path, size), paths, workers, ahead))
+    pictures = _Pictures()
+
+    def load(part: tuple[Path, Box | None]) -> _Loaded | UnreadableImageError:
+        path, box = part
+        try:
+            if box is None:
+                return _load_image(path, size)
+            return _part(pictures.decoded(path), path, box, size)
+        except UnreadableImageError as error:
+            return error
+
+    decoded = enumerate(map_ahead(load, parts, workers, ahead))
     while batch := list(itertools.islice(decoded, batch_size)):
         read = [(i, *result) for i, result in batch if isinstance(result, tuple)]
         images = [image for _, image, _ in read]
@@ -257,13 +289,36 @@ def _iterate(
         )
 
 
-def _loaded(
-    path: Path, size: tuple[int, int] | None
-) -> tuple[torch.Tensor, tuple[int, int]] | UnreadableImageError:
-    try:
-        return _load_image(path, size)
-    except UnreadableImageError as error:
-        return error
+class _Pictures:
+    """Decoded files whose parts are asked for: the last of them, each decoded by one thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._kept: dict[Path, Future[Image.Image]] = {}
+
+    def decoded(self, path: Path) -> Image.Image:
+        """Return a file as RGB; UnreadableImageError where it cannot be read."""
+        with self._lock:
+            picture = self._kept.get(path)
+            is_new = picture is None
+            if picture is None:
+                picture = self._kept[path] = Future()
+                if len(self._kept) > _PICTURES_AHEAD:
+                    del self._kept[next(iter(self._kept))]
+        if is_new:
+            try:
+                picture.set_result(to_rgb(open_image(path), path))
+            except BaseException as error:  # those who wait must not do so for ever
+                picture.set_exception(error)
+        return picture.result()
+
+
+def _part(image: Image.Image, path: Path, box: Box, size: tuple[int, int] | None) -> _Loaded:
+    top, left, height, width = box
+    if top + height > image.height or left + width > image.width:
+        raise UnreadableImageError(path, f"it has no part {box} any more, it was replaced")
+    part = image.crop((left, top, left + width, top + height))
+    return _as_tensor(part, (height, width) if size is None else size), (image.height, image.width)
 
 
 def resize_image(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -272,9 +327,7 @@ def resize_image(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return _as_tensor(Image.fromarray(pixels), size)
 
 
-def _load_image(
-    path: str | os.PathLike[str], size: tuple[int, int] | None
-) -> tuple[torch.Tensor, tuple[int, int]]:
+def _load_image(path: str | os.PathLike[str], size: tuple[int, int] | None) -> _Loaded:
     """Return the image (3, H, W) in `size`, or in its own, and the (height, width) of its file."""
     image = to_rgb(open_image(path), path)
     original_size = (image.height, image.width)

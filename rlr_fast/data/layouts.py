@@ -70,6 +70,9 @@ _IMAGES_BESIDE = {"ground_truth": "test", "Masks": "Images"}
 _LOCO_DEFECTS = frozenset({"logical_anomalies", "structural_anomalies"})
 
 
+Box = tuple[int, int, int, int]
+
+
 @dataclass(frozen=True)
 class Sample:
     """One image of a data set.
@@ -80,12 +83,15 @@ class Sample:
         defect: The kind of defect, ``"good"`` for a normal image.
         mask_paths: Ground-truth masks; their union marks the defect. Empty for normal images and
             where no mask was found.
+        box: The part of the image that is meant, in its pixels: top, left, height and width; None
+            is all of it.
     """
 
     path: Path
     category: str
     defect: str
     mask_paths: tuple[Path, ...] = ()
+    box: Box | None = None
 
     @property
     def is_anomaly(self) -> bool:

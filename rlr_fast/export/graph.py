@@ -128,7 +128,8 @@ def describe(
 ) -> str:
     """Return what a file says of itself, as JSON text.
 
-    ``input_size`` is what the file takes, ``classes`` are those of the run, ``alpha`` and
+    ``input_size`` is what the file takes, ``tile`` what an image shows of a picture, in its pixels
+    (null: all of it), ``classes`` are those of the run, ``alpha`` and
     ``thresholds`` the decisions' (null and empty without decisions), a threshold per column.
     ``model`` is all that decides a score.
     """
@@ -139,11 +140,13 @@ def describe(
             {"class": name, "score": rule.threshold, "pixel": rule.pixel_threshold}
             for name, rule in zip([*classes, None], rules, strict=True)
         ]
+    config = model.config
     about: dict[str, Any] = {
         "rlr_fast": __version__,
         "torch": package_version("torch"),
-        "image_size": list(model.config.image_size),
-        "input_size": list(input_size or model.config.image_size),
+        "image_size": list(config.image_size),
+        "input_size": list(input_size or config.image_size),
+        "tile": config.tiles and list(config.tiles.size),
         "images": "uint8 RGB (B, H, W, 3), resized by Pillow's Lanczos filter to input_size",
         "classes": list(classes),
         "alpha": None if decider is None else decider.alpha,

@@ -8,16 +8,15 @@ from typing import Any
 
 import torch
 
-from rlr_fast.config import InferenceExecution
-from rlr_fast.data import DataSet, Sample
+from rlr_fast.config import InferenceExecution, Tiles
+from rlr_fast.data import DataSet, ImageFailure, Sample
 from rlr_fast.data.check import counted
 from rlr_fast.data.contents import describe_images
 from rlr_fast.data.hold_out import hold_out
 from rlr_fast.files import file_digest
 from rlr_fast.models.rlr import RLRModel
 from rlr_fast.pictures.batches import check_placed
-from rlr_fast.pictures.scored_files import LeftOut, score_files
-from rlr_fast.pictures.tiling import Tiles
+from rlr_fast.pictures.scored_files import score_files
 from rlr_fast.training.calibration import (
     Calibration,
     ClassScores,
@@ -128,7 +127,8 @@ def calibrate(
         execution: Precision, batch size and threads; predictions with another precision are not
             decided by these scores.
         source: Where the images come from, in words.
-        tiles: Score every picture at its own resolution in tiles.
+        tiles: Score every picture at its own resolution in tiles; by default the model's, if it has
+            any.
         progress: Called with the number of files done since the last call.
 
     Returns:
@@ -140,14 +140,15 @@ def calibrate(
     """
     check_placed(model, execution)
     model.eval()
+    tiles = tiles or model.config.tiles
     files = [(name, path) for name, paths in images.items() for path in paths]
     scores: dict[str, list[tuple[float, float, str]]] = {name: [] for name in images}
     quantiles: list[torch.Tensor] = []
     failures: list[str] = []
     for outcomes in score_files(model, (path for _, path in files), execution, tiles):
         for outcome in outcomes:
-            if isinstance(outcome, LeftOut):
-                failures.append(outcome.reason)
+            if isinstance(outcome, ImageFailure):
+                failures.append(str(outcome.error))
                 continue
             name, path = files[outcome.index]
             highest = float(outcome.score_map.max())
@@ -159,7 +160,7 @@ def calibrate(
     if empty:
         reason = next(iter(failures), "no files")
         raise ValueError(f"no image of {', '.join(empty)} can be read: {reason}")
-    scoring = scoring_identity(model, execution.precision, *(tiles or (None, None)))
+    scoring = scoring_identity(model, execution.precision, tiles)
     kept = previous.classes if previous is not None and previous.scoring == scoring else {}
     new = {name: ClassScores.of(of_class, source) for name, of_class in scores.items()}
     calibration = Calibration(scoring, dict(sorted((kept | new).items())))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -12,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
-from rlr_fast.config import InferenceExecution
+from rlr_fast.config import InferenceExecution, Tiles
 from rlr_fast.data import (
     DataSet,
     ImageFailure,
     Sample,
     UnreadableImageError,
-    iterate_images,
     load_image,
     load_sample_mask,
     pick_samples,
@@ -31,7 +33,8 @@ from rlr_fast.inference.metrics import HEADINGS, class_metrics, format_table, me
 from rlr_fast.inference.report import add_class
 from rlr_fast.models.environment import environment
 from rlr_fast.models.rlr import RLRModel
-from rlr_fast.pictures.batches import check_placed, score_batches
+from rlr_fast.pictures.batches import check_placed
+from rlr_fast.pictures.scored_files import score_files
 from rlr_fast.training.distributed import Processes, processes
 from rlr_fast.visualization import SheetRow, sample_sheet
 from rlr_fast.visualization.report import ReportWriter
@@ -119,6 +122,7 @@ def evaluate(
     data: DataSet,
     execution: InferenceExecution = InferenceExecution(),
     *,
+    tiles: Tiles | None = None,
     figures: FigureOptions | None = None,
     decider: Decider | None = None,
     report: ReportWriter | None = None,
@@ -126,8 +130,9 @@ def evaluate(
 ) -> Evaluation:
     """Score the test images of every class and compare with the ground truth.
 
-    Masks are compared at the model's image size. Image files that cannot be read are left out and
-    named in the result.
+    Masks are compared at the model's image size; with tiles at the scale at which the model sees
+    them, the grid being that of a class's first picture. Image files that cannot be read, and
+    images whose score is not finite, are left out and named in the result.
 
     Started by torchrun, all processes call this together. The batches of images are dealt out to
     them; the first process gathers the maps of a class and computes its metrics, and every process
@@ -138,6 +143,8 @@ def evaluate(
         data: Its ``test`` samples are used.
         execution: Batch size, precision and threads; device, backend and compilation are the
             model's, which may not contradict it.
+        tiles: Score every picture at its own resolution in tiles; by default the model's, if it has
+            any.
         figures: Write a sheet of sample images per class.
         decider: Also count false alarms and misses at its thresholds.
         report: Gets a row per image, and metrics, decisions and failures at the end; the caller
@@ -153,11 +160,12 @@ def evaluate(
     with processes() as group:
         with group.together():
             check_placed(model, execution)
+            tiles = tiles or model.config.tiles
             data.require_test()
             if group.is_main:
                 check_masks(data)
         if group.world_size > 1:
-            how = {"precision": execution.precision, "batch": execution.batch_size}
+            how = {"precision": execution.precision, "batch": execution.batch_size, "tiles": tiles}
             group.agree(_decisive(model, data) | how)
         model.eval()
         execution = replace(execution, workers=group.workers(execution.workers))
@@ -170,7 +178,8 @@ def evaluate(
             samples = data.test[name]
             with group.together():
                 mine = _deal(len(samples), execution.batch_size, dealt, group)
-                share = _score(model, samples, mine, execution, progress)
+                size = _map_size(model, samples, tiles)
+                share = _score(model, samples, mine, execution, tiles, size, progress)
             dealt += math.ceil(len(samples) / execution.batch_size)
             if progress is not None:
                 progress(len(samples) - share.done)
@@ -190,7 +199,7 @@ def evaluate(
                 errors[name] = counts
             if figures is not None:
                 try:
-                    _write_sheet(name, scored, figures, model.config.image_size)
+                    _write_sheet(name, scored, figures, size)
                 except OSError as error:  # a full disk must not cost the metrics
                     failures.append(f"cannot write the figures of {name}: {error}")
             if report is not None:
@@ -204,7 +213,7 @@ def evaluate(
             lambda: Evaluation(
                 classes,
                 mean_metrics(classes),
-                protocol(model, data) | {"precision": execution.precision},
+                protocol(model, data, tiles) | {"precision": execution.precision},
                 environment(model.device),
                 failures,
                 DecisionErrors(decider.alpha, decider.pool, errors)
@@ -217,7 +226,7 @@ def evaluate(
         return result
 
 
-def protocol(model: RLRModel, data: DataSet) -> dict[str, Any]:
+def protocol(model: RLRModel, data: DataSet, tiles: Tiles | None = None) -> dict[str, Any]:
     """Return how the metrics are measured: what must stand beside the numbers."""
     config, size = model.config, model.config.image_size
 
@@ -243,7 +252,7 @@ def protocol(model: RLRModel, data: DataSet) -> dict[str, Any]:
         "f1max": "every distinct score as threshold",
         "aupro": "8-connected regions, FPR up to 0.3",
         "checkpoint": "last epoch",
-    }
+    } | ({} if tiles is None else {"tile": list(tiles.size), "overlap": list(tiles.overlap)})
 
 
 @dataclass
@@ -313,42 +322,59 @@ def _deal(images: int, batch: int, dealt: int, processes: Processes) -> list[int
     return [i for turn in mine for i in range(turn * batch, min((turn + 1) * batch, images))]
 
 
+def _map_size(model: RLRModel, samples: list[Sample], tiles: Tiles | None) -> tuple[int, int]:
+    """Return the (H, W) at which score maps of a class are compared with masks."""
+    size = model.config.image_size
+    if tiles is None:
+        return size
+    for sample in samples:
+        with contextlib.suppress(UnreadableImageError):
+            sides = zip(read_image_size(sample.path), tiles.size, size, strict=True)
+            height, width = (round(max(side, tile) * seen / tile) for side, tile, seen in sides)
+            return height, width
+    return size
+
+
 def _score(
     model: RLRModel,
     samples: list[Sample],
     mine: list[int],
     execution: InferenceExecution,
+    tiles: Tiles | None,
+    size: tuple[int, int],
     progress: Callable[[int], object] | None,
 ) -> _Share:
-    """Score the samples at the places ``mine``."""
-    size = model.config.image_size
+    """Score the samples at the places ``mine``; maps and masks are of a size (H, W)."""
     maps = np.empty((len(mine), *size), dtype=np.float32)
     masks = np.empty((len(mine), *size), dtype=bool)
     scores: list[float] = []
     kept: list[int] = []
     failures: list[ImageFailure] = []
-    batches = iterate_images(
-        [samples[i] for i in mine], size, execution.batch_size, execution.workers
-    )
-    for batch, scored in score_batches(
-        model, ((b, b.images) for b in batches), execution.precision
-    ):
-        failures += [ImageFailure(mine[f.index], f.error) for f in batch.failures]
-        for index, score_map, score in zip(batch.indices, scored.maps, scored.scores, strict=True):
-            row = len(kept)
-            try:
-                masks[row] = _mask(samples[mine[index]], size)
-            except UnreadableImageError as error:
-                failures.append(ImageFailure(mine[index], error))
+    for outcomes in score_files(model, (samples[i].path for i in mine), execution, tiles):
+        for image in outcomes:
+            place, row = mine[image.index], len(kept)
+            if isinstance(image, ImageFailure):
+                failures.append(ImageFailure(place, image.error))
                 continue
-            maps[row] = score_map
-            scores.append(score)
-            kept.append(mine[index])
+            try:
+                masks[row] = _mask(samples[place], size)
+            except UnreadableImageError as error:
+                failures.append(ImageFailure(place, error))
+                continue
+            maps[row] = _resized(image.score_map, size)
+            scores.append(image.score)
+            kept.append(place)
         if progress is not None:
-            progress(len(batch.indices) + len(batch.failures))
+            progress(len(outcomes))
     count = len(kept)
     values = np.array(scores, dtype=np.float32)
     return _Share(kept, values, maps[:count], masks[:count], failures, len(mine))
+
+
+def _resized(score_map: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    if score_map.shape == size:
+        return score_map
+    return F.interpolate(score_map[None, None], size, mode="bilinear", antialias=True)[0, 0]
 
 
 def _nothing_read(name: str, shares: list[_Share] | None) -> ValueError:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rlr_fast.config import Tiles
 from rlr_fast.data import Sample
 from rlr_fast.data.images import open_image, to_rgb
 from rlr_fast.data.threads import map_ahead
@@ -20,7 +21,9 @@ from rlr_fast.visualization.report import ReportImage, ReportWriter
 from rlr_fast.visualization.report.thumbnails import PICTURE_SIDE
 
 
-def model_facts(model: RLRModel, checkpoint: str, data: str, precision: str) -> dict[str, str]:
+def model_facts(
+    model: RLRModel, checkpoint: str, data: str, precision: str, tiles: Tiles | None
+) -> dict[str, str]:
     """Return what a report says of model and data, by name.
 
     Args:
@@ -28,6 +31,7 @@ def model_facts(model: RLRModel, checkpoint: str, data: str, precision: str) -> 
         checkpoint: Folder of the run, or name of the repository.
         data: The images, in words.
         precision: Of the network.
+        tiles: How pictures are cut, if they are.
     """
     config = model.config
     height, width = config.image_size
@@ -37,6 +41,7 @@ def model_facts(model: RLRModel, checkpoint: str, data: str, precision: str) -> 
             model.backbone.grids, model.backbone.channels, strict=True
         )
     )
+    tiled = "" if tiles is None else "{} × {} pixels, {} × {} shared".format(*tiles[0], *tiles[1])
     digest: Any = model.score_identity()["digest of the weights"]
     return {
         "Checkpoint": Path(checkpoint).name or checkpoint,
@@ -46,7 +51,7 @@ def model_facts(model: RLRModel, checkpoint: str, data: str, precision: str) -> 
         "Levels": levels,
         "Digest of the weights": str(digest),
         "Precision": precision,
-    }
+    } | ({} if tiles is None else {"Tiles": tiled})
 
 
 def add_prediction(

@@ -11,13 +11,14 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from rlr_fast.config import InferenceExecution
-from rlr_fast.data.images import resize_image
+from rlr_fast.data.images import ImageFailure, resize_image
 from rlr_fast.inference.conformal import check_alpha
 from rlr_fast.inference.decisions import CALIBRATE, Decider
 from rlr_fast.models.checkpoint import fetch_checkpoint
 from rlr_fast.models.rlr import RLRModel
 from rlr_fast.pictures.batches import load_model, score_batches
-from rlr_fast.pictures.scored_files import LeftOut, score_files
+from rlr_fast.pictures.scored_files import NOT_FINITE, score_files
+from rlr_fast.pictures.tiling import predict_tiled
 from rlr_fast.training.calibration import read_calibration, scoring_identity, trained_classes
 
 
@@ -33,13 +34,14 @@ class Scorer:
     run is taken, or all of them pooled. The columns that come back are
 
     - all of the batch but ``image``,
-    - ``score``: (B,) float64, the image scores of ``rlr-fast predict``; NaN for a file that cannot
-      be read,
-    - ``failure``: (B,), for paths: what is wrong with a file, else None,
+    - ``score``: (B,) float64, the image scores of ``rlr-fast predict``; NaN for an image that has
+      none,
+    - ``failure``: (B,), what is wrong with an image that has no score, else None,
     - with ``alpha``: ``p_value`` and ``threshold``, (B,) float64, and ``anomalous``, (B,) of True
       or False; NaN, NaN and None for a class without calibration images, and for a failure;
       threshold and decision alone where its images are too few for alpha,
-    - with ``maps``: ``score_map``, (B, H, W) float32 of the model's image size.
+    - with ``maps``: ``score_map``, (B, H, W) float32 of the model's image size; of a model with
+      tiles (B,) maps, each in the size of its picture, and None for a failure.
 
     Args:
         run: Folder of a run, or name of a repository on the hub.
@@ -100,48 +102,67 @@ class Scorer:
         maps: dict[int, NDArray[np.float32]] = {}
         if source == "path":
             paths = [Path(str(path)) for path in np.asarray(batch["path"])]
-            for outcomes in score_files(model, paths, self.execution):
+            for outcomes in score_files(model, paths, self.execution, model.config.tiles):
                 for outcome in outcomes:
-                    if isinstance(outcome, LeftOut):
-                        failures[outcome.index] = outcome.reason
+                    if isinstance(outcome, ImageFailure):
+                        failures[outcome.index] = str(outcome.error)
                     else:
                         scores[outcome.index] = outcome.score
                         maps[outcome.index] = outcome.score_map.numpy()
         else:
-            for index, score, score_map in self._arrays(model, batch["image"], rows):
-                scores[index], maps[index] = score, score_map
+            for index, found in self._arrays(model, batch["image"], rows):
+                if isinstance(found, str):
+                    failures[index] = f"row {index}: {found}"
+                else:
+                    scores[index], maps[index] = found
         result = {name: np.asarray(values) for name, values in batch.items() if name != "image"}
-        result["score"] = scores
-        if source == "path":
-            result["failure"] = failures
+        result |= {"score": scores, "failure": failures}
         if self._decider is not None:
             result |= self._decided(self._decider, scores, maps, batch.get("class"))
         if self.maps:
-            empty = np.full(model.config.image_size, np.nan, dtype=np.float32)
-            result["score_map"] = np.stack([maps.get(i, empty) for i in range(rows)])
+            whole = model.config.tiles is None
+            shape = (rows, *model.config.image_size) if whole else (rows,)
+            kind, missing = (np.float32, np.nan) if whole else (object, None)
+            result["score_map"] = np.full(shape, missing, dtype=kind)
+            for i, score_map in maps.items():
+                result["score_map"][i] = score_map
         return result
 
     def _loaded(self) -> RLRModel:
         if self._model is None:
             model = load_model(self.run, self.execution, self.backbone_weights).eval()
             if self._decider is not None:
-                self._decider.check_scoring(scoring_identity(model, self.execution.precision))
+                scoring = scoring_identity(model, self.execution.precision, model.config.tiles)
+                self._decider.check_scoring(scoring)
             self._model = model
         return self._model
 
     def _arrays(
         self, model: RLRModel, images: ArrayLike, rows: int
-    ) -> Iterator[tuple[int, float, NDArray[np.float32]]]:
-        """Yield place, score and score map of images in memory."""
-        resized = [
-            resize_image(torch.from_numpy(_rgb(image, i)).permute(2, 0, 1), model.config.image_size)
+    ) -> Iterator[tuple[int, tuple[float, NDArray[np.float32]] | str]]:
+        """Yield the place of each image in memory, and score and score map, or what is wrong."""
+        pictures = [
+            torch.from_numpy(_rgb(image, i)).permute(2, 0, 1)
             for i, image in enumerate(images)  # type: ignore[arg-type]
         ]
-        size = self.execution.batch_size
+        size, precision = self.execution.batch_size, self.execution.precision
+        tiles = model.config.tiles
+        if tiles is not None:
+            for i, picture in enumerate(pictures):
+                misfit = tiles.misfit(*picture.shape[1:])
+                if misfit is None:
+                    out = predict_tiled(
+                        model, picture, *tiles, batch_size=size, precision=precision
+                    )
+                    yield i, _finite(out.score, out.score_map.numpy())
+                else:
+                    yield i, misfit
+            return
+        resized = [resize_image(picture, model.config.image_size) for picture in pictures]
         batches = ((i, torch.stack(resized[i : i + size])) for i in range(0, rows, size))
-        for first, outcome in score_batches(model, batches, self.execution.precision):
+        for first, outcome in score_batches(model, batches, precision):
             for k, score in enumerate(outcome.scores):
-                yield first + k, score, outcome.maps[k]
+                yield first + k, _finite(score, outcome.maps[k])
 
     def _decided(
         self,
@@ -160,6 +181,12 @@ class Scorer:
                 p_value[i], anomalous[i] = decision.p_value, decision.anomalous
                 limit[i] = np.nan if decision.threshold is None else decision.threshold
         return {"p_value": p_value, "threshold": limit, "anomalous": anomalous}
+
+
+def _finite(
+    score: float, score_map: NDArray[np.float32]
+) -> tuple[float, NDArray[np.float32]] | str:
+    return (score, score_map) if np.isfinite(score) and np.isfinite(score_map).all() else NOT_FINITE
 
 
 def _check(batch: Mapping[str, ArrayLike]) -> tuple[str, int]:

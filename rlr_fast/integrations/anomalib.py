@@ -92,6 +92,7 @@ class Rlr(AnomalibModule):
         start = PRESETS[preset]
         # Before the base class asks for the pre-processor.
         self.config = RLRConfig.from_dict(start.model.to_dict() | (model or {}))
+        self.config.require_whole("anomalib")
         self.recipe = TrainConfig(**dataclasses.asdict(start.train) | (recipe or {}))
         super().__init__(pre_processor, post_processor, evaluator, visualizer)
         torch.manual_seed(self.recipe.seed)

@@ -259,7 +259,8 @@ class RLRModel(
         for name, tensor in self.checkpoint_state().items():
             digest.update(name.encode() + tensor.cpu().numpy().tobytes())
         config: dict[str, Any] = json.loads(self.config.to_json())
-        del config["backbone_weights"]  # where they were taken from; the fingerprint decides
+        # Where weights were taken from, and what was seen in training: the weights decide.
+        del config["backbone_weights"], config["tile"], config["overlap"]
         identity = config | {"digest of the weights": digest.hexdigest()[:12]}
         if self.config.surround:
             # Once it was subtracted for the image score alone; scores from then are others.
@@ -439,9 +440,13 @@ class RLRModel(
         Raises:
             CheckpointError: A file is missing or damaged, or was trained on other backbone weights.
             BackboneWeightsError: The backbone's weights cannot be had.
+            TypeError: There is no such option.
         """
         hub = ("revision", "token", "cache_dir", "force_download", "local_files_only")
         given = {name: options.pop(name) for name in hub if name in options}
+        unknown = sorted(options.keys() - {"backend", "backbone_weights"})
+        if unknown:
+            raise TypeError(f"from_pretrained has no option {', '.join(unknown)}")
         folder = fetch_checkpoint(pretrained_model_name_or_path, **given)
         load_config(folder / CONFIG_FILE)  # the mixin would meet a broken one with a traceback
         model: RLRModel = super().from_pretrained(folder, **options)
@@ -486,7 +491,8 @@ class RLRModel(
             ValueError: The checkpoint's levels are not the backbone's.
         """
         loaded = load_reconstructors(path, backend=backend)
-        model = cls(RLRConfig.preset("authors") if config is None else config, backend=backend)
+        config = RLRConfig.preset("authors") if config is None else config
+        model = cls(dataclasses.replace(config, patches=(1,), components=(0,)), backend=backend)
         levels = cast("list[Reconstructor]", list(loaded))
         ours = list(zip(model.backbone.channels, model.backbone.grids, strict=True))
         theirs = [(level.channels, level.grid) for level in levels]
@@ -500,8 +506,6 @@ class RLRModel(
             hidden=tuple(level.hidden for level in levels),
             heads=tuple(level.heads for level in levels),
             windows=tuple(level.window for level in levels),
-            patches=(1,),
-            components=(0,),
             blocks=len(levels[0].blocks),
             ffn_ratio=cast(RLRBlock, levels[0].blocks[0]).fc1.out_features // levels[0].hidden,
             attention=("mlka", "lca"),

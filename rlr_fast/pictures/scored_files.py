@@ -10,12 +10,15 @@ from pathlib import Path
 
 import torch
 
-from rlr_fast.config import InferenceExecution
-from rlr_fast.data import iterate_images
+from rlr_fast.config import InferenceExecution, Tiles
+from rlr_fast.data import ImageFailure, UnscoredImageError, iterate_images
 from rlr_fast.models.precision import check_precision
 from rlr_fast.models.rlr import RLRModel
 from rlr_fast.pictures.batches import score_batches
-from rlr_fast.pictures.tiling import Tiles, predict_tiled
+from rlr_fast.pictures.tiling import SMALLER_TILE, predict_tiled
+
+NOT_FINITE = "its score is not finite; --precision fp32 may help"
+"""Why an image is left out whose score or score map is NaN or infinite."""
 
 
 @dataclass(frozen=True)
@@ -37,20 +40,12 @@ class ScoredImage:
     size: tuple[int, int]
 
 
-@dataclass(frozen=True)
-class LeftOut:
-    """A file that could not be scored: its place in the list of files, and why, which names it."""
-
-    index: int
-    reason: str
-
-
 def score_files(
     model: RLRModel,
     paths: Iterable[Path],
     execution: InferenceExecution,
     tiles: Tiles | None = None,
-) -> Iterator[list[ScoredImage | LeftOut]]:
+) -> Iterator[list[ScoredImage | ImageFailure]]:
     """Score image files; yield those of a batch, in their order.
 
     A batch is of ``execution.batch_size`` files, whether or not each can be read; with tiles of
@@ -75,14 +70,14 @@ def score_files(
 
 def _whole(
     model: RLRModel, paths: Iterable[Path], execution: InferenceExecution
-) -> Iterator[list[ScoredImage | LeftOut]]:
+) -> Iterator[list[ScoredImage | ImageFailure]]:
     """Score pictures resized to the model's image size."""
     size = model.config.image_size
     files, names = itertools.tee(paths)
     batches = iterate_images(files, size, execution.batch_size, execution.workers)
     scored = score_batches(model, ((b, b.images) for b in batches), execution.precision)
 
-    def outcomes() -> Iterator[list[ScoredImage | LeftOut]]:
+    def outcomes() -> Iterator[list[ScoredImage | ImageFailure]]:
         for batch, (maps, scores) in scored:
             images = map(
                 ScoredImage,
@@ -92,27 +87,26 @@ def _whole(
                 scores,
                 batch.original_sizes,
             )
-            found: dict[int, ScoredImage | LeftOut] = {image.index: image for image in images}
-            found |= {f.index: LeftOut(f.index, str(f.error)) for f in batch.failures}
+            found: dict[int, ScoredImage | ImageFailure] = {image.index: image for image in images}
+            found |= {failure.index: failure for failure in batch.failures}
             # Names in their order; a batch takes the next ones.
             rows = zip(sorted(found), names, strict=False)
             outcomes = ((found[index], path) for index, path in rows)
-            yield [o if isinstance(o, LeftOut) else _finite(o, path) for o, path in outcomes]
+            yield [o if isinstance(o, ImageFailure) else _finite(o, path) for o, path in outcomes]
 
     return outcomes()
 
 
-def _finite(image: ScoredImage, path: Path) -> ScoredImage | LeftOut:
+def _finite(image: ScoredImage, path: Path) -> ScoredImage | ImageFailure:
     """Return an image, or why it is left out where its score is not finite."""
     if math.isfinite(image.score) and image.score_map.isfinite().all():
         return image
-    reason = f"cannot score image {str(path)!r}: its score is not finite"
-    return LeftOut(image.index, f"{reason}; --precision fp32 may help")
+    return ImageFailure(image.index, UnscoredImageError(path, NOT_FINITE))
 
 
 def _tiled(
     model: RLRModel, paths: Iterable[Path], tiles: Tiles, execution: InferenceExecution
-) -> Iterator[list[ScoredImage | LeftOut]]:
+) -> Iterator[list[ScoredImage | ImageFailure]]:
     """Score pictures one by one in tiles."""
     check_precision(execution.precision, model.device)
 
@@ -126,20 +120,19 @@ def _tiled(
         )
         return ScoredImage(index, image, *output, (image.shape[1], image.shape[2]))
 
-    def outcomes() -> Iterator[list[ScoredImage | LeftOut]]:
+    def outcomes() -> Iterator[list[ScoredImage | ImageFailure]]:
         files, names = itertools.tee(paths)
         for batch, path in zip(
             iterate_images(files, None, 1, execution.workers), names, strict=False
         ):
             if batch.failures:
-                yield [LeftOut(f.index, str(f.error)) for f in batch.failures]
+                yield [*batch.failures]
                 continue
             [index], [image] = batch.indices, batch.images
             misfit = tiles.misfit(*image.shape[1:])
             if misfit is None:
                 yield [_finite(score(index, image), path)]
             else:
-                reason = f"cannot score image {str(path)!r} in tiles: {misfit}"
-                yield [LeftOut(index, reason)]
+                yield [ImageFailure(index, UnscoredImageError(path, f"{misfit}; {SMALLER_TILE}"))]
 
     return outcomes()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rlr_fast.config import InferenceExecution
+from rlr_fast.config import InferenceExecution, Sides, checked_tiles
 from rlr_fast.data import resize_image
 from rlr_fast.models.rlr import RLRModel
 from rlr_fast.models.scoring import smooth, top_mean
@@ -20,8 +19,8 @@ from rlr_fast.pictures.batches import score_batches
 
 # Weights are multiples of this: products of two, and their sums to 1, are exact in float32.
 _WEIGHT_STEP = 2.0**-12
-
-Sides = int | tuple[int, int]
+SMALLER_TILE = "score it with a smaller tile, or without tiles"
+"""What helps where a picture is smaller than a tile."""
 
 
 class TiledOutput(NamedTuple):
@@ -34,64 +33,6 @@ class TiledOutput(NamedTuple):
 
     score_map: Tensor
     score: float
-
-
-class Tiles(NamedTuple):
-    """How pictures are cut, in their own pixels.
-
-    Attributes:
-        size: (h, w) of a tile.
-        overlap: Least (h, w) that two neighbors share.
-    """
-
-    size: tuple[int, int]
-    overlap: tuple[int, int]
-
-    def misfit(self, height: int, width: int) -> str | None:
-        """Return why a picture cannot be cut, or None: a tile must fit into it."""
-        if height >= self.size[0] and width >= self.size[1]:
-            return None
-        return (
-            f"it has {height} x {width} pixels, less than a tile of {self.size[0]} x "
-            f"{self.size[1]} (height x width); score it with a smaller tile, or without tiles"
-        )
-
-
-def checked_tiles(tile: Sides, overlap: Sides | None = None) -> Tiles:
-    """Return how pictures are cut.
-
-    Args:
-        tile: Pixels of a tile: side, or (height, width).
-        overlap: Pixels that neighbors share at least; an eighth of the tile by default.
-
-    Raises:
-        ValueError: A tile is not positive, or an overlap negative or not below the tile.
-    """
-    size = (tile, tile) if isinstance(tile, int) else tuple(tile)
-    if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
-        raise ValueError(f"tile must be a positive side, or height and width, got {tile=}")
-    if overlap is None:
-        shared = tuple(side // 8 for side in size)
-    else:
-        shared = (overlap, overlap) if isinstance(overlap, int) else tuple(overlap)
-    if len(shared) != 2 or not all(
-        isinstance(o, int) and 0 <= o < side for o, side in zip(shared, size, strict=True)
-    ):
-        raise ValueError(f"overlap must be at least 0 and below the tile, got {overlap=}, {tile=}")
-    return Tiles((size[0], size[1]), (shared[0], shared[1]))
-
-
-def optional_tiles(tile: Sides | None, overlap: Sides | None) -> Tiles | None:
-    """Return `checked_tiles`, or None where neither is given.
-
-    Raises:
-        ValueError: As `checked_tiles`, or an overlap without a tile.
-    """
-    if tile is not None:
-        return checked_tiles(tile, overlap)
-    if overlap is not None:
-        raise ValueError(f"overlap needs a tile, got {overlap=} without one")
-    return None
 
 
 def predict_tiled(
@@ -133,11 +74,8 @@ def predict_tiled(
     height, width = image.shape[1:]
     misfit = tiles.misfit(height, width)
     if misfit is not None:
-        raise ValueError(f"image: {misfit}")
-    tops, lefts = (
-        tile_starts(length, side, shared)
-        for length, side, shared in zip((height, width), tiles.size, tiles.overlap, strict=True)
-    )
+        raise ValueError(f"image: {misfit}; {SMALLER_TILE}")
+    tops, lefts = tiles.starts(height, width)
     weights = [blend_weights(s, side) for s, side in zip((tops, lefts), tiles.size, strict=True)]
     cells = [(row, column) for row in range(len(tops)) for column in range(len(lefts))]
     h, w = tiles.size
@@ -174,12 +112,6 @@ def predict_tiled(
         pixels = pixels - smoothed(pixels, model.config.image_surround)
     score = top_mean(torch.from_numpy(pixels).flatten()[None], model.config.top_share, h * w)
     return TiledOutput(score_map, float(score))
-
-
-def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
-    """Return where tiles begin along an axis: the fewest, evenly from border to border."""
-    gaps = math.ceil((length - tile) / (tile - overlap))
-    return [round(i * (length - tile) / max(gaps, 1)) for i in range(gaps + 1)]
 
 
 def blend_weights(starts: list[int], tile: int) -> Tensor:

@@ -12,14 +12,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rlr_fast.config import InferenceExecution
+from rlr_fast.config import InferenceExecution, Sides, Tiles, optional_tiles
 from rlr_fast.files import lock_folder
 from rlr_fast.inference.conformal import MIN_DRIFT_IMAGES, drift
 from rlr_fast.inference.decisions import Decider, Rule
 from rlr_fast.models.precision import check_precision
 from rlr_fast.models.rlr import RLRModel
 from rlr_fast.pictures.batches import check_placed
-from rlr_fast.pictures.tiling import Sides, Tiles, optional_tiles
 from rlr_fast.prediction.image_files import ImageFile
 from rlr_fast.prediction.results import RESULTS_FILE, ResultsWriter, Row
 from rlr_fast.prediction.row_maker import RowMaker
@@ -122,7 +121,7 @@ def predict(
         with group.together():
             check_placed(model, execution)
             check_precision(execution.precision, model.device)
-            tiles = optional_tiles(tile, overlap)
+            tiles = optional_tiles(tile, overlap, model.config.tiles)
             if report is not None:
                 check_report_run(resume, group.world_size)
         settings = prediction_settings(model, execution, tiles, decider, scale, relative, masks)
@@ -207,7 +206,7 @@ def prediction_settings(
     masks: bool,
 ) -> dict[str, Any]:
     """Return by name what decides the row of a file and its pictures, as JSON has it."""
-    return scoring_identity(model, execution.precision, *(tiles or (None, None))) | {
+    return scoring_identity(model, execution.precision, tiles) | {
         "batch_size": execution.batch_size,
         "decisions": None if decider is None else decider.identity(),
         "scale": None if scale is None else list(scale),

@@ -14,15 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from rlr_fast.config import InferenceExecution
-from rlr_fast.data.images import resize_mask
+from rlr_fast.config import InferenceExecution, Tiles
+from rlr_fast.data.images import ImageFailure, resize_mask
 from rlr_fast.data.threads import BackgroundWriter, default_workers
 from rlr_fast.files import replacing
 from rlr_fast.inference.decisions import Decider
 from rlr_fast.inference.report import add_prediction
 from rlr_fast.models.rlr import RLRModel
-from rlr_fast.pictures.scored_files import LeftOut, ScoredImage, score_files
-from rlr_fast.pictures.tiling import Tiles
+from rlr_fast.pictures.scored_files import ScoredImage, score_files
 from rlr_fast.prediction.image_files import MASKS_FOLDER, PICTURES_FOLDER, ImageFile
 from rlr_fast.prediction.results import Row, image_row, left_out_row
 from rlr_fast.visualization import Scale, prediction_picture
@@ -105,8 +104,8 @@ class RowMaker:
                 waiting: list[Future[None]] = []
                 for outcome in outcomes:
                     file = next(behind)
-                    if isinstance(outcome, LeftOut):
-                        batch.append(left_out_row(file, outcome.reason))
+                    if isinstance(outcome, ImageFailure):
+                        batch.append(left_out_row(file, str(outcome.error)))
                         continue
                     row, work = self._outcome(file, outcome)
                     pixels = outcome.score_map.numel()

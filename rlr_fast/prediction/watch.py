@@ -8,14 +8,13 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from rlr_fast.config import InferenceExecution
+from rlr_fast.config import InferenceExecution, Sides, optional_tiles
 from rlr_fast.data.layouts import find_class
 from rlr_fast.files import lock_folder
 from rlr_fast.inference.decisions import Decider
 from rlr_fast.models.precision import check_precision
 from rlr_fast.models.rlr import RLRModel
 from rlr_fast.pictures.batches import check_placed
-from rlr_fast.pictures.tiling import Sides, optional_tiles
 from rlr_fast.prediction.arrivals import Arrivals, check_watched
 from rlr_fast.prediction.image_files import ImageFile, picture_name, picture_place
 from rlr_fast.prediction.predict import Prediction, Tally, prediction_settings
@@ -85,7 +84,7 @@ def watch(
     """
     check_placed(model, execution)
     check_precision(execution.precision, model.device)
-    tiles = optional_tiles(tile, overlap)
+    tiles = optional_tiles(tile, overlap, model.config.tiles)
     settings = prediction_settings(model, execution, tiles, decider, scale, relative, masks)
     maker = RowMaker(model, out, execution, tiles, decider, scale, relative, masks)
     tally = Tally(decider)

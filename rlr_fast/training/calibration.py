@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rlr_fast.config import RLRConfig
-from rlr_fast.data import ImageFailure, Sample, iterate_images
+from rlr_fast.config import InferenceExecution, RLRConfig, Tiles
+from rlr_fast.data import ImageFailure, Sample, UnscoredImageError
 from rlr_fast.data.records import read_record
 from rlr_fast.files import file_digest, write_atomically
 from rlr_fast.models.checkpoint import CheckpointError
 from rlr_fast.models.rlr import RLRModel
+from rlr_fast.pictures.scored_files import score_files
 from rlr_fast.training.distributed import Processes
 from rlr_fast.training.features import Features
 
@@ -99,15 +100,13 @@ class _File:
 def scoring_identity(
     model: RLRModel,
     precision: str = "fp32",
-    tile: tuple[int, int] | None = None,
-    overlap: tuple[int, int] | None = None,
+    tiles: Tiles | None = None,
 ) -> dict[str, Any]:
-    """Return by name what decides a score, as JSON has it: model, precision and tiles (h, w)."""
-    tiles = [None if sides is None else list(sides) for sides in (tile, overlap)]
+    """Return by name what decides a score, as JSON has it: model, precision, and tiles in use."""
     return model.score_identity() | {
         "precision": precision,
-        "tile": tiles[0],
-        "overlap": tiles[1],
+        "tile": None if tiles is None else list(tiles.size),
+        "overlap": None if tiles is None else list(tiles.overlap),
     }
 
 
@@ -115,6 +114,7 @@ def with_later_settings(scoring: Mapping[str, Any]) -> dict[str, Any]:
     """Return a `scoring_identity` that was written before a setting existed with its default."""
     defaults = json.loads(RLRConfig().to_json())
     del defaults["backbone_weights"]  # decides nothing
+    del defaults["tile"], defaults["overlap"]  # those that were in use stand there
     return defaults | scoring
 
 
@@ -179,6 +179,7 @@ def score_held_out(
     model: RLRModel,
     images: Mapping[str, Sequence[Sample]],
     sources: Mapping[str, str],
+    trained: Collection[str],
     processes: Processes,
     workers: int | None = None,
 ) -> tuple[Calibration | None, list[ImageFailure]]:
@@ -188,29 +189,32 @@ def score_held_out(
         model: The trained model.
         images: Of each class; a class may have none.
         sources: Of each class, where the images come from.
+        trained: Digests of the files that it was trained on: their copies are left out.
         processes: Those that share the work; all get the result.
         workers: Threads that decode.
 
     Returns:
-        The scores, None without any; and the images that could not be read, by their places in all.
+        The scores, None without any; and the images that were left out, by their places in all.
     """
-    model.eval().prepare_for_inference()
     samples = [sample for group in images.values() for sample in group]
     mine = range(processes.rank, len(samples), processes.world_size)
+    execution = InferenceExecution(batch_size=_BATCH, workers=workers)
     scores: list[tuple[str, float, float, str]] = []
     failures: list[ImageFailure] = []
     with processes.together():
-        for batch in iterate_images(
-            [samples[i] for i in mine], model.config.image_size, _BATCH, workers
-        ):
-            failures += [ImageFailure(mine[f.index], f.error) for f in batch.failures]
-            if not batch.indices:
-                continue
-            out = model.predict_tokens(model.tokens(batch.images.to(model.device)))
-            read = [samples[mine[i]] for i in batch.indices]
-            names, files = [s.category for s in read], [file_digest(s.path) for s in read]
-            highest = out.score_map.flatten(1).amax(1)
-            scores += zip(names, out.score.tolist(), highest.tolist(), files, strict=True)
+        paths = [samples[i].path for i in mine]
+        for outcomes in score_files(model.eval(), paths, execution, model.config.tiles):
+            for image in outcomes:
+                if isinstance(image, ImageFailure):
+                    failures.append(ImageFailure(mine[image.index], image.error))
+                    continue
+                sample, highest = samples[mine[image.index]], float(image.score_map.max())
+                digest = file_digest(sample.path)
+                if digest in trained:
+                    error = UnscoredImageError(sample.path, "the run was trained on a copy of it")
+                    failures.append(ImageFailure(mine[image.index], error))
+                    continue
+                scores.append((sample.category, image.score, highest, digest))
     shares = processes.all_gather((scores, failures))
     classes = {}
     for name in images:
@@ -218,7 +222,8 @@ def score_held_out(
         if of_class:
             classes[name] = ClassScores.of(of_class, sources[name])
     failed = sorted((f for _, share in shares for f in share), key=lambda f: f.index)
-    return Calibration(scoring_identity(model), classes) if classes else None, failed
+    scoring = scoring_identity(model, tiles=model.config.tiles)
+    return Calibration(scoring, classes) if classes else None, failed
 
 
 @torch.no_grad()

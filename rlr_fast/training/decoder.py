@@ -46,7 +46,8 @@ def train_decoder(
         progress: Called after each step with its images and loss.
 
     Raises:
-        ValueError: A class has no training images, or an argument is out of its range.
+        ValueError: A class has no training images, an argument is out of its range, or the model
+            has tiles.
         TrainingError: No image of a class can be read, or the loss is not finite.
     """
     for name, value in (("epochs", epochs), ("batch_size", batch_size), ("lr", lr)):
@@ -54,6 +55,7 @@ def train_decoder(
             raise ValueError(f"{name} must be positive and finite, got {name}={value}")
     check_seed(seed)
     data.require_train()
+    model.config.require_whole("a decoder")
     samples = [sample for group in data.train.values() for sample in group]
     device = model.device
     with torch.random.fork_rng(devices=[]):

@@ -99,7 +99,8 @@ def cached_features(
     """Return the features of ``samples``, computed now or taken from an earlier run.
 
     A cache is known by everything that decides its numbers: backbone and fingerprint of its
-    weights, levels, image size, neighborhood, and path, size and time of change of each file. It
+    weights, levels, image size, neighborhood, and path, size and time of change of each file, and
+    which part of it is meant. It
     appears under its name only when complete, so half a cache is never read. Of several processes
     each asks for the images of its own share, and keeps a cache of them.
 
@@ -189,7 +190,8 @@ def _identity(model: RLRModel, samples: Sequence[Sample]) -> dict[str, Any]:
             state = f"{stat.st_size} {stat.st_mtime_ns}"
         except OSError:
             state = "missing"  # reported as unreadable when its turn comes
-        digest.update(os.fsencode(f"{sample.path.resolve()}\0{state}\n"))
+        part = "" if sample.box is None else f" {sample.box}"
+        digest.update(os.fsencode(f"{sample.path.resolve()}\0{state}{part}\n"))
     identity: dict[str, Any] = {
         "format": _FORMAT,
         **model.feature_identity(),

@@ -53,6 +53,7 @@ _PARTS = ("model", "recipe", "data")
 _DIGESTS = {
     "files_digest": "the training images have other names or sizes",
     "test_files_digest": "the test images have other names or sizes",
+    "kept_out_digest": "the images that are kept out of training have other names or sizes",
 }
 
 Row = dict[str, float]
@@ -119,7 +120,7 @@ def read_run(out: Path) -> dict[str, Any] | None:
 
 
 def write_trained(out: Path, images: Sequence[Path], workers: int | None = None) -> None:
-    """Write digests of the files that a run is trained on, unless it goes on and they are there.
+    """Write digests of the files that a run is trained on; one that goes on adds to its own.
 
     Args:
         out: Folder of the run.
@@ -137,9 +138,10 @@ def write_trained(out: Path, images: Sequence[Path], workers: int | None = None)
             return None
 
     # What finished no epoch leaves the folder free, to a run on other images, too.
-    if not ((out / STATE_FILE).exists() and (out / TRAINED_FILE).exists()):
-        digests = sorted({d for d in map_ahead(digest, images, workers) if d is not None})
-        write_atomically(out / TRAINED_FILE, "".join(f"{d}\n" for d in digests))
+    known = read_trained(out) if (out / STATE_FILE).exists() else frozenset()
+    if len(known) != len(images):  # or they are not read again: a file may have been put right
+        found = {d for d in map_ahead(digest, images, workers) if d is not None}
+        write_atomically(out / TRAINED_FILE, "".join(f"{d}\n" for d in sorted(found | known)))
 
 
 def read_trained(out: Path) -> frozenset[str]:
@@ -188,6 +190,11 @@ def check_folder(out: Path, record: Mapping[str, Any], resume: bool, data: DataS
             raise TrainingError(
                 f"the run cannot be written in {str(out)!r}, among the images of "
                 f"{str(data.root)!r}: it would be read as a part of them; choose another --out"
+            )
+        if (out / WEIGHTS_FILE).exists():
+            raise TrainingError(
+                f"{out} holds a model without its {STATE_FILE}, which cannot be resumed and is not "
+                "overwritten; choose another --out"
             )
         return
     previous = read_run(out)
@@ -272,8 +279,8 @@ def read_checkpoint(out: Path) -> Checkpoint | None:
         tensors, metadata = read_weights(path)
     except CheckpointError as error:
         raise TrainingError(
-            f"cannot resume: {error}. Delete it to start the run anew; "
-            f"{WEIGHTS_FILE} beside it can still be used"
+            f"cannot resume: {error}. {WEIGHTS_FILE} beside it can still be used; delete both to "
+            "start the run anew"
         ) from error
     model: dict[str, Tensor] = {}
     optimizer: dict[int, dict[str, Tensor]] = {}

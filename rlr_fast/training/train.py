@@ -22,8 +22,9 @@ from rlr_fast.data import DataSet, ImageFailure, Sample
 from rlr_fast.data.check import counted
 from rlr_fast.data.contents import describe_images
 from rlr_fast.data.hold_out import MIN_IMAGES, hold_out
+from rlr_fast.data.parts import cut
 from rlr_fast.files import write_atomically
-from rlr_fast.models.checkpoint import CONFIG_FILE, CheckpointError
+from rlr_fast.models.checkpoint import CONFIG_FILE, CheckpointError, load_config
 from rlr_fast.models.environment import environment, start_device
 from rlr_fast.models.precision import check_precision
 from rlr_fast.models.reconstructor import Reconstructor
@@ -43,6 +44,7 @@ from rlr_fast.training.run_dir import (
     TrainingError,
     check_folder,
     lock_run,
+    read_trained,
     write_settings,
     write_trained,
 )
@@ -95,7 +97,8 @@ def train(
 
     Minimizes eq. 13-14 with Adam. The features of the frozen backbone are computed once. Images are
     shuffled and perturbed by numbers that depend on seed, epoch, step and process alone, so that a
-    resumed run sees what an uninterrupted one sees.
+    resumed run sees what an uninterrupted one sees. With ``config.tile`` every tile of a picture is
+    such an image; what is kept out are whole pictures, scored as prediction scores them.
 
     A share of each class's images is kept out (``recipe.calibration_share``), or the class's
     ``validation`` images are taken: their scores, in ``calibration.json``, are what decisions rest
@@ -139,10 +142,12 @@ def train(
                 )
             whole, data = data, hold_out(data, recipe.calibration_share, recipe.seed)
             _check_request(recipe, data, device, group)
+            images = _training_images(data, config, group.workers(execution.workers))
             record = {
                 "model": config.to_dict(),
                 "recipe": dataclasses.asdict(recipe),
-                "data": describe_images(whole, whole.train),
+                "data": describe_images(whole, whole.train)
+                | {"kept_out_digest": describe_images(data, data.validation)["files_digest"]},
                 "processes": group.world_size,
             }
             if group.is_main:
@@ -157,19 +162,19 @@ def train(
         if group.is_main:
             for line in _keyless_levels(model):
                 _log.warning(line)
-        images = sum(map(len, data.train.values()))
-        steps = recipe.epochs * math.ceil(images / recipe.batch_size)
+        count = len(images.samples)
+        steps = recipe.epochs * math.ceil(count / recipe.batch_size)
         if group.is_main and not resume and steps < _FEW_STEPS:
-            _log.warning(_few_steps(images, steps, recipe))
+            _log.warning(_few_steps(count, steps, recipe))
         if group.is_main and not quiet:
             print(
-                f"{images} images, classes: {len(data.classes)}, "
+                f"{images}, classes: {len(data.classes)}, "
                 f"{config.backbone} at {config.image_size[0]} x {config.image_size[1]}, "
                 f"epochs: {recipe.epochs} ({steps} steps), on {device}",
                 file=sys.stderr,
             )
             print(_calibration_plan(data, recipe.calibration_share), file=sys.stderr)
-        features, samples, failures = _features(model, data, execution, quiet, progress, group)
+        features, samples, failures = _features(model, images, execution, quiet, progress, group)
         fit_scales(model, features, group)
         trainer = Trainer(
             model,
@@ -191,21 +196,24 @@ def train(
                     "piece": execution.micro_batch_size,
                 }
                 failed = {failure.index for failure in failures}
-                trained = [s for of_class in data.train.values() for s in of_class]
                 write_trained(
                     out,
-                    [s.path for i, s in enumerate(trained) if i not in failed],
+                    [s.path for i, s in enumerate(images.pictures) if i not in failed],
                     execution.workers,
                 )
                 write_settings(out, config.to_json(), record)
         trainer.fit(quiet)
-        if recipe.score_fit == "scaled":
+        fitted = group.broadcast(lambda: _fitted_score(out, trainer.began == recipe.epochs))
+        if fitted is not None:
+            model.set_score(**fitted)
+        elif recipe.score_fit == "scaled":
             offsets, weights = level_scales(model, features, group)
             model.set_score(level_offsets=offsets, level_weights=weights)
         scores = score_quantiles(model, features, [s.category for s in samples], group)
         sources = {n: "validation" if whole.validation.get(n) else "held out" for n in data.classes}
+        trained = group.broadcast(lambda: read_trained(out))
         calibration, unread = score_held_out(
-            model, data.validation, sources, group, group.workers(execution.workers)
+            model, data.validation, sources, trained, group, group.workers(execution.workers)
         )
         failures += unread
         with group.together():
@@ -246,6 +254,14 @@ def _keyless_levels(model: RLRModel) -> list[str]:
                 "nothing; smaller --windows or a larger --image-size help"
             )
     return lines
+
+
+def _fitted_score(out: Path, finished: bool) -> dict[str, Any] | None:
+    """Return the score that a run was given when it ended: another fit differs by rounding."""
+    if not finished or not (out / CALIBRATION_FILE).exists():
+        return None
+    config = load_config(out / CONFIG_FILE)
+    return {"level_offsets": config.level_offsets, "level_weights": config.level_weights}
 
 
 def _later_calibration(out: Path, model: RLRModel) -> Calibration | None:
@@ -295,16 +311,57 @@ def _decisive(record: dict[str, Any], model: RLRModel) -> dict[str, Any]:
     return values | {"fingerprint of the backbone": model.backbone.fingerprint}
 
 
+@dataclass(frozen=True)
+class _Images:
+    """What is trained on: ``samples``, which are whole pictures or tiles of them.
+
+    ``places`` are those of each sample's picture; ``failures`` are pictures that have no tiles.
+    """
+
+    pictures: list[Sample]
+    samples: list[Sample]
+    places: list[int]
+    failures: list[ImageFailure]
+
+    def __str__(self) -> str:
+        images = counted(len(self.pictures), "image")
+        if self.samples is self.pictures:
+            return images
+        return f"{counted(len(self.samples), 'tile')} of {images}"
+
+
+def _training_images(data: DataSet, config: RLRConfig, workers: int | None) -> _Images:
+    pictures = [sample for group in data.train.values() for sample in group]
+    if config.tiles is None:
+        return _Images(pictures, pictures, list(range(len(pictures))), [])
+    images = _Images(pictures, *cut(pictures, config.tiles, workers))
+    error = _lost_class(pictures, images.failures)
+    if error is not None:
+        raise error
+    return images
+
+
+def _lost_class(pictures: list[Sample], failures: list[ImageFailure]) -> TrainingError | None:
+    """Return the error of classes of which nothing is left, if there are any."""
+    failed = {failure.index for failure in failures}
+    readable = {sample.category for i, sample in enumerate(pictures) if i not in failed}
+    empty = {sample.category for sample in pictures} - readable
+    if not empty:
+        return None
+    reason = next(f.error for f in failures if pictures[f.index].category in empty)
+    return TrainingError(f"no training image of {', '.join(sorted(empty))} can be read: {reason}")
+
+
 def _features(
     model: RLRModel,
-    data: DataSet,
+    images: _Images,
     execution: TrainExecution,
     quiet: bool,
     progress: Callable[[str, int], object],
     processes: Processes,
 ) -> tuple[Features, list[Sample], list[ImageFailure]]:
     """Return the features of this process's share, their samples, and all processes' failures."""
-    samples = [sample for group in data.train.values() for sample in group]
+    samples = images.samples
     mine = samples[processes.rank :: processes.world_size]
     with (
         processes.together(),
@@ -330,21 +387,14 @@ def _features(
                 sharers=processes.local_world_size,
             )
     shares = processes.all_gather(features.failures)
-    failures = sorted(
-        (
-            ImageFailure(rank + processes.world_size * failure.index, failure.error)
-            for rank, share in enumerate(shares)
-            for failure in share
-        ),
-        key=lambda failure: failure.index,
-    )
-    failed = {failure.index for failure in failures}
-    readable = {sample.category for i, sample in enumerate(samples) if i not in failed}
-    empty = set(data.classes) - readable
-    if empty:
-        reason = next(f.error for f in failures if samples[f.index].category in empty)
-        raise processes.alike(
-            TrainingError(f"no training image of {', '.join(sorted(empty))} can be read: {reason}")
-        )
+    failed = {failure.index: failure for failure in images.failures}
+    for rank, share in enumerate(shares):
+        for failure in share:  # of a picture once, whatever the number of its tiles
+            place = images.places[rank + processes.world_size * failure.index]
+            failed[place] = ImageFailure(place, failure.error)
+    failures = [failed[place] for place in sorted(failed)]
+    error = _lost_class(images.pictures, failures)
+    if error is not None:
+        raise processes.alike(error)
     mine_failed = {failure.index for failure in features.failures}
     return features, [s for i, s in enumerate(mine) if i not in mine_failed], failures

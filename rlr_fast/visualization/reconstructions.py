@@ -46,11 +46,19 @@ def check_runs(runs: Sequence[Run], level: Level | None) -> int:
         The place of the level in ``out_indices``.
 
     Raises:
-        ValueError: The runs' features differ, two have one name, or there is no such level.
+        ValueError: The runs' features differ, two have one name, there is no such level, or a model
+            has tiles or fewer than three components.
     """
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
         raise ValueError(f"runs must have different names, got {', '.join(names)}")
+    for run in runs:
+        run.model.config.require_whole("a sheet of reconstructions")
+        components = run.model.config.components
+        if 0 < min(components) < 3:
+            raise ValueError(
+                f"components must be 3 or more to be shown as colors, got {components=}"
+            )
     first = runs[0].model.feature_identity()
     for run in runs[1:]:
         wrong = [

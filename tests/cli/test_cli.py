@@ -19,7 +19,7 @@ from torch._inductor.exc import InductorError
 from rlr_fast.cli import main
 from rlr_fast.config import PRESETS, Preset
 from rlr_fast.data import synthetic
-from rlr_fast.inference import batches
+from rlr_fast.pictures import batches
 
 PREDICT = ["predict", "DATA", "--checkpoint", "RUN", "--out", "OUT"]
 
@@ -265,6 +265,10 @@ def test_predict_takes_a_name_that_is_no_text(trained, tmp_path):
         ([*PREDICT, "--precision", "fp16", "--device", "cpu"], "fp16 needs a CUDA device"),
         (["eval", *PREDICT[1:], "--precision", "fp16", "--device", "cpu"], "fp16 needs a CUDA"),
         ([*PREDICT, "--tile", "8", "--tile=16"], "--tile is given twice. See rlr-fast predict"),
+        (["info", "--image-size", "8", "--image_size", "9"], "--image-size is given twice"),
+        (["info", "--preset", "tiny", "--checkpoint", "RUN"], "give one of them"),
+        (["train", "DATA", "--out", "OUT", "--overlap", "8"], "overlap needs a tile"),
+        (["figures", "DATA", "--checkpoint", "RUN", "--out", "OUT", "--tile", "8"], "--tile"),
         (
             ["train", "DATA", "--out", "OUT", "--image-size", "32", "--image-size", "64"],
             "--image-size is given twice",
@@ -324,3 +328,46 @@ def test_info_without_a_model_loads_no_network_and_no_compiler():
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "set()"
+
+
+def test_metrics_are_kept_where_the_table_cannot_be_printed(trained, tmp_path):
+    """By a reader that has gone, or by an encoding that lacks a name's letters."""
+    data = shutil.copytree(trained / "data", tmp_path / "data")
+    (data / "bolt").rename(data / "größe")
+    argv = [sys.executable, "-m", "rlr_fast", "eval", str(data), "--quiet"]
+    argv += ["--checkpoint", str(trained / "run"), "--device", "cpu", "--out"]
+    done = subprocess.run(
+        [*argv, str(tmp_path / "ascii")],
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+    )
+    assert done.returncode == 0 and rb"gr\xf6\xdfe" in done.stdout
+    assert (tmp_path / "ascii/metrics.json").exists()
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([*argv, str(tmp_path / "pipe")], stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (tmp_path / "pipe/metrics.json").exists() and b"Traceback" not in done.stderr
+
+
+def test_publish_does_not_write_over_a_run(trained, tmp_path, capsys):
+    other = shutil.copytree(trained / "run", tmp_path / "other")
+    before = (other / "model.safetensors").stat()
+    argv = ("publish", trained / "run", "me/x", "--license", "mit", "--out", other)
+    message = refused(capsys, *argv, "--backbone-weights", "package")
+    assert "holds a run, which would be overwritten" in message
+    assert (other / "model.safetensors").stat() == before
+
+
+def test_demo_refuses_a_seed_before_it_makes_data(tmp_path, capsys, monkeypatch, small):
+    monkeypatch.setitem(PRESETS, "accurate", Preset(small, PRESETS["accurate"].train, "small"))
+    message = refused(capsys, "demo", "--seed", "999999999", "--out", tmp_path / "demo")
+    assert "seed must be" in message and not (tmp_path / "demo").exists()
+
+
+def test_a_resumed_run_takes_its_layout(trained, tmp_path, capsys):
+    argv = ["train", str(trained / "data"), "--out", str(tmp_path / "run"), *FLAGS]
+    argv += ["--cache-dir", str(tmp_path / "cache")]
+    assert main([*argv, "--layout", "loco"]) == 0  # by itself it is taken for mvtec
+    assert main([*argv, "--resume"]) == 0
+    assert "already trained 2 epochs" in capsys.readouterr().out

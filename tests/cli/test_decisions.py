@@ -132,3 +132,47 @@ def test_predict_tells_how_images_of_unknown_class_are_decided(calibrated, tmp_p
     argv = ["predict", str(tmp_path / "images"), "--checkpoint", str(calibrated), "--quiet"]
     assert main([*argv, "--out", str(tmp_path / "out"), "--pool", "--alpha", "0.34"]) == 0
     assert "1 image in no folder of a class of the run: decided by all classes" in caplog.text
+
+
+def test_calibrate_names_the_class_that_has_no_images(trained, calibrated, capsys):
+    images = trained / "data/bolt/test/good"
+    argv = ("calibrate", images, "--checkpoint", calibrated, "--classes", "cloth")
+    refused(capsys, *argv)
+    good = trained / "data/bolt/validation/good"
+    good.mkdir(parents=True)
+    try:
+        shutil.copy(images / "000.png", good)
+        argv = ("calibrate", trained / "data", "--checkpoint", calibrated, "--classes", "cloth")
+        assert "no images to calibrate on of cloth" in refused(capsys, *argv)
+    finally:
+        shutil.rmtree(good.parent)
+
+
+def test_calibrate_tells_what_it_drops(trained, calibrated, caplog):
+    images = str(trained / "data/bolt/test/good")
+    argv = ["calibrate", images, "--checkpoint", str(calibrated), "--class", "bolt", "--quiet"]
+    assert main(argv) == 0 and "dropped" not in caplog.text
+    assert main([*argv, "--tile", "32"]) == 0
+    assert "the scores of cloth are dropped" in caplog.text
+
+
+def test_two_calibrations_at_once_keep_the_classes_of_both(trained, calibrated, monkeypatch):
+    from rlr_fast.pictures import batches
+
+    load, first = batches.load_model, []
+
+    def with_another_meanwhile(*args):
+        if not first:
+            first.append(True)
+            assert main([*argv("cloth"), "--quiet"]) == 0
+        return load(*args)
+
+    def argv(name):
+        images = str(trained / f"data/{name}/test/good")
+        return ["calibrate", images, "--checkpoint", str(calibrated), "--class", name]
+
+    monkeypatch.setattr(batches, "load_model", with_another_meanwhile)
+    assert main([*argv("bolt"), "--quiet"]) == 0
+    classes = json.loads((calibrated / "calibration.json").read_text())["calibration"]["classes"]
+    sources = {name: scores["source"] for name, scores in classes.items()}
+    assert sources == {name: str(trained / f"data/{name}/test/good") for name in ("bolt", "cloth")}

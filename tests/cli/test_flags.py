@@ -21,7 +21,8 @@ from rlr_fast.paper import TABLES
 
 ROOT = Path(__file__).parents[2]
 
-MODEL = """--backbone --backbone-weights --out-indices --image-size --neighborhood --standardize
+MODEL = """--backbone --backbone-weights --out-indices --image-size --tile --overlap
+    --neighborhood --standardize
     --no-standardize --components --hidden --heads --windows --patches --blocks --ffn-ratio
     --attention --residual --no-residual --alpha --fusion --references --diversity --perturbation
     --smoothing --surround --image-surround --top-share --align-corners --no-align-corners
@@ -40,7 +41,7 @@ FLAGS = {
     "data check": f"{DATA} --image-size --workers",
     "data make": "--config --size --seed --classes --train --quiet",
     "train": f"{TRAINING} --resume",
-    "eval": f"{SCORING} {DATA} --figures --per-defect",
+    "eval": f"{SCORING} {DATA} --figures --per-defect --tile --overlap",
     "calibrate": f"{MACHINE} {INFERENCE} {DATA} --split --class --tile --overlap",
     "predict": f"""{SCORING} --no-pictures --tile --overlap --class --masks --fail-on-anomaly
         --resume --watch --settle""",

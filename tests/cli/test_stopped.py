@@ -146,7 +146,8 @@ def test_resume_with_another_preset_is_refused(trained, capsys):
 
 def test_resume_of_a_run_that_finished_no_epoch_takes_its_settings(trained, tmp_path, capsys):
     shutil.copytree(trained / "run", tmp_path / "run")
-    (tmp_path / "run/training_state.safetensors").unlink()
+    for name in ("training_state.safetensors", "model.safetensors"):
+        (tmp_path / "run" / name).unlink()
     places = ["--out", str(tmp_path / "run"), "--cache-dir", str(trained / "cache")]
     assert main(["train", str(trained / "data"), *places, "--resume", "--quiet"]) == 0
     assert "trained 2 epochs" in capsys.readouterr().out

@@ -9,12 +9,11 @@ import pytest
 from conftest import save_picture
 
 from rlr_fast import RLRModel
-from rlr_fast.config import InferenceExecution
+from rlr_fast.config import InferenceExecution, Tiles
 from rlr_fast.data import load_image, read_dataset
 from rlr_fast.data.contents import describe_images
 from rlr_fast.data.hold_out import hold_out
 from rlr_fast.inference.calibrate import calibrate, calibration_images
-from rlr_fast.pictures.tiling import Tiles
 from rlr_fast.training.calibration import color_scale, read_calibration
 
 

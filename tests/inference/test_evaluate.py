@@ -163,3 +163,19 @@ def test_false_alarms_and_misses_are_counted_without_the_calibration_images(mode
     assert values["all"]["miss_rate"] == counts["miss_rate"] == counts["misses"] / 2
     assert values["alpha"] == 0.1 and values["pool"] is False
     assert "decisions at alpha 0.1:" in result.table()
+
+
+def test_an_image_without_a_finite_score_is_left_out_and_named(model, dataset, monkeypatch):
+    forward, seen = RLRModel.forward, []
+
+    def broken(self, batch):
+        out = forward(self, batch)
+        if not seen:
+            out.score[0] = float("nan")
+        seen.append(batch)
+        return out
+
+    monkeypatch.setattr(RLRModel, "forward", broken)
+    result = evaluate(model, dataset)
+    [failure] = result.failures
+    assert str(dataset.test["bolt"][0].path) in failure and "not finite" in failure

@@ -87,7 +87,8 @@ def test_an_array_of_equal_images_is_taken_as_it_is(run):
     scorer = Scorer(run, CPU)
     together = scorer({"image": images})
     apart = [scorer({"image": images[i : i + 1]})["score"][0] for i in range(3)]
-    assert together.keys() == {"score"} and together["score"].tolist() == pytest.approx(apart)
+    assert together.keys() == {"score", "failure"} and not together["failure"].any()
+    assert together["score"].tolist() == pytest.approx(apart)
     assert scorer({"image": images[:0]})["score"].shape == (0,)
 
 
@@ -170,3 +171,21 @@ def test_ray_gives_the_scores_of_prediction(run, files, tmp_path):
     for row in rows:
         assert found[row["path"]]["score"] == pytest.approx(float(row["score"]))
         assert found[row["path"]]["anomalous"] == (row["decision"] == "anomalous")
+
+
+def test_an_image_without_a_finite_score_is_a_failure(run, monkeypatch):
+    images = np.random.default_rng(0).integers(0, 256, (2, 48, 64, 3), dtype=np.uint8)
+    scorer = Scorer(run, CPU, alpha=0.1, maps=True)
+    assert scorer({"image": images[:0]})["score_map"].shape[0] == 0
+    forward = RLRModel.forward
+
+    def broken(self, batch):
+        out = forward(self, batch)
+        out.score[0] = math.nan
+        return out
+
+    monkeypatch.setattr(RLRModel, "forward", broken)
+    found = scorer({"image": images})
+    assert math.isnan(found["score"][0]) and "row 0: its score is not finite" in found["failure"][0]
+    assert math.isnan(found["p_value"][0]) and found["anomalous"][0] is None
+    assert found["failure"][1] is None and found["anomalous"][1] is not None

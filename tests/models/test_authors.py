@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -127,7 +129,9 @@ def test_model_around_an_authors_checkpoint_saves_and_loads(checkpoint, states, 
         heads=(8, 8),
         windows=(3, 3),
     )
+    config = dataclasses.replace(config, components=(8,), patches=(2,))  # which it does not have
     model = RLRModel.from_authors(checkpoint, config)
+    assert model.config.components == (0,) and model.config.patches == (1,)
     assert model.config.hidden == HIDDEN and model.config.windows == ((7, 7), (5, 5))
     model.save_pretrained(tmp_path / "saved")
     images = torch.rand(1, 3, 128, 128)

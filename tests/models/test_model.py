@@ -371,3 +371,16 @@ def test_a_checkpoint_that_cannot_be_written_leaves_no_half_file(small, tmp_path
     # The hub's class removes the old config.json first.
     left = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert left == {name: before[name] for name in before if name != "config.json"}
+
+
+def test_images_of_any_floating_dtype_are_scored_alike(small):
+    model = RLRModel(small).eval()
+    images = torch.rand(2, 3, *small.image_size, dtype=torch.float64)
+    scores = [model(images.to(dtype)).score for dtype in (torch.float64, torch.float32)]
+    assert torch.equal(*scores)
+
+
+def test_an_unknown_option_of_from_pretrained_is_refused(small, tmp_path):
+    RLRModel(small).save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match="no option bakend, device"):
+        RLRModel.from_pretrained(tmp_path, bakend="dense", device="cpu")

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from rlr_fast import RLRModel
-from rlr_fast.inference import batches as batches_module
 from rlr_fast.models.block import RLRBlock
+from rlr_fast.pictures import batches as batches_module
 from rlr_fast.pictures.batches import compile_model, score_batches
 
 

@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 
 from rlr_fast import RLRModel
+from rlr_fast.config import checked_tiles
+from rlr_fast.config.tiles import tile_starts
 from rlr_fast.data import resize_image
-from rlr_fast.pictures.tiling import blend_weights, checked_tiles, predict_tiled, tile_starts
+from rlr_fast.pictures.tiling import blend_weights, predict_tiled
 
 AXES = [
     pytest.param(64, 64, 8, id="one-tile"),

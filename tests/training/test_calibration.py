@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 from conftest import BRIEF, SMALL, make_tree
@@ -138,3 +139,14 @@ def test_a_setting_that_came_later_has_its_default_in_what_was_written_before(na
 
 def test_a_run_without_the_file_has_no_calibration(tmp_path):
     assert read_calibration(tmp_path) is None and trained_classes(tmp_path) == {}
+
+
+def test_a_copy_of_an_image_that_was_trained_on_calibrates_nothing(tmp_path):
+    root = make_tree(tmp_path / "data", ("bolt",), train=50)
+    held = hold_out(read_dataset(root), 0.2, BRIEF.seed)
+    copy = held.validation["bolt"][3].path
+    shutil.copy(held.train["bolt"][0].path, copy)
+    result = run(read_dataset(root), tmp_path)
+    assert [failure.error.path for failure in result.failures] == [copy]
+    assert "was trained on a copy of it" in str(result.failures[0].error)
+    assert len(read_calibration(tmp_path / "run").classes["bolt"].image) == 9

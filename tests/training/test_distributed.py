@@ -62,6 +62,8 @@ def flags(config: RLRConfig | TrainConfig) -> list[str]:
     values = config.to_dict() if isinstance(config, RLRConfig) else dataclasses.asdict(config)
     for name, value in values.items():
         flag = "--" + name.replace("_", "-")
+        if value is None:  # which is what no flag means
+            continue
         if isinstance(value, bool):
             words += [flag if value else flag.replace("--", "--no-", 1)]
         else:

@@ -15,6 +15,8 @@ from training_cases import run, same, weights
 
 from rlr_fast import RLRModel
 from rlr_fast.data import read_dataset
+from rlr_fast.files import file_digest
+from rlr_fast.inference.calibrate import calibrate
 from rlr_fast.models.backbone_weights import BackboneWeightsError
 from rlr_fast.training import run_dir
 from rlr_fast.training.run_dir import TrainingError, check_folder
@@ -322,3 +324,51 @@ def test_a_run_from_before_a_setting_existed_had_its_default(name):
     record["model"][name] = [2]
     (changed,) = run_dir.changed_settings(before, record)
     assert changed.startswith(f"{name} was ") and changed.endswith("now [2]")
+
+
+def test_images_that_were_kept_out_are_not_trained_on_by_a_resumed_run(tmp_path, monkeypatch):
+    root = make_tree(tmp_path / "data", ("bolt",), train=50)
+    recipe = dataclasses.replace(BRIEF, epochs=1, calibration_share=0.2)
+    run(read_dataset(root), tmp_path / "run", tmp_path, recipe=recipe)
+    # Those of validation would calibrate now, and all 50 be trained on.
+    good = root / "bolt/validation/good"
+    good.mkdir(parents=True)
+    shutil.copy(root / "bolt/test/good/000.png", good)
+    with pytest.raises(TrainingError, match="images that are kept out of training have other"):
+        run(read_dataset(root), tmp_path / "run", tmp_path, recipe=recipe, resume=True)
+
+
+def test_a_file_that_was_put_right_joins_the_list_of_those_trained_on(dataset, tmp_path):
+    file = dataset.train["bolt"][0].path
+    whole = file.read_bytes()
+    file.write_bytes(bytes(len(whole)))
+    run(dataset, tmp_path / "run", tmp_path)
+    before = run_dir.read_trained(tmp_path / "run")
+    file.write_bytes(whole)
+    run(dataset, tmp_path / "run", tmp_path, resume=True)
+    after = run_dir.read_trained(tmp_path / "run")
+    assert len(before) == 9 and after - before == {file_digest(file)} and before < after
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_model_without_its_training_state_is_not_overwritten(finished, dataset, tmp_path, resume):
+    (finished / "training_state.safetensors").unlink()
+    before = weights(finished)
+    with pytest.raises(TrainingError, match="holds a model without its training_state"):
+        run(dataset, finished, tmp_path, resume=resume)
+    assert same(before, weights(finished))
+
+
+def test_a_finished_run_that_is_resumed_otherwise_stays_as_it_is(dataset, tmp_path):
+    """Its score is not fitted anew, which would differ by rounding and cost its calibration."""
+    recipe = dataclasses.replace(BRIEF, epochs=1, score_fit="scaled")
+    run(dataset, tmp_path / "run", tmp_path, recipe=recipe)
+    model = RLRModel.from_pretrained(tmp_path / "run")
+    taken = {"bolt": [s.path for s in dataset.test["bolt"] if not s.is_anomaly]}
+    calibrate(model, taken, tmp_path / "run", None, source="test")
+    before = [(tmp_path / "run" / name).read_text() for name in ("config.json", "calibration.json")]
+    run(dataset, tmp_path / "run", tmp_path, recipe=recipe, resume=True, backend="dense")
+    after = [(tmp_path / "run" / name).read_text() for name in ("config.json", "calibration.json")]
+    assert after[0] == before[0]
+    kept = [json.loads(text)["calibration"] for text in (before[1], after[1])]
+    assert kept[0] == kept[1]
