@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -158,7 +159,7 @@ class Decider:
 
     def _rule(self, name: str | None, scores: ClassScores, unit: float = 1.0) -> Rule:
         limits = [threshold(values, self.alpha) for values in (scores.image, scores.pixel)]
-        image, pixel = (None if limit is None else limit * unit for limit in limits)
+        image, pixel = (None if limit is None else _in_scores(limit, unit) for limit in limits)
         return Rule(name, scores, unit, self.alpha, image, pixel)
 
     def rule(self, category: str | None) -> Rule | None:
@@ -222,6 +223,16 @@ class Decider:
                 + (f", or --pool (all {pooled} together)" if pooled > max(few.values()) else "")
             )
         return "; ".join(told) or None
+
+
+def _in_scores(limit: float, unit: float) -> float:
+    """Return the largest score that is, in the rule's unit, not above the limit."""
+    score = limit * unit
+    while score / unit > limit:
+        score = math.nextafter(score, -math.inf)
+    while (above := math.nextafter(score, math.inf)) / unit <= limit:
+        score = above
+    return score
 
 
 def _pooled(classes: Mapping[str, ClassScores], units: Mapping[str, float]) -> ClassScores:

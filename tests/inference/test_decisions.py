@@ -105,3 +105,17 @@ def test_scores_of_another_kind_are_refused_by_name():
 def test_alpha_is_checked():
     with pytest.raises(ValueError, match="alpha must be"):
         Decider(calibration(a=scores(1)), 1.0)
+
+
+def test_threshold_and_p_value_of_a_pool_agree_to_the_last_bit():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        units = {"a": float(rng.uniform(0.1, 9)), "b": float(rng.uniform(0.1, 9))}
+        values = {name: unit * rng.uniform(0, 1, 12) for name, unit in units.items()}
+        classes = {name: scores(*map(float, of)) for name, of in values.items()}
+        decider = Decider(calibration(**classes), 0.2, pool=True, units=units)
+        for name, of in values.items():
+            rule = decider.rule(name)
+            above = np.nextafter(np.append(of, rule.threshold), np.inf)
+            for score in (*of, rule.threshold, *above):
+                assert (rule.p_values(score) <= 0.2) == (score > rule.threshold)
