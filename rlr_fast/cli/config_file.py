@@ -68,9 +68,9 @@ def _read(path: str) -> dict[str, tuple[Any, Any]]:
         # Seen before anything writes a value out: aliases make a few lines a billion words.
         if not _is_plain(value, lists=2):
             raise ValueError(f"--config: {str(name)!r} must be a value, or a list of values")
-    written = yaml.load(text, yaml.BaseLoader) or {}  # the same keys in the same order, as text
-    pairs = zip((values or {}).items(), written.items(), strict=True)
-    return {key: (value, text) for (_, value), (key, text) in pairs}
+    written = yaml.load(text, yaml.BaseLoader) or {}
+    # What a merge key (<<) brings stands elsewhere in the file.
+    return {str(n): (value, written.get(str(n), value)) for n, value in (values or {}).items()}
 
 
 def _is_plain(value: Any, lists: int) -> bool:

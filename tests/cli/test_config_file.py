@@ -102,3 +102,10 @@ def test_a_flag_under_two_names_is_told(tmp_path, capsys):
     (tmp_path / "flags.yaml").write_text("image-size: 64\nimage_size: 128\n")
     message = refused(capsys, "info", "--config", tmp_path / "flags.yaml")
     assert "--image-size stands there twice, under two names" in message
+
+
+def test_what_a_merge_key_brings_counts(tmp_path):
+    (tmp_path / "flags.yaml").write_text("<<: {seed: 7, size: 32, train: 1}\nclasses: [tile]\n")
+    argv = ["data", "make", str(tmp_path / "set"), "--config", str(tmp_path / "flags.yaml")]
+    assert main([*argv, "--quiet"]) == 0
+    assert json.loads((tmp_path / "set/dataset.json").read_text())["seed"] == 7
