@@ -39,7 +39,7 @@ def calibrate(
         overlap: As predict will be told to.
     """
     from rlr_fast.cli.common import check_class, refuse_unfinished, report_failures
-    from rlr_fast.config import optional_tiles
+    from rlr_fast.config import checked_tiles, optional_tiles
     from rlr_fast.data import read_dataset
     from rlr_fast.data.layouts import find_class
     from rlr_fast.files import lock_folder
@@ -60,7 +60,8 @@ def calibrate(
     from rlr_fast.training.run_dir import read_run
 
     how = InferenceExecution(**execution)
-    tiles = optional_tiles(tile, overlap)
+    if tile is not None:
+        checked_tiles(tile, overlap)  # refused before anything is read
     check_checkpoint(checkpoint)
     run = Path(checkpoint)
     if not run.is_dir():
@@ -89,6 +90,7 @@ def calibrate(
         check_class(name, known, run)
     check_not_trained_on(chosen, run)
     model = load_model(checkpoint, how, backbone_weights)
+    tiles = optional_tiles(tile, overlap, model.config.tiles)
     with (
         lock_folder(run),
         progress_bar("calibrate", sum(map(len, chosen.values())), quiet) as bar,

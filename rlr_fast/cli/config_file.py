@@ -11,6 +11,8 @@ from cyclopts import Argument, ArgumentCollection, Token
 
 from rlr_fast.config import level_groups, level_name, suggest
 
+_SIDES = ("--tile", "--overlap")
+
 
 def read_flags(_app: object, _words: object, arguments: ArgumentCollection) -> None:
     """Give flags that the command line does not name the values of the ``--config`` file, if any.
@@ -87,6 +89,8 @@ def _checked(name: str, argument: Argument, value: Any, text: Any) -> list[str]:
         if not isinstance(value, bool):
             raise ValueError(f"--config: {name} is true or false, got {value!r}")
         return [str(value)]
+    if name in _SIDES and isinstance(value, list):  # as config.json has them
+        value, text = [value], [text]
     values = value if isinstance(value, list) else [value]
     if not values or None in values or not (several or len(values) == count):
         wanted = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 
 from rlr_fast.cli import flags
-from rlr_fast.config import InferenceExecution, optional_tiles
+from rlr_fast.config import InferenceExecution, checked_tiles, optional_tiles
 
 
 def evaluate(
@@ -60,7 +60,8 @@ def evaluate(
     with processes() as group, contextlib.ExitStack() as locks:
         with group.together():
             how = InferenceExecution(**execution)
-            optional_tiles(tile, overlap)  # refused before anything is read
+            if tile is not None:
+                checked_tiles(tile, overlap)  # refused before anything is read
             folder = fetch_checkpoint(checkpoint)
             tell_unfinished(folder)
             images = read_dataset(data, layout, classes)

@@ -60,21 +60,25 @@ def export(
     classes = sorted(trained_classes(folder) or (calibration.classes if calibration else ()))
     model = load_model(folder, InferenceExecution(device="cpu"), backbone_weights)
     tiles = model.config.tiles
-    if tiles is not None:
-        _log.warning(
-            "the model sees pictures in tiles of %d x %d pixels: an image of the file is one of "
-            "them, and to cut and to join them is the caller's work",
-            *tiles.size,
+    decider = None
+    if tiles is None:
+        decider = given_decider(
+            folder,
+            scoring_identity(model),
+            {*classes, None},
+            alpha=alpha,
+            pool=pool,
+            needed=False,
+            whole=True,
         )
-    decider = given_decider(
-        folder,
-        scoring_identity(model),
-        {*classes, None},
-        alpha=alpha,
-        pool=pool,
-        needed=False,
-        whole=True,
-    )
+    else:
+        about = (
+            f"the model sees pictures in tiles of {tiles.size[0]} x {tiles.size[1]} pixels: an "
+            "image of the file is one of them, and decisions, which are of pictures, are not in it"
+        )
+        if alpha is not None or pool:
+            raise ValueError(f"--alpha and --pool: {about}")
+        _log.warning(about)
     result = export(
         model,
         out,

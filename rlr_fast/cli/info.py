@@ -115,9 +115,10 @@ def _text(values: dict[str, Any]) -> str:
 
 def _model_text(model: dict[str, Any]) -> str:
     config = model["config"]
+    tile = "" if config["tile"] is None else " from tiles of {}x{} px".format(*config["tile"])
     lines = [
-        f"backbone {config['backbone']} at {config['image_size'][0]}x{config['image_size'][1]} px, "
-        f"{model['backbone_parameters']:,} parameters, frozen",
+        f"backbone {config['backbone']} at {config['image_size'][0]}x{config['image_size'][1]} px"
+        f"{tile}, {model['backbone_parameters']:,} parameters, frozen",
         f"  weights ({config['backbone_weights']}): {model['backbone_weights']}",
         "",
         "level  channels  components  grid      patch  tokens  hidden  heads  window   parameters",

@@ -76,7 +76,7 @@ def predict(
         given_scale,
         tell_unfinished,
     )
-    from rlr_fast.config import optional_tiles
+    from rlr_fast.config import checked_tiles, optional_tiles
     from rlr_fast.data.check import counted
     from rlr_fast.inference.report import model_facts
     from rlr_fast.models.checkpoint import CONFIG_FILE, fetch_checkpoint, load_config
@@ -93,7 +93,8 @@ def predict(
     with processes() as group:
         with group.together():
             how = InferenceExecution(**execution)
-            optional_tiles(tile, overlap)  # refused before anything is read
+            if tile is not None:
+                checked_tiles(tile, overlap)  # refused before anything is read
             if report:
                 check_report_run(resume, group.world_size)
             if watch:

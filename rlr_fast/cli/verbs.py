@@ -41,6 +41,7 @@ class Verb:
 
 
 _SCORING = "a smaller --batch-size needs less, and so does --precision bf16"
+_EVALUATION = f"{_SCORING}; with tiles a larger --tile or --classes"
 _TRAINING = "--grad-checkpointing or a smaller --batch-size or --image-size needs less"
 
 _ALL = (
@@ -69,7 +70,7 @@ _ALL = (
         "evaluate:evaluate",
         "Measure a trained model on the test images: seven metrics per class, and their means.",
         distributed=True,
-        less_memory=_SCORING,
+        less_memory=_EVALUATION,
     ),
     Verb(
         "calibrate",

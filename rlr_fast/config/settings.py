@@ -27,7 +27,7 @@ from rlr_fast.config.rules import (
     require_number,
     suggest,
 )
-from rlr_fast.config.tiles import Tiles, optional_tiles
+from rlr_fast.config.tiles import Tiles, checked_tiles, optional_tiles
 
 Attention = Literal["self", "cross", "mlka", "lca"]
 Fusion = Literal["fixed", "learned"]
@@ -203,7 +203,8 @@ class RLRConfig:
         tiles = optional_tiles(self.tile, self.overlap)
         if tiles is not None:
             put("tile", tiles.size)
-            put("overlap", None if self.overlap is None else tiles.overlap)
+            is_default = tiles == checked_tiles(tiles.size)
+            put("overlap", None if is_default else tiles.overlap)
         put("hidden", level_values("hidden", self.hidden, levels))
         put("heads", level_values("heads", self.heads, levels))
         windows = level_values("windows", self.windows, levels)

@@ -27,7 +27,7 @@ class Tiles(NamedTuple):
             return None
         return (
             f"it has {height} x {width} pixels, less than a tile of {self.size[0]} x "
-            f"{self.size[1]} (height x width)"
+            f"{self.size[1]} (height x width); smaller tiles would fit"
         )
 
     def starts(self, height: int, width: int) -> tuple[list[int], list[int]]:
@@ -70,16 +70,18 @@ def checked_tiles(tile: Sides, overlap: Sides | None = None) -> Tiles:
 def optional_tiles(
     tile: Sides | None, overlap: Sides | None, default: Tiles | None = None
 ) -> Tiles | None:
-    """Return `checked_tiles`, or the default where neither is given.
+    """Return `checked_tiles`, of the default's size where no tile is given; None without either.
 
     Raises:
         ValueError: As `checked_tiles`, or an overlap without a tile.
     """
-    if tile is not None:
-        return checked_tiles(tile, overlap)
-    if overlap is not None:
+    if tile is None and overlap is None:
+        return default
+    if tile is None and default is not None:
+        tile = default.size
+    if tile is None:
         raise ValueError(f"overlap needs a tile, got {overlap=} without one")
-    return default
+    return checked_tiles(tile, overlap)
 
 
 def tile_starts(length: int, tile: int, overlap: int) -> list[int]:

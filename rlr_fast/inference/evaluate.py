@@ -131,7 +131,7 @@ def evaluate(
     """Score the test images of every class and compare with the ground truth.
 
     Masks are compared at the model's image size; with tiles at the scale at which the model sees
-    them, the grid being that of a class's first picture. Image files that cannot be read, and
+    them, in the size of a class's first picture. Image files that cannot be read, and
     images whose score is not finite, are left out and named in the result.
 
     Started by torchrun, all processes call this together. The batches of images are dealt out to
@@ -329,9 +329,11 @@ def _map_size(model: RLRModel, samples: list[Sample], tiles: Tiles | None) -> tu
         return size
     for sample in samples:
         with contextlib.suppress(UnreadableImageError):
-            sides = zip(read_image_size(sample.path), tiles.size, size, strict=True)
-            height, width = (round(max(side, tile) * seen / tile) for side, tile, seen in sides)
-            return height, width
+            own = read_image_size(sample.path)
+            if tiles.misfit(*own) is None:
+                sides = zip(own, tiles.size, size, strict=True)
+                height, width = (round(side * seen / tile) for side, tile, seen in sides)
+                return height, width
     return size
 
 

@@ -121,6 +121,13 @@ def model_card(
     data = record.get("data", {})
     classes = sorted(trained_classes(run)) or list(data.get("classes", []))
     height, width = config.image_size
+    what, tiles = "Images are", config.tiles
+    if tiles is not None:
+        (h, w), (down, right) = tiles
+        what = (
+            f"Images are cut into tiles of {h} × {w} of their pixels, of which neighbors share at "
+            f"least {down} × {right}; smaller ones are refused. Tiles are"
+        )
     parts = [
         _front(license, repository, metrics),
         f"# {repository.rpartition('/')[2]}",
@@ -129,7 +136,7 @@ def model_card(
         "Detection*), trained with the package rlr_fast on normal images alone.",
         "## What it detects",
         f"One model for {_counted(classes)}. It marks what differs from the normal images of these "
-        f"classes; of other products it knows nothing. Images are resized to {height} × {width} "
+        f"classes; of other products it knows nothing. {what} resized to {height} × {width} "
         f"pixels. Backbone: {config.backbone}.",
         "## Load it",
         _LOAD.format(repository=repository),

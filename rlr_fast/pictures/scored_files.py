@@ -15,7 +15,7 @@ from rlr_fast.data import ImageFailure, UnscoredImageError, iterate_images
 from rlr_fast.models.precision import check_precision
 from rlr_fast.models.rlr import RLRModel
 from rlr_fast.pictures.batches import score_batches
-from rlr_fast.pictures.tiling import SMALLER_TILE, predict_tiled
+from rlr_fast.pictures.tiling import predict_tiled
 
 NOT_FINITE = "its score is not finite; --precision fp32 may help"
 """Why an image is left out whose score or score map is NaN or infinite."""
@@ -133,6 +133,6 @@ def _tiled(
             if misfit is None:
                 yield [_finite(score(index, image), path)]
             else:
-                yield [ImageFailure(index, UnscoredImageError(path, f"{misfit}; {SMALLER_TILE}"))]
+                yield [ImageFailure(index, UnscoredImageError(path, misfit))]
 
     return outcomes()

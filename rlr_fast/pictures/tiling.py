@@ -19,8 +19,6 @@ from rlr_fast.pictures.batches import score_batches
 
 # Weights are multiples of this: products of two, and their sums to 1, are exact in float32.
 _WEIGHT_STEP = 2.0**-12
-SMALLER_TILE = "score it with a smaller tile, or without tiles"
-"""What helps where a picture is smaller than a tile."""
 
 
 class TiledOutput(NamedTuple):
@@ -74,7 +72,7 @@ def predict_tiled(
     height, width = image.shape[1:]
     misfit = tiles.misfit(height, width)
     if misfit is not None:
-        raise ValueError(f"image: {misfit}; {SMALLER_TILE}")
+        raise ValueError(f"image: {misfit}")
     tops, lefts = tiles.starts(height, width)
     weights = [blend_weights(s, side) for s, side in zip((tops, lefts), tiles.size, strict=True)]
     cells = [(row, column) for row in range(len(tops)) for column in range(len(lefts))]

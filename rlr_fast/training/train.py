@@ -143,6 +143,12 @@ def train(
             whole, data = data, hold_out(data, recipe.calibration_share, recipe.seed)
             _check_request(recipe, data, device, group)
             images = _training_images(data, config, group.workers(execution.workers))
+            count = len(images.samples)
+            if count < group.world_size:
+                raise TrainingError(
+                    f"{count} training images cannot be shared among {group.world_size} processes; "
+                    f"start {count} at most"
+                )
             record = {
                 "model": config.to_dict(),
                 "recipe": dataclasses.asdict(recipe),
@@ -162,7 +168,6 @@ def train(
         if group.is_main:
             for line in _keyless_levels(model):
                 _log.warning(line)
-        count = len(images.samples)
         steps = recipe.epochs * math.ceil(count / recipe.batch_size)
         if group.is_main and not resume and steps < _FEW_STEPS:
             _log.warning(_few_steps(count, steps, recipe))
@@ -295,12 +300,6 @@ def _check_request(
     check_precision(recipe.precision, device)
     if processes.world_size > 1 and device.type not in ("cpu", "cuda"):
         raise ValueError(f"several processes need device cpu or cuda, got {str(device)!r}")
-    images = sum(map(len, data.train.values()))
-    if images < processes.world_size:
-        raise TrainingError(
-            f"{images} training images cannot be shared among {processes.world_size} processes; "
-            f"start {images} at most"
-        )
 
 
 def _decisive(record: dict[str, Any], model: RLRModel) -> dict[str, Any]:

@@ -109,3 +109,11 @@ def test_what_a_merge_key_brings_counts(tmp_path):
     argv = ["data", "make", str(tmp_path / "set"), "--config", str(tmp_path / "flags.yaml")]
     assert main([*argv, "--quiet"]) == 0
     assert json.loads((tmp_path / "set/dataset.json").read_text())["seed"] == 7
+
+
+def test_sides_may_stand_in_a_file_as_in_a_configuration(tmp_path, capsys):
+    (tmp_path / "flags.yaml").write_text("tile: [96, 128]\noverlap: [8, 0]\npreset: tiny\n")
+    argv = ["info", "--backbone-weights", "random", "--config", str(tmp_path / "flags.yaml")]
+    assert main([*argv, "--json"]) == 0
+    model = json.loads(capsys.readouterr().out)["model"]["config"]
+    assert model["tile"] == [96, 128] and model["overlap"] == [8, 0]

@@ -14,6 +14,7 @@ from sklearn.metrics import roc_auc_score
 from training_cases import run, same, weights
 
 from rlr_fast import RLRModel, Scorer
+from rlr_fast.cli import main
 from rlr_fast.config import Tiles
 from rlr_fast.data import images as image_files
 from rlr_fast.data import iterate_images, load_image, load_sample_mask, read_dataset
@@ -21,6 +22,7 @@ from rlr_fast.data.hold_out import hold_out
 from rlr_fast.data.parts import cut
 from rlr_fast.inference.calibrate import calibrate
 from rlr_fast.inference.evaluate import evaluate
+from rlr_fast.inference.model_card import model_card
 from rlr_fast.pictures.tiling import predict_tiled
 from rlr_fast.prediction.image_files import find_images
 from rlr_fast.prediction.predict import predict
@@ -102,6 +104,12 @@ def test_evaluation_compares_masks_at_the_scale_of_the_tiles(pictures, tmp_path)
     height, width = SMALL.image_size
     size = round(70 * height / TILE[0]), round(100 * width / TILE[1])
     data = dataclasses.replace(pictures, train={"bolt": []}, test={"bolt": pictures.test["bolt"]})
+    smaller = pictures.root / "bolt/test/good/!.png"  # comes first, and has no say
+    save_picture(smaller, 0, (200, 50))
+    first = dataclasses.replace(data.test["bolt"][0], path=smaller)
+    result = evaluate(model, dataclasses.replace(data, test={"bolt": [first, *data.test["bolt"]]}))
+    assert len(result.failures) == 1 and "less than a tile" in result.failures[0]
+    assert result.classes == evaluate(model, data).classes
     result = evaluate(model, data)
     assert result.protocol["tile"] == [*TILE] and not result.failures
     maps, masks, scores, labels = [], [], [], []
@@ -183,3 +191,29 @@ def test_what_shows_pictures_whole_refuses_tiles(pictures):
         train_decoder(model, pictures, epochs=1, batch_size=2, lr=1e-3, seed=0)
     with pytest.raises(ValueError, match="tile must be None: a sheet"):
         check_runs([Run("a", model, (0.0, 1.0))], None)
+
+
+def test_an_overlap_that_is_the_default_is_none(pictures, tmp_path):
+    assert dataclasses.replace(SMALL, tile=64, overlap=8) == dataclasses.replace(SMALL, tile=64)
+    assert dataclasses.replace(SMALL, tile=64, overlap=0).tiles == Tiles((64, 64), (0, 0))
+    model = RLRModel(TILED).eval()
+    files = find_images([pictures.root / "bolt/test/good"])
+    assert predict(model, files, tmp_path / "out", None, overlap=0).scored == len(files)
+
+
+def test_a_published_card_tells_of_the_tiles(pictures, tmp_path):
+    run(pictures, tmp_path / "run", tmp_path, config=TILED)
+    card = model_card(tmp_path / "run", "a/b", license="mit")
+    assert "cut into tiles of 40 × 56 of their pixels, of which neighbors share at least 8 × 8" in (
+        card
+    )
+    assert "Tiles are resized to 48 × 64 pixels" in card
+
+
+def test_a_file_of_single_tiles_holds_no_decisions(pictures, tmp_path, capsys, caplog):
+    run(pictures, tmp_path / "run", tmp_path, config=TILED)
+    argv = ["export", str(tmp_path / "run"), "--to", "torch", "--out", str(tmp_path / "m.pt2")]
+    assert main([*argv, "--alpha", "0.1"]) == 2
+    assert "tiles of 40 x 56 pixels" in capsys.readouterr().err
+    assert main(argv) == 0 and "decisions, which are of pictures, are not in it" in caplog.text
+    assert "no decisions" in capsys.readouterr().out
