@@ -70,9 +70,17 @@ def _read(path: str) -> dict[str, tuple[Any, Any]]:
         # Seen before anything writes a value out: aliases make a few lines a billion words.
         if not _is_plain(value, lists=2):
             raise ValueError(f"--config: {str(name)!r} must be a value, or a list of values")
-    written = yaml.load(text, yaml.BaseLoader) or {}
-    # What a merge key (<<) brings stands elsewhere in the file.
-    return {str(n): (value, written.get(str(n), value)) for n, value in (values or {}).items()}
+    written = {str(key.value): node for key, node in keys}
+    # What a merge key (<<) brings has no node of its own.
+    return {
+        str(name): (value, _text(written[str(name)]) if str(name) in written else value)
+        for name, value in (values or {}).items()
+    }
+
+
+def _text(node: yaml.Node) -> Any:
+    """Return a value, or the values of a list, as the file has them."""
+    return [_text(n) for n in node.value] if isinstance(node, yaml.SequenceNode) else node.value
 
 
 def _is_plain(value: Any, lists: int) -> bool:
