@@ -39,7 +39,7 @@ def calibrate(
         overlap: As predict will be told to.
     """
     from rlr_fast.cli.common import check_class, refuse_unfinished, report_failures
-    from rlr_fast.config import checked_tiles, optional_tiles
+    from rlr_fast.config import optional_tiles
     from rlr_fast.data import read_dataset
     from rlr_fast.data.layouts import find_class
     from rlr_fast.files import lock_folder
@@ -49,7 +49,7 @@ def calibrate(
         check_not_trained_on,
     )
     from rlr_fast.inference.conformal import smallest_alpha
-    from rlr_fast.models.checkpoint import check_checkpoint
+    from rlr_fast.models.checkpoint import CONFIG_FILE, check_checkpoint, load_config
     from rlr_fast.pictures.batches import load_model
     from rlr_fast.training.calibration import (
         CALIBRATION_FILE,
@@ -60,12 +60,11 @@ def calibrate(
     from rlr_fast.training.run_dir import read_run
 
     how = InferenceExecution(**execution)
-    if tile is not None:
-        checked_tiles(tile, overlap)  # refused before anything is read
     check_checkpoint(checkpoint)
     run = Path(checkpoint)
     if not run.is_dir():
         raise ValueError(f"calibrate writes into the run: there is no folder {checkpoint!r}")
+    tiles = optional_tiles(tile, overlap, load_config(run / CONFIG_FILE).tiles)
     refuse_unfinished(run)
     known = trained_classes(run)
     found = read_dataset(data, layout)
@@ -90,7 +89,6 @@ def calibrate(
         check_class(name, known, run)
     check_not_trained_on(chosen, run)
     model = load_model(checkpoint, how, backbone_weights)
-    tiles = optional_tiles(tile, overlap, model.config.tiles)
     with (
         lock_folder(run),
         progress_bar("calibrate", sum(map(len, chosen.values())), quiet) as bar,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 
 from rlr_fast.cli import flags
-from rlr_fast.config import InferenceExecution, checked_tiles, optional_tiles
+from rlr_fast.config import InferenceExecution, optional_tiles
 
 
 def evaluate(
@@ -50,7 +50,12 @@ def evaluate(
     from rlr_fast.files import file_digest, lock_folder, write_atomically
     from rlr_fast.inference.evaluate import FigureOptions, evaluate
     from rlr_fast.inference.report import model_facts
-    from rlr_fast.models.checkpoint import WEIGHTS_FILE, fetch_checkpoint
+    from rlr_fast.models.checkpoint import (
+        CONFIG_FILE,
+        WEIGHTS_FILE,
+        fetch_checkpoint,
+        load_config,
+    )
     from rlr_fast.pictures.batches import load_model
     from rlr_fast.training.calibration import scoring_identity, trained_classes
     from rlr_fast.training.distributed import processes
@@ -60,9 +65,8 @@ def evaluate(
     with processes() as group, contextlib.ExitStack() as locks:
         with group.together():
             how = InferenceExecution(**execution)
-            if tile is not None:
-                checked_tiles(tile, overlap)  # refused before anything is read
             folder = fetch_checkpoint(checkpoint)
+            tiles = optional_tiles(tile, overlap, load_config(folder / CONFIG_FILE).tiles)
             tell_unfinished(folder)
             images = read_dataset(data, layout, classes)
             images.require_test()
@@ -76,7 +80,6 @@ def evaluate(
             if figures and colors is not None:
                 sheets = FigureOptions(out / "figures", colors, per_defect)
             model = load_model(folder, how, backbone_weights)
-            tiles = optional_tiles(tile, overlap, model.config.tiles)
             decider = None
             if group.is_main:
                 decider = given_decider(

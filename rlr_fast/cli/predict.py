@@ -76,7 +76,7 @@ def predict(
         given_scale,
         tell_unfinished,
     )
-    from rlr_fast.config import checked_tiles, optional_tiles
+    from rlr_fast.config import optional_tiles
     from rlr_fast.data.check import counted
     from rlr_fast.inference.report import model_facts
     from rlr_fast.models.checkpoint import CONFIG_FILE, fetch_checkpoint, load_config
@@ -93,8 +93,6 @@ def predict(
     with processes() as group:
         with group.together():
             how = InferenceExecution(**execution)
-            if tile is not None:
-                checked_tiles(tile, overlap)  # refused before anything is read
             if report:
                 check_report_run(resume, group.world_size)
             if watch:
@@ -109,7 +107,8 @@ def predict(
                 raise ValueError("--settle is of --watch, which is not given")
             files = None if watch else find_images(paths, out)
             folder = fetch_checkpoint(checkpoint)
-            load_config(folder / CONFIG_FILE)  # refuses what is no run before its parts are missed
+            # Refuses what is no run before its parts are missed.
+            tiles = optional_tiles(tile, overlap, load_config(folder / CONFIG_FILE).tiles)
             tell_unfinished(folder)
             colors = None if no_pictures and not report else given_scale(scale, folder)
             check_out(out)
@@ -124,7 +123,6 @@ def predict(
                 files = files.classified(known) if category is None else files.of_class(category)
             categories = set(known) if category is None else {category}
             model = load_model(folder, how, backbone_weights)
-            tiles = optional_tiles(tile, overlap, model.config.tiles)
             decider = given_decider(
                 folder,
                 scoring_identity(model, how.precision, tiles),

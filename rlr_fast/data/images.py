@@ -63,13 +63,13 @@ class UnreadableImageError(OSError):
         reason: What is wrong with it.
     """
 
+    _action = "read"
+
     def __init__(self, path: str | os.PathLike[str], reason: str) -> None:
         # Both as arguments of OSError, so that the error can be pickled to another process.
         super().__init__(str(path), reason)
         self.path = Path(path)
         self.reason = reason
-
-    _action = "read"
 
     def __str__(self) -> str:
         return f"cannot {self._action} image {str(self.path)!r}: {self.reason}"

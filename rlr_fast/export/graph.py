@@ -129,9 +129,9 @@ def describe(
     """Return what a file says of itself, as JSON text.
 
     ``input_size`` is what the file takes, ``tile`` what an image shows of a picture, in its pixels
-    (null: all of it), ``classes`` are those of the run, ``alpha`` and
-    ``thresholds`` the decisions' (null and empty without decisions), a threshold per column.
-    ``model`` is all that decides a score.
+    (null: all of it), ``classes`` are those of the run, ``alpha`` and ``thresholds`` the
+    decisions' (null and empty without decisions), a threshold per column. ``model`` is all that
+    decides a score.
     """
     thresholds = []
     if decider is not None:

@@ -131,8 +131,8 @@ def evaluate(
     """Score the test images of every class and compare with the ground truth.
 
     Masks are compared at the model's image size; with tiles at the scale at which the model sees
-    them, in the size of a class's first picture. Image files that cannot be read, and
-    images whose score is not finite, are left out and named in the result.
+    them, in the size of a class's first picture. Image files that cannot be read, and images whose
+    score is not finite, are left out and named in the result.
 
     Started by torchrun, all processes call this together. The batches of images are dealt out to
     them; the first process gathers the maps of a class and computes its metrics, and every process

@@ -91,24 +91,24 @@ def test_mistakes_in_the_file_are_told(content, message, trained, tmp_path, caps
     assert message in refused(capsys, *argv)
 
 
-def test_a_files_values_are_taken_as_they_are_written(tmp_path):
-    (tmp_path / "flags.yaml").write_text("seed: 010\nsize: 32\ntrain: 1\nclasses: [tile]\n")
+@pytest.mark.parametrize(
+    ("text", "seed"),
+    [
+        ("seed: 010\nsize: 32\ntrain: 1\n", 10),  # as it is written, not YAML's octal number
+        ("<<: {seed: 7, size: 32, train: 1}\n", 7),
+    ],
+)
+def test_a_files_values_are_taken_as_they_are_written(tmp_path, text, seed):
+    (tmp_path / "flags.yaml").write_text(f"{text}classes: [tile]\n")
     argv = ["data", "make", str(tmp_path / "set"), "--config", str(tmp_path / "flags.yaml")]
     assert main([*argv, "--quiet"]) == 0
-    assert json.loads((tmp_path / "set/dataset.json").read_text())["seed"] == 10
+    assert json.loads((tmp_path / "set/dataset.json").read_text())["seed"] == seed
 
 
 def test_a_flag_under_two_names_is_told(tmp_path, capsys):
     (tmp_path / "flags.yaml").write_text("image-size: 64\nimage_size: 128\n")
     message = refused(capsys, "info", "--config", tmp_path / "flags.yaml")
     assert "--image-size stands there twice, under two names" in message
-
-
-def test_what_a_merge_key_brings_counts(tmp_path):
-    (tmp_path / "flags.yaml").write_text("<<: {seed: 7, size: 32, train: 1}\nclasses: [tile]\n")
-    argv = ["data", "make", str(tmp_path / "set"), "--config", str(tmp_path / "flags.yaml")]
-    assert main([*argv, "--quiet"]) == 0
-    assert json.loads((tmp_path / "set/dataset.json").read_text())["seed"] == 7
 
 
 def test_sides_may_stand_in_a_file_as_in_a_configuration(tmp_path, capsys):
