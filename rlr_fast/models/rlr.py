@@ -257,7 +257,8 @@ class RLRModel(
         """Return by name what decides the scores, as plain values; where equal, so are scores."""
         digest = hashlib.sha256(self.backbone.fingerprint.encode())
         for name, tensor in self.checkpoint_state().items():
-            digest.update(name.encode() + tensor.cpu().numpy().tobytes())
+            values = tensor.cpu().reshape(-1).view(torch.uint8)  # NumPy has no bfloat16
+            digest.update(name.encode() + values.numpy().tobytes())
         config: dict[str, Any] = json.loads(self.config.to_json())
         # Where weights were taken from, and what was seen in training: the weights decide.
         del config["backbone_weights"], config["tile"], config["overlap"]

@@ -165,9 +165,10 @@ class ScoreMap(nn.Module):
             )
         ]
         score_map = torch.stack(maps).mean(0)
+        score_map = score_map.to(torch.promote_types(score_map.dtype, torch.float32))
         with torch.autocast(score_map.device.type, enabled=False):
             if "surround" in self.filters:
-                score_map = score_map.float() - self._filtered("surround", score_map)
+                score_map = score_map - self._filtered("surround", score_map)
             smoothed = self._filtered("blur", score_map)
             if "image_surround" in self.filters:
                 smoothed = smoothed - self._filtered("image_surround", smoothed)
@@ -175,7 +176,6 @@ class ScoreMap(nn.Module):
         return score_map, top_mean(smoothed.flatten(1), self.top_share, height * width)
 
     def _filtered(self, name: str, score_map: Tensor) -> Tensor:
-        filtered: Tensor = (
-            getattr(self, f"{name}_y") @ score_map.float() @ getattr(self, f"{name}_x").T
-        )
+        rows, columns = (getattr(self, f"{name}_{axis}").to(score_map.dtype) for axis in "yx")
+        filtered: Tensor = rows @ score_map @ columns.T
         return filtered

@@ -380,6 +380,23 @@ def test_images_of_any_floating_dtype_are_scored_alike(small):
     assert torch.equal(*scores)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("surround", [0.0, 96.0])
+def test_a_model_of_another_dtype_scores_uint8_and_floats(small, dtype, surround):
+    model = RLRModel(dataclasses.replace(small, surround=surround, image_surround=surround)).eval()
+    images = torch.randint(256, (2, 3, *small.image_size), dtype=torch.uint8)
+    usual = model(images)
+    model.to(dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    with torch.no_grad():
+        for given in (images, images / 255, images.to(dtype) / 255):
+            out = model.prepare_for_inference()(given)
+            assert out.score_map.dtype == out.score.dtype == wide
+            torch.testing.assert_close(out.score.float(), usual.score, rtol=0.05, atol=0.02)
+    assert model.score_identity()["digest of the weights"]
+    assert model.loss(images).isfinite()
+
+
 def test_an_unknown_option_of_from_pretrained_is_refused(small, tmp_path):
     RLRModel(small).save_pretrained(tmp_path)
     with pytest.raises(TypeError, match="no option bakend, device"):
