@@ -18,7 +18,8 @@ kind             severity  meaning
 ``orphan-mask``  warning   a mask in the ground truth belongs to no image
 ``not-read``     warning   images in the folder of a class that the layout has no use for
 ``dark``         warning   all 16-bit images of a class use 12 bits or fewer: read nearly black
-``leak``         warning   a test image is, byte for byte, one to train or validate on
+``leak``         warning   an image to test on is, byte for byte, one to train or validate on, or
+                           one to validate on is one to train on
 ===============  ========  =======================================================================
 """
 
@@ -189,7 +190,8 @@ def check_dataset(
         for sample, result in zip(samples, checked, strict=True):
             problems += result.problems
             if sample in leaks:
-                message = f"the same file as {leaks[sample]}, which is not to be tested on"
+                use = "calibrated" if sample in validation else "tested"
+                message = f"the same file as {leaks[sample]}, which is not to be {use} on"
                 problems.append(Problem("leak", name, sample.path, message))
         peaks = [result.peak_16_bit for result in checked if result.peak_16_bit is not None]
         if peaks and max(peaks) < _TWELVE_BITS:
@@ -348,28 +350,32 @@ def _image_tree(folder: Path) -> Iterable[tuple[Path, list[Path]]]:
 
 
 def _leaks(data: DataSet) -> dict[Sample, Path]:
-    """Return test sample → the image, not to be tested on, of any class with the same content."""
-    seen_by_length: dict[int, list[Sample]] = {}
-    test_by_length: dict[int, list[Sample]] = {}
-    for splits, by_length in (
-        ((data.train, data.validation), seen_by_length),
-        ((data.test,), test_by_length),
-    ):
-        for samples_of in splits:
-            for samples in samples_of.values():
-                for sample in samples:
-                    if os.path.isfile(sample.path) and os.access(sample.path, os.R_OK):
-                        length = os.path.getsize(sample.path)
-                        by_length.setdefault(length, []).append(sample)
+    """Return sample → an image of the same content, of any class, that is used before it.
+
+    That is an image to train on for one to validate on, and either of them for one to test on.
+    """
+    earlier: dict[tuple[int, str], Path] = {}
     leaks: dict[Sample, Path] = {}
+    splits = [
+        [
+            (os.path.getsize(sample.path), sample)
+            for samples in split.values()
+            for sample in samples
+            if os.path.isfile(sample.path) and os.access(sample.path, os.R_OK)
+        ]
+        for split in (data.train, data.validation, data.test)
+    ]
     # Files of different length differ, so few need to be read.
-    for length in seen_by_length.keys() & test_by_length.keys():
-        seen = {
-            file_digest(sample.path): sample.path for sample in reversed(seen_by_length[length])
-        }
-        for sample in test_by_length[length]:
-            if (path := seen.get(file_digest(sample.path))) is not None:
-                leaks[sample] = path
+    lengths = Counter(length for split in splits for length in {length for length, _ in split})
+    for split in splits:
+        keys = [
+            ((length, file_digest(sample.path)), sample)
+            for length, sample in split
+            if lengths[length] > 1
+        ]
+        leaks.update({sample: earlier[key] for key, sample in keys if key in earlier})
+        for key, sample in keys:
+            earlier.setdefault(key, sample.path)
     return leaks
 
 

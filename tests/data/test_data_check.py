@@ -268,6 +268,17 @@ def test_same_file_to_validate_and_to_test_on_is_a_leak(root, pictures):
     assert kinds(check_dataset(root)) == [("warning", "leak", "nut", "5.png")]
 
 
+def test_same_file_to_train_and_to_validate_on_is_a_leak(root, pictures):
+    path = pictures.image(root / "nut/validation/good/0.png")
+    shutil.copy(path, root / "nut/train/good/5.png")
+    shutil.copy(path, root / "nut/validation/good/1.png")
+    report = check_dataset(root)
+    assert kinds(report) == [("warning", "leak", "nut", name) for name in ("0.png", "1.png")]
+    assert report.problems[0].message == f"the same file as {root / 'nut/train/good/5.png'}, " + (
+        "which is not to be calibrated on"
+    )
+
+
 @pytest.mark.parametrize(("peak", "dark"), [(4095, True), (65535, False)], ids=["12-bit", "16-bit"])
 def test_12_bit_pictures_in_16_bits_are_told(root, peak, dark):
     for index in range(2):
