@@ -242,13 +242,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.check", description=__doc__)
     parser.add_argument("--backend", help="default: triton on a GPU, tiled on a CPU")
-    parser.add_argument("--record", metavar="NAME", help="as of pytest --benchmark-record")
+    record.add_record_option(parser)
     parser.add_argument("--seconds", type=float, default=240, help="give up after this time")
     parser.add_argument("--workers", type=int, default=parallel.default_workers())
     options = parser.parse_args(arguments)
     gpu = torch.cuda.is_available()
     backend = options.backend or ("triton" if gpu else "tiled")
-    recorder = record.open_record(options.record)
+    recorder = record.Recorder(options.record)
     jobs, failures, start = _jobs(backend, gpu), 0, time.monotonic()
     for job, outcome in parallel.each(run_job, jobs, options.workers, options.seconds):
         name = job.problem.name + ("-deterministic" if job.deterministic else "")

@@ -38,6 +38,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--benchmark-record",
         metavar="NAME",
+        type=record_path,
         help="write results to benchmarks/results/NAME.json, or to a path that ends in .json",
     )
 
@@ -102,8 +103,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 @pytest.fixture(scope="session")
 def recorder(pytestconfig: pytest.Config) -> Recorder:
     """The record of this run; in memory alone without ``--benchmark-record``."""
-    name = pytestconfig.getoption("--benchmark-record")
-    made = Recorder(record_path(name) if name else None)
+    made = Recorder(pytestconfig.getoption("--benchmark-record"))
     pytestconfig.stash[_RECORDER] = made
     return made
 

@@ -49,12 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print and record."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--record", metavar="NAME", help="as of pytest --benchmark-record")
+    record.add_record_option(parser)
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("there is no GPU to measure", file=sys.stderr)
         return 1
-    recorder = record.open_record(options.record)
+    recorder = record.Recorder(options.record)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     for shape in HEADLINE:
         for operator in reversed(OPERATORS):

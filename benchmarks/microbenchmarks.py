@@ -256,12 +256,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.microbenchmarks", description=__doc__
     )
-    parser.add_argument("--record", metavar="NAME", help="as of pytest --benchmark-record")
+    record.add_record_option(parser)
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("there is no GPU to measure", file=sys.stderr)
         return 1
-    recorder = record.open_record(options.record)
+    recorder = record.Recorder(options.record)
     failed = 0
     for name, measure in measurements():
         result: dict[str, Any] = {"suite": "microbenchmarks", "name": name}

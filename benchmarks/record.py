@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import os
@@ -120,18 +121,23 @@ def record_path(name: str) -> Path:
     """Return the file of a record: a name lies in `RESULTS`, a path where it says.
 
     Raises:
-        ValueError: The name is neither a file name's letters nor a path to a ``.json``.
+        argparse.ArgumentTypeError: The name is neither a file name's letters nor a path to a
+            ``.json``.
     """
     if name.endswith(".json"):
         return Path(name)
     if not re.fullmatch(r"[\w.-]+", name):
-        raise ValueError(f"a record's name must be letters, digits, '_', '-' or '.', got {name!r}")
+        raise argparse.ArgumentTypeError(
+            f"must be letters, digits, '_', '-' or '.', or a path to a .json, got {name!r}"
+        )
     return RESULTS / f"{name}.json"
 
 
-def open_record(name: str | None) -> Recorder:
-    """Return the record of a name, see `record_path`; without one it is kept in memory alone."""
-    return Recorder(record_path(name) if name else None)
+def add_record_option(parser: argparse.ArgumentParser) -> None:
+    """Add ``--record NAME``, which is read as the path that a `Recorder` takes."""
+    parser.add_argument(
+        "--record", metavar="NAME", type=record_path, help="as of pytest --benchmark-record"
+    )
 
 
 def read_records(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:

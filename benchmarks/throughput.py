@@ -152,12 +152,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--image-size", type=int, default=256, metavar="PX", help="without --data")
     parser.add_argument("--compile", action="store_true", help="without --data")
     parser.add_argument("--grad-checkpointing", action="store_true", help="without --data")
-    parser.add_argument("--record", metavar="NAME", help="as of pytest --benchmark-record")
+    record.add_record_option(parser)
     options = parser.parse_args(arguments)
     device = record.bench_device()
     precision = options.precision or ("bf16" if device.type == "cuda" else "fp32")
     backend = resolve_backend(options.backend, device)
-    recorder = record.open_record(options.record)
+    recorder = record.Recorder(options.record)
 
     def add(what: str, batch: int, make: Callable[[TrainConfig], Clock]) -> None:
         if device.type == "cuda":

@@ -180,14 +180,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--most", type=int, default=24, help="candidates of a kernel and shape")
     parser.add_argument("--seconds", type=float, default=540, help="start no further search then")
     parser.add_argument("--workers", type=int, default=parallel.default_workers())
-    parser.add_argument("--record", metavar="NAME", help="as of pytest --benchmark-record")
+    record.add_record_option(parser)
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("there is no GPU to measure", file=sys.stderr)
         return 1
     deadline = time.monotonic() + options.seconds
     shapes = [_shape(name) for name in options.shape] if options.shape else list(HEADLINE)
-    recorder = record.open_record(options.record)
+    recorder = record.Recorder(options.record)
     jobs: list[Job] = []
     for shape, kernel in itertools.product(shapes, options.kernel or KERNELS):
         problem = Problem(KERNELS[kernel][0], shape, options.batch, torch.bfloat16)

@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=Training.steps, help="of dinomaly, inp-former")
     parser.add_argument("--batch-size", type=int, default=Training.batch_size, help="of a step")
-    parser.add_argument("--record", metavar="NAME", help="as of pytest --benchmark-record")
+    record.add_record_option(parser)
     options = parser.parse_args(arguments)
     size = (options.image_size, options.image_size)
     methods: dict[str, Method] = {}
@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             methods[name] = make_peer(name, backbone, training)
     except (ValueError, BackboneWeightsError, CheckpointError, ModuleNotFoundError) as error:
         parser.error(str(error))
-    recorder = record.open_record(options.record)
+    recorder = record.Recorder(options.record)
     rows: dict[str, dict[str, float]] = {}
 
     def add(name: str, label: str, classes: dict[str, Any], **facts: Any) -> None:
