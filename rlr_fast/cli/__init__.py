@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from cyclopts import CycloptsError, MissingArgumentError, UnusedCliTokensError
 
+from rlr_fast.cli import flags
 from rlr_fast.cli.messages import follow_peer, refuse, tells, wants_traceback
 from rlr_fast.cli.verbs import VERBS, build_app
 
@@ -45,8 +46,9 @@ def _main(argv: list[str]) -> int:
     app = build_app()
     words, _, _ = app.parse_commands(argv)
     names = [w.partition("=")[0].replace("_", "-") for w in argv if w.startswith("--")]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:  # a list of values would be joined
+    meant = [flags.OLDER_NAMES.get(name, name).replace("--no-", "--") for name in names]
+    twice = next((name for name in meant if meant.count(name) > 1), None)
+    if twice is not None:  # a list of values would be joined, and of two the last would win
         return _refused(f"{twice} is given twice.", words)
     try:
         function, bound, _ = app.parse_args(argv, exit_on_error=False, print_error=False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
 
@@ -124,16 +124,17 @@ _HINTS: dict[Any, Any] = {
 }
 
 
-def _settings(
-    cls: type, group: str, *, without: Sequence[str] = (), aliases: Mapping[str, str] = {}
-) -> Any:
+# Flags that a command in use may name otherwise, and what they are called now.
+OLDER_NAMES = {"--piece": "--micro-batch-size"}
+
+
+def _settings(cls: type, group: str, *, without: Sequence[str] = ()) -> Any:
     """Return the type of a verb's parameter that takes the fields of a dataclass as flags.
 
     Args:
         cls: The dataclass; docstrings, its own and inherited, say what each field means.
         group: Title of the flags in the help.
         without: Fields that have no flag here.
-        aliases: Second names for the flags of fields.
     """
     about = {
         entry.arg_name: " ".join((entry.description or "").split())
@@ -141,6 +142,7 @@ def _settings(
         for entry in docstring_parser.parse(base.__doc__ or "").params
     }
     hints = typing.get_type_hints(cls)
+    older = {name: old for old, name in OLDER_NAMES.items()}
     fields = {}
     for field in dataclasses.fields(cls):
         if field.name in without:
@@ -152,7 +154,7 @@ def _settings(
         hint = _HINTS.get(hints[field.name], hints[field.name])
         told = Parameter(
             help=about[field.name],
-            alias=aliases.get(field.name),
+            alias=older.get(f"--{field.name.replace('_', '-')}"),
             show_default=False if default is None or default is False else str(default),
         )
         fields[field.name] = Annotated[hint, told]
@@ -176,9 +178,7 @@ else:
     Recipe = _settings(config.TrainConfig, "Recipe")
     Place = _settings(config.ExecutionConfig, "Execution", without=["compile", "workers"])
     Execution = _settings(config.ExecutionConfig, "Execution", without=["compile"])
-    TrainExecution = _settings(
-        config.TrainExecution, "Execution", aliases={"micro_batch_size": "--piece"}
-    )
+    TrainExecution = _settings(config.TrainExecution, "Execution")
     InferenceExecution = _settings(config.InferenceExecution, "Execution")
     Preset = Annotated[
         Literal[tuple(config.PRESETS)],

@@ -248,6 +248,11 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, capsys):
             "or height and width such as 512 1024, got '64x",
         ),
         ("train DATA --out RUN --alpha 1 --alpha 2", "--alpha is given twice"),
+        ("train DATA --out RUN --residual --no-residual", "--residual is given twice"),
+        (
+            "train DATA --out RUN --piece 1 --micro-batch-size 2",
+            "--micro-batch-size is given twice",
+        ),
         ("train DATA --out RUN --windows 3x5x7", "must be a side, or height x width"),
         ("train DATA --out RUN --heads 8 a", "for --heads: must be a whole number, got 'a'"),
         ("train DATA --out RUN --hidden", "--hidden"),
