@@ -36,7 +36,7 @@ import triton
 from triton.errors import TritonError
 
 from benchmarks import sass
-from benchmarks.codegen import DTYPES, compile_launch, specialization, tiles_of, version
+from benchmarks.compiling import DTYPES, compile_launch, specialization, tiles_of, version
 from benchmarks.launches import Shape, launches
 from rlr_fast.config import PRESETS, per_level
 from rlr_fast.functional import window_pair

@@ -134,11 +134,13 @@ def run_script(script: str) -> Any:
 CHANNELS = (40, 72, 200)
 PREDICTIONS = f"""
 import json, torch
-from benchmarks import codegen, sass
+from benchmarks import predictions, sass
+from benchmarks.compiling import compile_launch
+from benchmarks.launches import SHAPES
 from rlr_fast.kernels import _launch, distance
 
 names = ("64x64-d16-w11", "32x32-d32-w7", "16x16-d64-w5", "256x256-d16-w11-b4")
-limits = [[codegen.limits(codegen.SHAPES[name], operator, backward, 2) for name in names]
+limits = [[predictions.limits(SHAPES[name], operator, backward, 2) for name in names]
           for operator in ("lca", "mlka") for backward in (False, True)]
 
 def meta(*shape, dtype=torch.float32):
@@ -153,11 +155,11 @@ def of_distance(channels):
         distance.launch(distance.backward_kernel, r, o, (d, r, o, r), d.stride())
     rows = []
     for launch in records:
-        compiled = codegen.compile_launch(launch, "90")
+        compiled = compile_launch(launch, "90")
         used, counts = sass.resources(compiled), sass.count(sass.instructions(compiled))
         slots = counts.issue * launch.options["num_warps"] * launch.programs
-        rows.append([used.stack + used.stores_local, slots / codegen._CLOCKS,
-                     codegen.moved(launch) / codegen._BYTES])
+        rows.append([used.stack + used.stores_local, slots / predictions.CLOCKS,
+                     predictions.moved(launch) / predictions.BYTES])
     return rows
 
 print(json.dumps([limits, [of_distance(channels) for channels in {CHANNELS}]]))
@@ -218,7 +220,7 @@ import dataclasses, json, torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
-from benchmarks import codegen
+from benchmarks import compiling
 from benchmarks.launches import SHAPES, launches
 from rlr_fast.kernels import _launch, distance
 
@@ -235,7 +237,7 @@ def of(batch):
     for name, launch in made.items():
         kernel = launch.kernel
         bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-        signature, constants, divisible = codegen.specialization(launch)
+        signature, constants, divisible = compiling.specialization(launch)
 
         def ours_of(place, kind):
             if isinstance(kind, tuple):
@@ -254,7 +256,7 @@ print(json.dumps([of(batch) for batch in (64, 63, 17)]))
 
 @pytest.fixture(scope="module")
 def specializations():
-    """What Triton and `benchmarks.codegen` specialise of each launch, for three batches."""
+    """What Triton and `benchmarks.compiling` specialise of each launch, for three batches."""
     return run_script(SPECIALIZATIONS)
 
 
