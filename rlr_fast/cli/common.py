@@ -13,7 +13,7 @@ from rlr_fast.data import DataSet
 from rlr_fast.inference.decisions import ALPHA, CALIBRATE, Decider
 from rlr_fast.models.checkpoint import CheckpointError
 from rlr_fast.training.calibration import color_scale, read_calibration, trained_classes
-from rlr_fast.training.run_dir import read_run
+from rlr_fast.training.run_dir import unfinished
 
 _log = logging.getLogger(__name__)
 
@@ -43,27 +43,6 @@ def given_scale(scale: tuple[float, float] | None, checkpoint: Path) -> tuple[fl
     if not low < high:
         raise ValueError(f"--scale: LOW must be below HIGH, got {low} {high}")
     return scale
-
-
-def unfinished(run: Path) -> str | None:
-    """Say that training was stopped before its end, if it was; its last act is to write scores.
-
-    Raises:
-        CheckpointError: The scores are damaged.
-        TrainingError: The run's record is damaged.
-    """
-    if read_run(run) is None or trained_classes(run):
-        return None
-    return (
-        f"{run} was not trained to its end: the train command that began it finishes it with "
-        "--resume"
-    )
-
-
-def tell_unfinished(run: Path) -> None:
-    """Warn of a model whose training was stopped before its end."""
-    if (told := unfinished(run)) is not None:
-        _log.warning(told)
 
 
 def refuse_unfinished(run: Path) -> None:

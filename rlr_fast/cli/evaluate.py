@@ -43,7 +43,6 @@ def evaluate(
         given_decider,
         given_scale,
         report_failures,
-        tell_unfinished,
         tell_unmeasured,
     )
     from rlr_fast.data import read_dataset
@@ -60,6 +59,7 @@ def evaluate(
     from rlr_fast.training.calibration import scoring_identity, trained_classes
     from rlr_fast.training.distributed import processes
     from rlr_fast.training.progress import progress_bar
+    from rlr_fast.training.run_dir import tell_unfinished
     from rlr_fast.visualization.report import REPORT_FILE, ReportWriter, check_report
 
     with processes() as group, contextlib.ExitStack() as locks:

@@ -42,7 +42,7 @@ def export(
             camera's; a single number is both. By default the model's image size.
         half: Keep weights in float16: half the size; scores differ by a thousandth or so.
     """
-    from rlr_fast.cli.common import given_decider, tell_unfinished
+    from rlr_fast.cli.common import given_decider
     from rlr_fast.config import InferenceExecution
     from rlr_fast.export.export import check_target, export
     from rlr_fast.export.images import comparison_images, run_images
@@ -50,6 +50,7 @@ def export(
     from rlr_fast.pictures.batches import load_model
     from rlr_fast.prediction.image_files import find_images
     from rlr_fast.training.calibration import read_calibration, scoring_identity, trained_classes
+    from rlr_fast.training.run_dir import tell_unfinished
 
     size = None if input_size is None else flags.pair("--input-size", input_size)
     check_target(out, to, opset, half, size)

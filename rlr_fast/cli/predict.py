@@ -74,7 +74,6 @@ def predict(
         check_out,
         given_decider,
         given_scale,
-        tell_unfinished,
     )
     from rlr_fast.config import optional_tiles
     from rlr_fast.data.check import counted
@@ -88,6 +87,7 @@ def predict(
     from rlr_fast.training.calibration import scoring_identity, trained_classes
     from rlr_fast.training.distributed import processes
     from rlr_fast.training.progress import progress_bar
+    from rlr_fast.training.run_dir import tell_unfinished
     from rlr_fast.visualization.report import ReportWriter, check_report
 
     with processes() as group:

@@ -20,6 +20,7 @@ from rlr_fast.pictures.batches import load_model, score_batches
 from rlr_fast.pictures.scored_files import NOT_FINITE, score_files
 from rlr_fast.pictures.tiling import predict_tiled
 from rlr_fast.training.calibration import read_calibration, scoring_identity, trained_classes
+from rlr_fast.training.run_dir import tell_unfinished
 
 
 class Scorer:
@@ -55,6 +56,7 @@ class Scorer:
     Raises:
         ValueError: ``alpha`` is out of its range or the run has no calibration.
         CheckpointError: There is no such run, or its calibration is damaged.
+        TrainingError: The run's record is damaged.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Scorer:
         self.run, self.execution, self.maps = str(run), execution, maps
         self.backbone_weights = backbone_weights
         folder = fetch_checkpoint(run)
+        tell_unfinished(folder)
         known = trained_classes(folder)
         self._only = next(iter(known)) if len(known) == 1 else None
         self._decider: Decider | None = None

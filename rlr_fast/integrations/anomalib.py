@@ -27,8 +27,10 @@ from rlr_fast.config import PRESETS, RLRConfig, TrainConfig, suggest
 from rlr_fast.data import Sample, read_dataset
 from rlr_fast.data.images import ImageFailure
 from rlr_fast.export.formats import OPENVINO_OPSET
+from rlr_fast.models.checkpoint import fetch_checkpoint
 from rlr_fast.models.rlr import RLRModel
 from rlr_fast.training.distributed import Processes
+from rlr_fast.training.run_dir import tell_unfinished
 from rlr_fast.training.scales import fit_scales
 from rlr_fast.training.score_fit import level_scales
 from rlr_fast.training.steps import Steps, epoch_order
@@ -111,8 +113,11 @@ class Rlr(AnomalibModule):
 
         Raises:
             CheckpointError: A file is missing or damaged.
+            TrainingError: The run's record is damaged.
         """
-        rlr: RLRModel = RLRModel.from_pretrained(run)
+        folder = fetch_checkpoint(run)
+        tell_unfinished(folder)
+        rlr: RLRModel = RLRModel.from_pretrained(folder)
         module = cls(model=rlr.config.to_dict(), **options)
         module.model.rlr.load_checkpoint_state(rlr.checkpoint_state())
         return module

@@ -36,6 +36,7 @@ from rlr_fast.models.checkpoint import (
     read_weights,
     sealed,
 )
+from rlr_fast.training.calibration import trained_classes
 
 RUN_FILE = "run.json"
 STATE_FILE = "training_state.safetensors"
@@ -117,6 +118,32 @@ def read_run(out: Path) -> dict[str, Any] | None:
         return asdict(read_record(_Record, path))
     except (OSError, ValueError) as error:
         raise TrainingError(f"{path} cannot be read: {error}") from error
+
+
+def unfinished(run: Path) -> str | None:
+    """Say that training was stopped before its end, if it was; its last act is to write scores.
+
+    Raises:
+        CheckpointError: The scores are damaged.
+        TrainingError: The run's record is damaged.
+    """
+    if read_run(run) is None or trained_classes(run):
+        return None
+    return (
+        f"{run} was not trained to its end: the train command that began it finishes it with "
+        "--resume"
+    )
+
+
+def tell_unfinished(run: Path) -> None:
+    """Warn of a model whose training was stopped before its end.
+
+    Raises:
+        CheckpointError: The scores are damaged.
+        TrainingError: The run's record is damaged.
+    """
+    if (told := unfinished(run)) is not None:
+        _log.warning(told)
 
 
 def write_trained(out: Path, images: Sequence[Path], workers: int | None = None) -> None:

@@ -149,6 +149,15 @@ def test_a_wrong_scorer_is_refused_where_it_is_made(run, small, tmp_path):
         Scorer(run, pool=True)
 
 
+def test_a_run_that_was_stopped_before_its_end_is_told(run, caplog):
+    Scorer(run)
+    assert not caplog.records
+    (run / "run.json").write_text('{"model": {}, "recipe": {}, "data": {}}')
+    (run / "calibration.json").unlink()  # as training leaves it that is killed
+    Scorer(run)
+    assert f"{run} was not trained to its end" in caplog.text
+
+
 def test_scores_that_are_not_the_calibrations_are_not_decided(run):
     scorer = Scorer(run, InferenceExecution(device="cpu", precision="bf16"), alpha=0.1)
     with pytest.raises(ValueError, match="precision was fp32, now bf16"):
