@@ -47,7 +47,6 @@ class Backbone(nn.Module):
         channels: Channels of each level.
         grids: (h, w) of each level's feature map.
         indices: The network's levels that are read, of all groups.
-        fingerprint: SHA-256 of the kept weights; changes whenever the features would.
 
     Raises:
         ValueError: Unknown name or level, levels that have no mean, or an image size that
@@ -84,7 +83,19 @@ class Backbone(nn.Module):
         maps = self._probe()
         self.channels = tuple(m.shape[1] for m in maps)
         self.grids = tuple((m.shape[2], m.shape[3]) for m in maps)
-        self.fingerprint = _fingerprint(self.network)
+        self._fingerprint: str | None = _fingerprint(self.network)
+        self.register_load_state_dict_pre_hook(Backbone._forget_fingerprint)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the weights as they were made or loaded: with others features are others."""
+        if self._fingerprint is None:
+            self._fingerprint = _fingerprint(self.network)
+        return self._fingerprint
+
+    def _forget_fingerprint(self, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        if any(name.startswith(prefix) for name in state):  # a checkpoint of ours has none of it
+            self._fingerprint = None
 
     def _probe(self) -> list[Tensor]:
         try:
