@@ -43,8 +43,12 @@ def check_checkpoint(name: str | Path) -> None:
         return
     if folder.exists() or folder.parent.is_file():
         raise CheckpointError(f"a checkpoint is a folder, {str(folder)!r} is a file")
-    if len(folder.parts) != 2 or folder.is_absolute() or ".." in folder.parts:
+    repository, has_revision, revision = str(name).partition("@")
+    parts = Path(repository).parts
+    if len(parts) != 2 or folder.is_absolute() or ".." in parts:
         raise CheckpointError(f"there is no checkpoint folder {str(folder)!r}")
+    if has_revision and not revision:
+        raise CheckpointError(f"the revision behind '@' is missing in {str(name)!r}")
 
 
 def fetch_checkpoint(name: str | Path, revision: str | None = None, **options: Any) -> Path:

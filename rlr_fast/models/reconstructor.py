@@ -284,8 +284,9 @@ class Reconstructor(nn.Module):
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the preparation: a copy needs its own."""
-        return self.__dict__ | {"_prepared": None}
+        """Leave out the preparation and compiled code: a copy needs its own."""
+        state: dict[str, Any] = super().__getstate__()
+        return state | {"_prepared": None}
 
     def _replicate_for_data_parallel(self) -> Reconstructor:
         replica = super()._replicate_for_data_parallel()

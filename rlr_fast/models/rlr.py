@@ -216,6 +216,11 @@ class RLRModel(
         """Return whether a call without gradients would take up what was prepared."""
         return all(level.is_prepared() for level in self._reconstructors())
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out compiled code, as `torch.nn.Module` does, and that there was any."""
+        state: dict[str, Any] = super().__getstate__()
+        return state | {"compiled_batch": None}
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call `forward`, or what `torch.nn.Module.compile` made of it."""
         if self._compiled_call_impl is None or torch.compiler.is_compiling():
@@ -389,18 +394,18 @@ class RLRModel(
         for name, tensor in state.items():
             if not tensor.isfinite().all():
                 raise CheckpointError(f"the weights must be finite, and {name} is not")
-        try:
-            missing, unexpected = self.load_state_dict(state, strict=False)
-        except RuntimeError as error:
-            reasons = [line.strip() for line in str(error).splitlines()[1:]]
-            raise CheckpointError(
-                f"the weights do not fit the configuration: {' '.join(reasons[:3])}"
-            ) from error
-        wrong = [k for k in missing if not k.startswith("backbone.")] + list(unexpected)
+        ours = {name: tensor.shape for name, tensor in self.checkpoint_state().items()}
+        wrong = sorted(ours.keys() ^ state.keys())
+        wrong += [
+            f"{name} is {tuple(state[name].shape)}, not {tuple(shape)}"
+            for name, shape in ours.items()
+            if name in state and state[name].shape != shape
+        ]
         if wrong:
             raise CheckpointError(
                 f"the weights do not fit the configuration: {', '.join(wrong[:5])}"
             )
+        self.load_state_dict(state, strict=False)
 
     def checkpoint_metadata(self) -> dict[str, str]:
         """Return what the weights file says of itself."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
+import pickle
 import warnings
 
 import pytest
@@ -280,6 +282,48 @@ def test_weights_of_another_configuration_are_refused(model, small, tmp_path):
     (tmp_path / "config.json").write_text(other.to_json())
     with pytest.raises(CheckpointError, match="do not fit"):
         RLRModel.from_pretrained(tmp_path)
+
+
+def test_weights_that_do_not_fit_leave_the_model_as_it_was(model):
+    state = {name: torch.zeros_like(tensor) for name, tensor in model.checkpoint_state().items()}
+    name, before = next((n, t.clone()) for n, t in model.checkpoint_state().items() if t.any())
+    for wrong in (
+        {n: t for n, t in state.items() if n != list(state)[-1]},
+        state | {"more": before},
+        state | {list(state)[-1]: torch.zeros(1, 2, 3, 4, 5)},
+    ):
+        with pytest.raises(CheckpointError, match="do not fit the configuration"):
+            model.load_checkpoint_state(wrong)
+        assert torch.equal(model.checkpoint_state()[name], before)
+
+
+def test_the_fingerprint_is_that_of_the_backbone_that_was_loaded(small, images, tmp_path):
+    model = RLRModel(small).eval()
+    fingerprint = model.backbone.fingerprint
+    state = copy.deepcopy(model.state_dict())
+    other = {n: t * 1.5 if n.startswith("backbone") else t for n, t in state.items()}
+    model.load_state_dict(other)
+    assert model.backbone.fingerprint != fingerprint
+    model.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="trained on other weights"):
+        RLRModel.from_pretrained(tmp_path)
+    model.load_state_dict(state)
+    assert model.backbone.fingerprint == fingerprint
+
+
+def test_a_copy_of_a_compiled_model_is_another_model(small, images):
+    model = RLRModel(small).eval()
+    model.compiled_batch = 2
+    for level in model.levels:
+        level.compile(backend="eager")
+    score = model(images).score
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert other.compiled_batch is None
+        with torch.no_grad():
+            for parameter in other.levels.parameters():
+                parameter.zero_()
+        assert not torch.equal(other(images).score, score)
+    assert torch.equal(model(images).score, score)
 
 
 def test_vit_levels_at_one_stride():
