@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
@@ -24,10 +24,11 @@ class Hub:
         self.commits: dict[str, dict[str, dict[str, bytes]]] = {}
         self.requests: list[str] = []
 
-    def commit(self, repository: str, files: dict[str, bytes]) -> str:
-        """Add files to a repository; return the commit."""
+    def commit(self, repository: str, files: dict[str, bytes], gone: Collection[str] = ()) -> str:
+        """Add files to a repository, and leave some out; return the commit."""
         commits = self.commits[repository]
         whole = (list(commits.values())[-1] if commits else {}) | files
+        whole = {name: content for name, content in whole.items() if name not in gone}
         names = b"".join(k.encode() + v for k, v in whole.items())
         oid = hashlib.sha1(names + str(len(commits)).encode()).hexdigest()
         commits[oid] = whole
@@ -101,7 +102,9 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 wanted = json.loads(body)
                 name = f"{wanted['organization']}/{wanted['name']}"
                 exists = name in hub.commits
-                hub.commits.setdefault(name, {})
+                if not exists:
+                    hub.commits[name] = {}
+                    hub.commit(name, {".gitattributes": b""})  # as the hub does
                 url = {"url": f"http://{self.headers['Host']}/{name}"}
                 return self.answer(url, 409 if exists else 200)
             if path == "/api/validate-yaml":
@@ -122,7 +125,8 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                     for line in lines
                     if line["key"] == "file"
                 }
-                oid = hub.commit(repository, files)
+                gone = {line["value"]["path"] for line in lines if line["key"] == "deletedFile"}
+                oid = hub.commit(repository, files, gone)
                 url = f"http://{self.headers['Host']}/{repository}/commit/{oid}"
                 return self.answer({"success": True, "commitUrl": url, "commitOid": oid})
             return self.answer({})

@@ -37,18 +37,29 @@ def publish(
         out: Write what would be published into this folder, and publish nothing.
     """
     from huggingface_hub import HfApi
+    from huggingface_hub.utils import validate_repo_id
 
     from rlr_fast.cli.common import refuse_unfinished
     from rlr_fast.data.records import read_record
     from rlr_fast.files import file_digest
-    from rlr_fast.inference.model_card import MeasuredMetrics, write_published
+    from rlr_fast.inference.model_card import (
+        PICTURES_FOLDER,
+        MeasuredMetrics,
+        write_published,
+    )
     from rlr_fast.models.checkpoint import WEIGHTS_FILE, check_checkpoint, hub_errors
-    from rlr_fast.training.run_dir import read_run
+    from rlr_fast.training.calibration import CALIBRATION_FILE
 
     if not run.is_dir():
         raise ValueError(f"RUN: there is no folder {str(run)!r}")
-    if "@" in repository or repository.count("/") != 1 or Path(repository).is_absolute():
+    if repository.count("/") != 1:
         raise ValueError(f"REPOSITORY must be OWNER/NAME, got {repository!r}")
+    try:
+        validate_repo_id(repository)
+    except ValueError as error:
+        raise ValueError(f"REPOSITORY must be OWNER/NAME, got {repository!r}: {error}") from None
+    if not license.strip():
+        raise ValueError(f"--license must name a license, got {license!r}")
     metrics = None
     if results is not None:
         path = results / "metrics.json"
@@ -60,8 +71,6 @@ def publish(
     refuse_unfinished(run)
     if metrics is not None and metrics["weights"] not in (None, file_digest(run / WEIGHTS_FILE)):
         raise ValueError(f"--results: {str(results)!r} is the evaluation of another model")
-    if out is not None and read_run(out) is not None:
-        raise ValueError(f"--out: {str(out)!r} holds a run, which would be overwritten")
     with contextlib.ExitStack() as stack:
         folder = out
         if folder is None:
@@ -82,7 +91,11 @@ def publish(
         with hub_errors(f"the hub did not take {repository}"):
             api.create_repo(repository, private=private, exist_ok=True)
             commit = api.upload_folder(
-                repo_id=repository, folder_path=folder, commit_message="A model of rlr_fast"
+                repo_id=repository,
+                folder_path=folder,
+                commit_message="A model of rlr_fast",
+                # Of an earlier model, where this one has none.
+                delete_patterns=[CALIBRATION_FILE, f"{PICTURES_FOLDER}/*"],
             )
     print(f"{commit.commit_url}\nas a checkpoint: {repository}@{commit.oid}")
     return 0

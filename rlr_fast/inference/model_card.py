@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -15,15 +16,19 @@ from rlr_fast.config import PRESETS
 from rlr_fast.files import replacing, write_atomically
 from rlr_fast.inference.decisions import ALPHA, Decider
 from rlr_fast.inference.metrics import HEADINGS
+from rlr_fast.models.backbone_weights import BackboneWeightsError
 from rlr_fast.models.checkpoint import CONFIG_FILE, WEIGHTS_FILE, CheckpointError, load_config
+from rlr_fast.models.rlr import RLRModel
 from rlr_fast.training.calibration import CALIBRATION_FILE, read_calibration, trained_classes
 from rlr_fast.training.run_dir import read_run
 
 CARD_FILE = "README.md"
 PICTURES_FOLDER = "pictures"
 
-# Where anybody can get a backbone's weights.
-_COMMON = ("timm", "package", "random")
+_log = logging.getLogger(__name__)
+
+# Where anybody can get a trained backbone's weights.
+_COMMON = ("timm", "package")
 
 
 @dataclass(frozen=True)
@@ -58,27 +63,40 @@ def write_published(
 
     Args:
         run: Folder of the run.
-        out: Folder that is written; may exist.
+        out: Folder that is written; empty where it exists.
         repository: Its name on the hub, OWNER/NAME, for the lines that load it.
         license: Of the weights, as the hub names it.
         metrics: Content of the ``metrics.json`` of an evaluation.
         pictures: Shown in the card.
         backbone_weights: Where others get the backbone's weights, ``timm`` or ``package``; by
-            default as the run.
+            default as the run. Other weights than the run's are refused; where they cannot be had
+            here, that they were not compared is told.
 
     Raises:
-        ValueError: The run's backbone weights are a file, and nothing else is given.
-        CheckpointError: A file of the run is missing or damaged.
+        ValueError: The run's backbone weights are a file, and nothing else is given; a picture is
+            missing, or ``out`` is not empty.
+        CheckpointError: A file of the run is missing or damaged, or it was trained on other
+            backbone weights than those that others would get.
         OSError: A file cannot be read or written.
     """
     config = load_config(run / CONFIG_FILE)
     source = backbone_weights or config.backbone_weights
-    if source not in _COMMON:
+    if source not in _COMMON and not source == config.backbone_weights == "random":
         raise ValueError(
             f"backbone_weights must be timm or package, which others can have, got {source!r}"
         )
     if not (run / WEIGHTS_FILE).exists():
         raise CheckpointError(f"{run} is not a checkpoint: it has no {WEIGHTS_FILE}")
+    for picture in pictures:
+        if not picture.is_file():
+            raise ValueError(f"pictures: there is no file {str(picture)!r}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"out must be a new or an empty folder, and {str(out)!r} is neither")
+    if source != config.backbone_weights:
+        try:
+            RLRModel.from_pretrained(run, backbone_weights=source)
+        except BackboneWeightsError as error:
+            _log.warning("not compared with the weights that the run was trained on: %s", error)
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / CONFIG_FILE, replace(config, backbone_weights=source).to_json())
     for name in (WEIGHTS_FILE, CALIBRATION_FILE):

@@ -354,8 +354,8 @@ def test_publish_does_not_write_over_a_run(trained, tmp_path, capsys):
     other = shutil.copytree(trained / "run", tmp_path / "other")
     before = (other / "model.safetensors").stat()
     argv = ("publish", trained / "run", "me/x", "--license", "mit", "--out", other)
-    message = refused(capsys, *argv, "--backbone-weights", "package")
-    assert "holds a run, which would be overwritten" in message
+    message = refused(capsys, *argv)
+    assert "out must be a new or an empty folder" in message
     assert (other / "model.safetensors").stat() == before
 
 

