@@ -5,16 +5,23 @@ Needs anomalib 2.7 or later (``pip install 'rlr_fast[anomalib]'``).
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas
 import torch
 from anomalib import LearningType
-from anomalib.data import AnomalibDataModule, AnomalibDataset, Batch, InferenceBatch
+from anomalib.data import (
+    AnomalibDataModule,
+    AnomalibDataset,
+    Batch,
+    ImageItem,
+    InferenceBatch,
+)
 from anomalib.data.utils import LabelName, TestSplitMode, ValSplitMode
 from anomalib.deploy import CompressionType
 from anomalib.models.components import AnomalibModule
@@ -22,11 +29,14 @@ from anomalib.pre_processing import PreProcessor
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 from torchvision.transforms.v2 import Resize
+from torchvision.transforms.v2.functional import to_dtype, to_image
+from torchvision.tv_tensors import Mask
 
-from rlr_fast.config import PRESETS, RLRConfig, TrainConfig, suggest
+from rlr_fast.config import PRESETS, RLRConfig, TrainConfig, from_dict, suggest
 from rlr_fast.data import Sample, read_dataset
-from rlr_fast.data.images import ImageFailure
+from rlr_fast.data.images import ImageFailure, open_image, read_mask, to_rgb
 from rlr_fast.export.formats import OPENVINO_OPSET
+from rlr_fast.inference.evaluate import check_masks
 from rlr_fast.models.checkpoint import fetch_checkpoint
 from rlr_fast.models.rlr import RLRModel
 from rlr_fast.training.distributed import Processes
@@ -38,6 +48,8 @@ from rlr_fast.training.steps import Steps, epoch_order
 if TYPE_CHECKING:
     from anomalib.evaluator import Evaluator
     from anomalib.visualization import Visualizer
+
+_log = logging.getLogger(__name__)
 
 
 class Inference(nn.Module):
@@ -95,12 +107,13 @@ class Rlr(AnomalibModule):
         # Before the base class asks for the pre-processor.
         self.config = RLRConfig.from_dict(start.model.to_dict() | (model or {}))
         self.config.require_whole("anomalib")
-        self.recipe = TrainConfig(**dataclasses.asdict(start.train) | (recipe or {}))
+        self.recipe = from_dict(TrainConfig, recipe or {}, start.train)
         super().__init__(pre_processor, post_processor, evaluator, visualizer)
         torch.manual_seed(self.recipe.seed)
         self.model = Inference(RLRModel(self.config))
         self.automatic_optimization = False
         self._steps: Steps | None = None
+        self._left = 0
         self._optimizer_states: list[dict[str, Any]] | None = None
 
     @classmethod
@@ -229,12 +242,42 @@ class Rlr(AnomalibModule):
         progress.increment_ready()
         progress.increment_completed()
 
-    def on_train_epoch_end(self) -> None:
-        """After the last epoch put the levels on one scale, if the recipe says so."""
-        if self.current_epoch + 1 == self.recipe.epochs and self.recipe.score_fit == "scaled":
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """After the last step put the levels on one scale, if the recipe says so.
+
+        The validation of the last epoch, which sets anomalib's thresholds, comes after it.
+        """
+        assert self._steps is not None
+        taken = self.current_epoch * self._steps.per_epoch + batch_idx + 1
+        self._left = self.recipe.epochs * self._steps.per_epoch - taken
+        if self._left == 0 and self.recipe.score_fit == "scaled":
             features = _DatasetFeatures(self.rlr, self.trainer.train_dataloader.dataset)
             offsets, weights = level_scales(self.rlr, features, Processes())
             self.rlr.set_score(level_offsets=offsets, level_weights=weights)
+
+    def on_train_end(self) -> None:
+        """Tell that training was stopped before the recipe's end."""
+        if self._left:
+            _log.warning(
+                "training was stopped %s steps before the end of the recipe, where levels are put "
+                "on one scale",
+                self._left,
+            )
+
+    def on_test_start(self) -> None:
+        """Tell that scores have no scale yet."""
+        self._tell_unscaled()
+
+    def on_predict_start(self) -> None:
+        """Tell that scores have no scale yet."""
+        self._tell_unscaled()
+
+    def _tell_unscaled(self) -> None:
+        if self.post_processor is not None and self.post_processor.image_min.isnan():
+            _log.warning(
+                "the post-processor has no thresholds: scores stay as they are, labels and metrics "
+                "of labels mean nothing; call engine.validate(model, datamodule=data) before"
+            )
 
     def validation_step(self, batch: Batch, *_: Any, **__: Any) -> Batch:
         """Score a batch, for anomalib's thresholds."""
@@ -308,6 +351,29 @@ class MultiCategoryDataset(AnomalibDataset):
         self.samples = pandas.DataFrame(rows, columns=columns)
         self.samples.attrs["task"] = "segmentation" if has_masks else "classification"
 
+    def __getitem__(self, index: int) -> ImageItem:
+        """Return an image with its mask, both read as ``rlr-fast`` reads them.
+
+        Raises:
+            UnreadableImageError: The file cannot be read as a picture.
+        """
+        row = self.samples.iloc[index]
+        pixels = to_image(to_rgb(open_image(row.image_path), row.image_path))
+        image, mask = to_dtype(pixels, torch.float32, scale=True), None
+        if self.samples.attrs["task"] == "segmentation":
+            none = np.zeros(image.shape[-2:], dtype=np.bool_)
+            marked = read_mask(row.mask_path) if row.mask_path else none
+            mask = Mask(torch.from_numpy(marked).to(torch.uint8))
+        if self.augmentations:
+            image, mask = self.augmentations(image, mask)
+        return ImageItem(
+            image=image,
+            gt_mask=mask,
+            gt_label=torch.tensor(row.label_index),
+            image_path=row.image_path,
+            mask_path=row.mask_path or None,
+        )
+
 
 class MultiCategory(AnomalibDataModule):
     """A data module of all classes of a data set, for one model of them all.
@@ -325,7 +391,7 @@ class MultiCategory(AnomalibDataModule):
 
     Raises:
         ValueError: The folder does not follow the layout, or a class has no images to train or test
-            on; at `setup`.
+            on, or masks are missing or of another size than their images; at `setup`.
     """
 
     def __init__(
@@ -355,6 +421,7 @@ class MultiCategory(AnomalibDataModule):
         data = read_dataset(self.root, self.layout, self.classes)
         data.require_train()
         data.require_test()
+        check_masks(data)
         self.train_data = MultiCategoryDataset(data.train, "train", data.has_masks)
         self.test_data = MultiCategoryDataset(data.test, "test", data.has_masks)
 

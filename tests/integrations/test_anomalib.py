@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 
+import numpy as np
 import pytest
 import torch
 
@@ -33,6 +35,12 @@ def module(recipe=RECIPE, **options):
 
 def data(root):
     return MultiCategory(root, train_batch_size=4, eval_batch_size=4)
+
+
+def data_of(root):
+    module = data(root / "data")
+    module.setup()
+    return module
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +94,65 @@ def test_the_engines_metrics_are_ours(trained, ours, tmp_path):
     expected = roc_auc_score(labels, scores), roc_auc_score(torch.cat(masks), torch.cat(maps))
     found = metrics["image_AUROC"], metrics["pixel_AUROC"]
     assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_thresholds_are_of_the_scores_that_the_trained_model_gives(trained):
+    root, rlr, _ = trained
+    assert rlr.rlr.config.level_weights != (1.0,)  # the levels were scaled
+    scores = []
+    for batch in data_of(root).val_dataloader():
+        with torch.no_grad():
+            scores += rlr.rlr.eval()(batch.image).score.tolist()
+    found = rlr.post_processor.image_min, rlr.post_processor.image_max
+    assert [bound.item() for bound in found] == pytest.approx([min(scores), max(scores)], rel=1e-4)
+
+
+def test_what_has_no_thresholds_or_no_end_of_training_is_told(trained, ours, tmp_path, caplog):
+    root, _, _ = trained
+    quiet = {**QUIET, "enable_model_summary": False}
+    engine = Engine(default_root_dir=tmp_path, **quiet)
+    rlr = Rlr.from_run(root / "ours", visualizer=False)
+    engine.test(rlr, datamodule=data(root / "data"), verbose=False)
+    assert "call engine.validate(model, datamodule=data) before" in caplog.text
+    engine.validate(rlr, datamodule=data(root / "data"), verbose=False)
+    caplog.clear()
+    engine.test(rlr, datamodule=data(root / "data"), verbose=False)
+    engine = Engine(default_root_dir=tmp_path, max_steps=2, **quiet)
+    assert not [r for r in caplog.records if r.name.startswith("rlr_fast")]
+    engine.fit(module(), datamodule=data(root / "data"))
+    assert "training was stopped 4 steps before the end of the recipe" in caplog.text
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_images_and_masks_are_read_as_ours(tmp_path, bits):
+    make_tree(tmp_path, classes=("bolt",))
+    path = sorted((tmp_path / "bolt/train/good").iterdir())[0]
+    gray = np.asarray(Image.open(path).convert("L"))
+    Image.fromarray(gray.astype(np.uint16) * 257 if bits == 16 else gray).save(path)
+    module = data(tmp_path)
+    module.setup()
+    found = {
+        item.image_path: item for part in (module.train_data, module.test_data) for item in part
+    }
+    expected = read_dataset(tmp_path)
+    assert len(found) == len(expected.train["bolt"]) + len(expected.test["bolt"])
+    for sample in (*expected.train["bolt"], *expected.test["bolt"]):
+        item = found[str(sample.path)]
+        size = tuple(item.image.shape[-2:])
+        assert torch.equal(
+            (255 * item.image).round().to(torch.uint8), load_image(sample.path, size)
+        )
+        assert torch.equal(item.gt_mask.bool(), load_sample_mask(sample, size))
+        assert bool(item.gt_label) == sample.is_anomaly
+
+
+def test_mistakes_are_told_before_training(tmp_path):
+    make_tree(tmp_path, classes=("bolt", "nut"))
+    shutil.rmtree(tmp_path / "nut/ground_truth")
+    with pytest.raises(ValueError, match="shows a defect and has no mask"):
+        data(tmp_path).setup()
+    with pytest.raises(ValueError, match="has no field 'epoch'; did you mean 'epochs'"):
+        Rlr("tiny", CONFIG.to_dict(), {"epoch": 3})
 
 
 def test_a_checkpoint_of_the_engine_is_loaded_safely_and_scores_the_same(trained):
