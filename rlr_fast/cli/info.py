@@ -156,7 +156,7 @@ def info(
         checkpoint: Folder of a run whose model is described, in place of a preset's.
         as_json: Write JSON.
     """
-    from rlr_fast.models.checkpoint import CONFIG_FILE, load_config
+    from rlr_fast.models.checkpoint import CONFIG_FILE, fetch_checkpoint, load_config
     from rlr_fast.models.environment import start_device
 
     if preset is not None and checkpoint is not None:
@@ -165,7 +165,7 @@ def info(
     if preset is not None or checkpoint is not None or model:
         base = PRESETS[preset or "paper"].model
         if checkpoint is not None:
-            base = load_config(checkpoint / CONFIG_FILE)
+            base = load_config(fetch_checkpoint(checkpoint) / CONFIG_FILE)
         described = from_dict(RLRConfig, model, base)
     values, text = describe(described, start_device(ExecutionConfig(**execution)))
     print(json.dumps(values, indent=2) if as_json else text)

@@ -64,6 +64,8 @@ class Comparison:
         return within and ordered and self.decisions == 0
 
     def __str__(self) -> str:
+        if math.isnan(self.score_map + self.score):
+            return f"{self.runtime}: gives NaN, no scores at all"
         text = f"{self.runtime}: map within {self.score_map:.1e}, score within {self.score:.1e}"
         if self.half:
             text += f", rank correlation {self.rank_correlation:.5f}"
@@ -74,7 +76,11 @@ class Comparison:
 def model_outputs(model: RLRModel, images: Tensor) -> Outputs:
     """Return the score maps and scores that prediction has of images (n, 3, H, W)."""
     batches = [(None, part) for part in images.split(_TOGETHER)]
-    parts = [scores for _, scores in score_batches(model.eval(), batches)]
+    training = model.training
+    try:
+        parts = [scores for _, scores in score_batches(model.eval(), batches)]
+    finally:
+        model.train(training)
     scores = np.concatenate([part.scores for part in parts])
     return {
         "score_map": np.concatenate([part.maps for part in parts]),

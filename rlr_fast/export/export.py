@@ -135,7 +135,8 @@ def export(
         What was written, and the comparisons.
 
     Raises:
-        ValueError: See `check_target`; or ``decider`` cannot decide.
+        ValueError: See `check_target`; or ``decider`` cannot decide, or the model is compiled, or
+            not of float32.
         ExportError: A package is missing, the model has no such form, or a runtime disagrees.
         OSError: The file cannot be written.
     """
@@ -182,6 +183,7 @@ def export(
                 compared.append(result)
             elif not result.agrees:
                 differs.append(result)
+        check_target(out, kind, opset if kind == "onnx" else None, half, input_size)  # still
         for file in FORMATS[kind].files(out):
             put_in_place(part.with_name(file.name), file)
     return Exported(FORMATS[kind].files(out), nodes, seconds, compared, differs)

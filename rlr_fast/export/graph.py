@@ -38,7 +38,7 @@ class ExportGraph(nn.Module):
         attention: Backend of attention up to `DENSE_TOKENS`; above it is ``tiled``.
 
     Raises:
-        ValueError: The model is compiled.
+        ValueError: The model is compiled, or of another dtype than float32.
     """
 
     def __init__(
@@ -53,6 +53,9 @@ class ExportGraph(nn.Module):
         super().__init__()
         if model.compiled_batch is not None:
             raise ValueError("model must be eager to be exported, got a compiled one")
+        dtypes = {parameter.dtype for parameter in model.parameters()} - {torch.float32}
+        if dtypes:
+            raise ValueError(f"model must be of float32 to be exported, got {dtypes.pop()}")
         self.model = copy.deepcopy(model).to("cpu").eval()
         levels = cast("list[Reconstructor]", list(self.model.levels))
         tokens = max(level.reference.shape[-2] for level in levels)

@@ -199,6 +199,12 @@ class RLRModel(
         for level in self._reconstructors():
             level.grad_checkpointing = enable
 
+    def requires_grad_(self, requires_grad: bool = True) -> RLRModel:
+        """Let all ask for gradients, or none, but for the backbone, which is frozen."""
+        super().requires_grad_(requires_grad)
+        self.backbone.network.requires_grad_(False)
+        return self
+
     def prepare_for_inference(self) -> RLRModel:
         """Compute now, for later calls, what depends on no image; return the model.
 

@@ -267,6 +267,7 @@ def test_predict_takes_a_name_that_is_no_text(trained, tmp_path):
         ([*PREDICT, "--tile", "8", "--tile=16"], "--tile is given twice. See rlr-fast predict"),
         (["info", "--image-size", "8", "--image_size", "9"], "--image-size is given twice"),
         (["info", "--preset", "tiny", "--checkpoint", "RUN"], "give one of them"),
+        (["info", "--checkpoint", __file__], "a checkpoint is a folder"),
         (["train", "DATA", "--out", "OUT", "--overlap", "8"], "overlap needs a tile"),
         (["figures", "DATA", "--checkpoint", "RUN", "--out", "OUT", "--tile", "8"], "--tile"),
         (

@@ -20,7 +20,7 @@ from rlr_fast import RLRConfig, RLRModel
 from rlr_fast.cli import main
 from rlr_fast.data import iterate_images
 from rlr_fast.export import export as module
-from rlr_fast.export.compare import compare
+from rlr_fast.export.compare import compare, model_outputs
 from rlr_fast.export.formats import halve
 from rlr_fast.export.graph import ExportGraph
 from rlr_fast.export.images import comparison_images
@@ -223,7 +223,7 @@ def use_unknown_operator(model):
     ("plant", "message"),
     [
         (change_weight, "map within"),
-        (plant_nan, "map within nan"),
+        (plant_nan, "gives NaN, no scores at all"),
         (lower_calibration, "p-values or decisions are not those of their scores"),
         (use_unknown_operator, "cannot run the file, so it is not kept"),
     ],
@@ -280,6 +280,30 @@ def test_openvino_refuses_a_file_and_its_default_precision_is_told(
         assert "openvino: map within 1.0e+00" in caplog.text
         assert "INFERENCE_PRECISION_HINT f32" in caplog.text
     assert out.exists() != required
+
+
+def test_a_file_that_appears_meanwhile_is_kept(folder, tmp_path, monkeypatch, capsys, onnx_file):
+    out = tmp_path / "model.onnx"
+
+    def write(program, kind, path, **options):
+        out.write_text("another's")
+        return copy_of(onnx_file)(program, kind, path)
+
+    monkeypatch.setattr(module, "write", write)
+    monkeypatch.setattr(ExportGraph, "trace", lambda graph: None)
+    told = refused(capsys, folder / "run", "--to", "onnx", "--out", out, *ALPHA)
+    assert "exists already" in told and out.read_text() == "another's"
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_model_stays_as_it_is_and_must_be_of_float32(small):
+    model = RLRModel(small)
+    images = torch.zeros(2, 3, *small.image_size, dtype=torch.uint8)
+    for training in (True, False):
+        model_outputs(model.train(training), images)
+        assert model.training == training
+    with pytest.raises(ValueError, match=r"must be of float32 to be exported, got torch\.float16"):
+        ExportGraph(model.half(), None, [])
 
 
 def test_a_full_disk_leaves_nothing(folder, tmp_path, monkeypatch, capsys):

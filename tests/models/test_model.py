@@ -84,6 +84,13 @@ def test_only_the_levels_are_trained(model, images):
     assert trained == {n for n, _ in model.named_parameters() if n.startswith("levels.")}
 
 
+def test_the_backbone_never_asks_for_gradients(model):
+    for ask in (False, True):
+        assert model.requires_grad_(ask) is model
+        asking = {n.partition(".")[0] for n, p in model.named_parameters() if p.requires_grad}
+        assert asking == ({"levels"} if ask else set())
+
+
 def test_save_and_load_gives_the_same_output(model, images, tmp_path):
     model.save_pretrained(tmp_path / "run")
     names = {p.name for p in (tmp_path / "run").iterdir()}
