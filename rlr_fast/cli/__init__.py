@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import logging
 import sys
+import warnings
 from collections.abc import Sequence
 
 from cyclopts import CycloptsError, MissingArgumentError, UnusedCliTokensError
@@ -31,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     level = logging.WARNING if tells() else logging.ERROR  # what one tells, the others meet too
     logging.basicConfig(level=level, format="%(levelname)s: %(message)s")
+    # Pillow's, of pictures that are read all the same.
+    warnings.filterwarnings("ignore", message="Image size .* exceeds limit")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a name that the terminal cannot show is no end
             stream.reconfigure(errors="backslashreplace")

@@ -18,6 +18,7 @@ Every size is (height, width) in pixels.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import stat
@@ -31,7 +32,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from rlr_fast.config import LARGEST
 from rlr_fast.data.layouts import Box, Sample
@@ -45,6 +46,18 @@ _BROKEN_FILE = (
     TypeError,
     Image.DecompressionBombError,
 )
+
+# What gives back the pixels as stored, where Pillow has turned a TIFF by its orientation.
+_STORED = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+_ON_ITS_SIDE = 5  # from this orientation on, height and width are exchanged
 
 # Pillow reads fifty formats more, by readers that are less tested, and one starts a program.
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP")
@@ -121,7 +134,10 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
     image: Image.Image
     try:
         with _opened(path) as image:
+            turned = _turned(image)
             image.load()
+            if turned in _STORED:
+                image = image.transpose(_STORED[turned])
     except _BROKEN_FILE as error:
         raise UnreadableImageError(path, _reason(path, error)) from error
     return image
@@ -136,17 +152,31 @@ def read_image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
     try:
         with _opened(path) as image:
             width, height = image.size
+            if _turned(image) >= _ON_ITS_SIDE:
+                width, height = height, width
     except _BROKEN_FILE as error:
         raise UnreadableImageError(path, _reason(path, error)) from error
     return height, width
 
 
-def _opened(path: str | os.PathLike[str]) -> Image.Image:
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
     # To open a pipe waits for its writer, and to read a terminal for its user, for ever.
     mode = os.stat(path).st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise ValueError("it is a pipe or a device, not a file")
-    return Image.open(path, formats=_FORMATS)
+    # Of a path, not of a file, Pillow maps the memory, and a TIFF that it turns in a wrong shape.
+    with open(path, "rb") as file, Image.open(file, formats=_FORMATS) as image:
+        yield image
+
+
+def _turned(image: Image.Image) -> int:
+    """Return the orientation by which Pillow turns a file that is not loaded yet; 1 is as stored.
+
+    Of other formats it leaves the pixels as they are stored.
+    """
+    orientation = image.getexif().get(ExifTags.Base.Orientation) if image.format == "TIFF" else 1
+    return orientation if orientation in _STORED else 1
 
 
 def to_rgb(image: Image.Image, path: str | os.PathLike[str]) -> Image.Image:
@@ -162,8 +192,11 @@ def to_rgb(image: Image.Image, path: str | os.PathLike[str]) -> Image.Image:
     """
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
         # Pillow's own conversion clips at 255, which turns a 16-bit picture white.
-        high_byte = np.asarray(image).astype(np.uint16) >> 8
-        image = Image.fromarray(high_byte.astype(np.uint8))
+        pixels = np.asarray(image).astype(np.uint16)
+        high_byte = (pixels >> 8).astype(np.uint8)
+        if "transparency" in image.info:  # the value of transparent pixels
+            high_byte[pixels == image.info["transparency"]] = 0
+        image = Image.fromarray(high_byte)
     elif image.mode in ("I", "F"):
         kind = "floats" if image.mode == "F" else "32-bit integers"
         raise UnreadableImageError(
@@ -432,6 +465,8 @@ def _reason(path: str | os.PathLike[str], error: BaseException) -> str:
             if os.path.getsize(path) == 0
             else f"not an image of a known format ({', '.join(_FORMATS)})"
         )
+    if isinstance(error, Image.DecompressionBombError) and Image.MAX_IMAGE_PIXELS is not None:
+        return f"it has more than {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error) or type(error).__name__
