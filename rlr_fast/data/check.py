@@ -187,9 +187,9 @@ def check_dataset(
         )
 
         problems += _check_counts(name, train, test, data.layout)
-        for sample, result in zip(samples, checked, strict=True):
+        for i, (sample, result) in enumerate(zip(samples, checked, strict=True)):
             problems += result.problems
-            if sample in leaks:
+            if i >= len(train) and sample in leaks:
                 use = "calibrated" if sample in validation else "tested"
                 message = f"the same file as {leaks[sample]}, which is not to be {use} on"
                 problems.append(Problem("leak", name, sample.path, message))
@@ -212,6 +212,8 @@ def check_dataset(
             masks=sum(len(sample.mask_paths) for sample in test),
             image_sizes=dict(sorted(sizes.items())),
         )
+    if classes is None:
+        problems += _check_beside(data)
     return Report(data.root, data.layout, reports, problems)
 
 
@@ -306,6 +308,29 @@ def _check_counts(
         yield Problem("no-test", name, None, message)
     elif not any(sample.is_anomaly for sample in test):
         yield Problem("no-test", name, None, "no defective image to test on: AUROC is undefined")
+
+
+def _check_beside(data: DataSet) -> Iterable[Problem]:
+    """Yield the folders beside those of the classes, and the root, where they hold images."""
+    folders = {os.path.realpath(folder) for folder in data.folders.values()}
+    beside = {os.path.realpath(folder.parent) for folder in data.folders.values()}
+    if data.layout == "folder" or os.path.realpath(data.root) not in beside:
+        return  # it has no other folders, or is itself the class
+    images = {data.root: len(list_images(data.root))} | {
+        part: sum(len(images) for _, images in _image_tree(part))
+        for part in subfolders(data.root).values()
+        if os.path.realpath(part) not in folders
+    }
+    for part, count in images.items():
+        if count:
+            names = "" if part == data.root else _meant_below(part)
+            message = f"layout {data.layout} has no use for {counted(count, 'image')} in it{names}"
+            yield Problem("not-read", "", part, message)
+
+
+def _meant_below(folder: Path) -> str:
+    hints = (_meant(name, list(_FOLDERS)) for name in subfolders(folder))
+    return next(filter(None, hints), "; it is no class, without train or test")
 
 
 def _check_unused(name: str, samples: list[Sample], data: DataSet) -> Iterable[Problem]:

@@ -26,6 +26,7 @@ import contextlib
 import csv
 import difflib
 import os
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -376,6 +377,12 @@ def _read_visa(root: Path, classes: Iterable[str] | None) -> DataSet:
     if not os.path.isfile(table):
         raise ValueError(_nothing_fits(root, ("visa",)))
     rows = list(_visa_rows(table))
+    if not rows:
+        raise ValueError(f"{str(table)!r} lists no image")
+    images = Counter((split, image) for _, split, _, image, _ in rows)
+    (split, image), count = images.most_common(1)[0]
+    if count > 1:
+        raise ValueError(f"{str(table)!r} lists {image} {count} times in {split}")
     names = _selected(classes, {category for category, *_ in rows})
     splits: dict[str, dict[str, list[Sample]]] = {
         split: {name: [] for name in names} for split in ("train", "test", "validation")
@@ -465,6 +472,10 @@ def _nothing_fits(root: Path, layouts: tuple[str, ...]) -> str:
         )
     elif (nearby := _nearby(root)) is not None:
         lines.append(f"did you mean {str(nearby)!r}? It looks like layout {_guess(nearby)!r}")
+    elif "folder" in layouts and any(_image_names(f) for f in subfolders(root).values()):
+        deep = [f"{name}/" for name, folder in subfolders(root).items() if subfolders(folder)]
+        if deep:
+            lines.append(f"folders of images must have no folders in them, as has {deep[0]}")
     return "\n".join(lines)
 
 

@@ -250,6 +250,37 @@ def test_plain_folder_is_not_blamed_for_having_no_test(tmp_path, pictures):
     assert report.classes["screws"].train == 1
 
 
+def test_images_beside_the_classes_are_told(root, pictures):
+    pictures.image(root / "washer/Train/good/0.png")
+    pictures.image(root / "washer/Test/dent/0.png")
+    pictures.image(root / "photos/0.png")
+    pictures.image(root / "loose.png")
+    (root / "notes").mkdir()
+    report = check_dataset(root)
+    assert kinds(report) == [
+        ("warning", "not-read", "", name) for name in (root.name, "photos", "washer")
+    ]
+    told = [problem.message for problem in report.problems]
+    assert told[0] == "layout mvtec has no use for 1 image in it"
+    assert told[1].endswith("it is no class, without train or test")
+    assert "2 images in it; is 'Test' meant to be 'test'?" in told[2]
+    assert kinds(check_dataset(root, classes=["nut"])) == []  # the others are left out on purpose
+    assert kinds(check_dataset(root / "nut")) == []
+
+
+def test_an_image_that_a_table_has_in_two_splits_is_told_once(tmp_path, pictures):
+    rows = ["object,split,label,image,mask"]
+    for split in ("train", "test"):
+        name = f"nut/Data/Images/Normal/{split}.JPG"
+        pictures.image(tmp_path / name)
+        rows.append(f"nut,{split},normal,{name},")
+    rows.append(rows[1].replace("train,", "test,"))
+    (tmp_path / "split_csv").mkdir()
+    (tmp_path / "split_csv/1cls.csv").write_text("\n".join(rows))
+    found = [kind for _, kind, *_ in kinds(check_dataset(tmp_path))]
+    assert found.count("leak") == 1
+
+
 def test_same_file_to_train_and_to_test_on_is_a_leak_across_classes(root, tmp_path, pictures):
     shutil.copy(root / "bottle/train/good/0.png", root / "nut/test/good/5.png")
     # Of the same length, but another picture: not a leak.

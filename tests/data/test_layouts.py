@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from conftest import save_picture
 
 from rlr_fast.data.layouts import LAYOUTS, find_class, list_images, read_dataset
 
@@ -179,6 +180,27 @@ def test_visa_table_that_is_no_text_is_named(tmp_path):
     touch(tmp_path, "split_csv/1cls.csv")
     (tmp_path / "split_csv/1cls.csv").write_bytes(b"object,split,label,image,mask\n\xff,,,,\n")
     with pytest.raises(ValueError, match=r"1cls\.csv' cannot be read: 'utf-8' codec"):
+        read_dataset(tmp_path)
+
+
+def test_visa_table_without_rows_or_with_an_image_twice_is_refused(tmp_path):
+    make_visa(tmp_path)
+    table = tmp_path / "split_csv/1cls.csv"
+    lines = table.read_text().splitlines()
+    table.write_text(lines[0] + "\n")
+    with pytest.raises(ValueError, match=r"1cls\.csv' lists no image"):
+        read_dataset(tmp_path)
+    table.write_text("\n".join([*lines, lines[1]]))
+    with pytest.raises(ValueError, match=r"1cls\.csv' lists .* 2 times in "):
+        read_dataset(tmp_path)
+
+
+def test_folders_within_folders_of_images_are_named(tmp_path):
+    for name in ("a", "b"):
+        save_picture(tmp_path / name / "0.png", 0)
+    assert read_dataset(tmp_path).layout == "folder"
+    save_picture(tmp_path / "b/maps/0.png", 0)
+    with pytest.raises(ValueError, match="must have no folders in them, as has b/"):
         read_dataset(tmp_path)
 
 
