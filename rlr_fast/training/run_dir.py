@@ -233,6 +233,18 @@ def check_folder(out: Path, record: Mapping[str, Any], resume: bool, data: DataS
     changed = changed_settings(previous, record)
     if changed:
         raise TrainingError(f"{out} cannot be resumed with other settings: {'; '.join(changed)}")
+
+
+def tell_other_processes(out: Path, record: Mapping[str, Any]) -> None:
+    """Warn of a run that goes on in another number of processes than it was begun in.
+
+    Raises:
+        CheckpointError: The run's scores are damaged.
+        TrainingError: The run's record is damaged.
+    """
+    previous = read_run(out)
+    if previous is None or unfinished(out) is None:
+        return
     begun, now = previous["processes"], record["processes"]
     if begun != now:
         _log.warning(

@@ -45,6 +45,7 @@ from rlr_fast.training.run_dir import (
     check_folder,
     lock_run,
     read_trained,
+    tell_other_processes,
     write_settings,
     write_trained,
 )
@@ -164,6 +165,7 @@ def train(
             if group.is_main:
                 stack.enter_context(lock_run(out))
                 check_folder(out, record, resume, data)  # another command may have been there
+                tell_other_processes(out, record)
         group.agree(_decisive(record, model))
         if group.is_main:
             for line in _keyless_levels(model):

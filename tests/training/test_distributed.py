@@ -379,10 +379,13 @@ def test_ddp_gives_the_gradients_of_one_process(found):
 def test_another_number_of_processes_may_resume_and_is_told(folder, tmp_path, caplog):
     shutil.copytree(folder / "steps", tmp_path / "run")
     recipe = NOISY, STEPS, read_dataset(folder / "data"), tmp_path / "run"
+    execution = TrainExecution(device="cpu", cache_dir=folder / "cache")
     with caplog.at_level(logging.WARNING):
-        execution = TrainExecution(device="cpu", cache_dir=folder / "cache")
         train(*recipe, execution, quiet=True, resume=True)
-    assert "begun by 2 process(es) and goes on with 1" in caplog.text
+        assert "goes on with" not in caplog.text  # it was finished
+        (tmp_path / "run/calibration.json").unlink()  # as training leaves it that is killed
+        train(*recipe, execution, quiet=True, resume=True)
+    assert caplog.text.count("begun by 2 process(es) and goes on with 1") == 1
 
 
 # One process
