@@ -56,9 +56,14 @@ def write_report(
         OSError: A file cannot be written; the old one is as it was.
     """
     content = summary(table, base, recipe, data, seeds, finished, left_out)
-    write_atomically(out / "table.json", json.dumps(content, indent=2, ensure_ascii=False))
-    write_atomically(out / "table.csv", to_csv(content))
-    write_atomically(out / REPORT_FILE, to_markdown(content))
+    texts = {
+        "table.json": json.dumps(content, indent=2, ensure_ascii=False),
+        "table.csv": to_csv(content),
+        REPORT_FILE: to_markdown(content),
+    }
+    for name, text in texts.items():
+        # A file's name may have bytes that are no text; in JSON this is its own escape of them.
+        write_atomically(out / name, text.encode("utf-8", "backslashreplace").decode())
 
 
 def summary(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import re
 from pathlib import Path
 
@@ -13,13 +14,14 @@ from rlr_fast import RLRConfig, TrainConfig
 from rlr_fast.data import DataSet
 from rlr_fast.inference.metrics import HEADINGS
 from rlr_fast.paper import folder
-from rlr_fast.paper.report import summary, to_csv, to_markdown
+from rlr_fast.paper.report import summary, to_csv, to_markdown, write_report
 from rlr_fast.paper.tables import CLASSES, TABLES
 
 TABLE = TABLES["perturbation"]
 
 
-def told(table, classes, seeds=(0, 1)):
+def known(table, classes, seeds=(0, 1)):
+    """What `write_report` and `summary` take: model, recipe, data, seeds, results, failures."""
     data = DataSet(Path("data"), "mvtec", {c: [] for c in classes}, {c: [] for c in classes})
     metrics = dict.fromkeys(HEADINGS, 0.5)
     one = folder.Metrics(
@@ -31,7 +33,11 @@ def told(table, classes, seeds=(0, 1)):
         failures=[],
     )
     finished = {row.name: dict.fromkeys(seeds, one) for row in table.rows}
-    return summary(table, RLRConfig(), TrainConfig(), data, seeds, finished, [])
+    return RLRConfig(), TrainConfig(), data, seeds, finished, []
+
+
+def told(table, classes, seeds=(0, 1)):
+    return summary(table, *known(table, classes, seeds))
 
 
 def test_the_papers_figures_stand_only_beside_its_data():
@@ -95,6 +101,14 @@ def test_names_of_classes_break_neither_markdown_nor_csv():
     assert grid[5].startswith("| mean | ") and grid[6].startswith("| mean | ")
     read = list(csv.DictReader(io.StringIO(to_csv(content))))
     assert [line["class"] for line in read] == ["mean", *classes]
+
+
+def test_names_of_bytes_that_are_no_text_are_written(tmp_path):
+    write_report(tmp_path, TABLES["1"], *known(TABLES["1"], ["bo\udcfflt"]))
+    content = json.loads((tmp_path / "table.json").read_text(encoding="utf-8"))
+    assert content["data"]["classes"] == ["bo\udcfflt"]
+    for name in ("table.csv", "table.md"):
+        assert "bo\\udcfflt" in (tmp_path / name).read_text(encoding="utf-8")
 
 
 def test_one_epoch_is_not_the_last_of_some():
