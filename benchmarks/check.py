@@ -239,12 +239,15 @@ def run_job(job: Any) -> dict[str, float]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check, print and record; return 1 where anything failed."""
     from benchmarks import parallel, record
+    from benchmarks.arguments import positive
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.check", description=__doc__)
-    parser.add_argument("--backend", help="default: triton on a GPU, tiled on a CPU")
+    parser.add_argument(
+        "--backend", choices=("triton", "tiled"), help="default: triton on a GPU, tiled on a CPU"
+    )
     record.add_record_option(parser)
     parser.add_argument("--seconds", type=float, default=240, help="give up after this time")
-    parser.add_argument("--workers", type=int, default=parallel.default_workers())
+    parser.add_argument("--workers", type=positive, default=parallel.default_workers())
     options = parser.parse_args(arguments)
     gpu = torch.cuda.is_available()
     backend = options.backend or ("triton" if gpu else "tiled")

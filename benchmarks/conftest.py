@@ -16,6 +16,7 @@ from benchmarks.baselines import UnavailableError
 from benchmarks.check import WrongResultError
 from benchmarks.record import Recorder, bench_device, record_path
 
+_REFINEMENTS = ("--benchmark-headline", "--benchmark-large", "--benchmark-record")
 _RECORDER = pytest.StashKey[Recorder]()
 # A CPU call longer than this is timed a fixed number of times, without calibration.
 _LONG_SECONDS = 0.2
@@ -45,8 +46,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Collect the benchmarks alone, and show a line for each unless told to be quiet."""
+    given = [name for name in _REFINEMENTS if config.getoption(name)]
     if not config.getoption("--benchmark"):
+        if given:
+            raise pytest.UsageError(f"{given[0]} is of --benchmark, which is not given")
         return
+    if config.getoption("numprocesses", None) or hasattr(config, "workerinput"):
+        raise pytest.UsageError("--benchmark measures one call at a time: not with -n")
     if config.option.verbose == 0:
         config.option.verbose = 1
     if config.args_source == pytest.Config.ArgsSource.TESTPATHS:

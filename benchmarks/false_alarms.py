@@ -18,8 +18,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.arguments import fraction, positive
 from rlr_fast.data.layouts import NORMAL
 from rlr_fast.inference.decisions import Decider
+from rlr_fast.models.checkpoint import CheckpointError, fetch_checkpoint
 from rlr_fast.training.calibration import Calibration, ClassScores, trained_classes
 
 ALPHAS = (0.01, 0.05, 0.1)
@@ -129,7 +131,8 @@ def measure(
                 continue
             rates = np.average(alarms[i][:, members], axis=1, weights=sizes[members])
             error = float(rates.std() / np.sqrt(splits))
-            misses = float(missed[i][:, members].mean())
+            with_defects = [j for j in members if len(defects.get(names[j], ()))]
+            misses = float(missed[i][:, with_defects].mean()) if with_defects else np.nan
             found.append(Found(group, pool, alpha, count, float(rates.mean()), error, misses))
     return found
 
@@ -155,7 +158,12 @@ def read_results(path: Path) -> tuple[Scores, Scores]:
     """Return scores of normal images and of those with a defect, by class; the folder says which.
 
     Args:
-        path: ``results.csv`` of ``predict``, over test images in folders named good or by defect.
+        path: ``results.csv`` of ``predict``, over test images in folders named good, or ok, or by
+            defect.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is no such file.
     """
     normal: dict[str, list[float]] = {}
     defects: dict[str, list[float]] = {}
@@ -163,23 +171,36 @@ def read_results(path: Path) -> tuple[Scores, Scores]:
         for row in csv.DictReader(file):
             if row.get("failure"):
                 continue
-            kind = normal if Path(row["path"]).parent.name == NORMAL else defects
-            kind.setdefault(row["class"], []).append(float(row["score"]))
+            try:
+                folder, name, score = Path(row["path"]).parent.name, row["class"], row["score"]
+                kind = normal if folder in (NORMAL, "ok") else defects
+                kind.setdefault(name, []).append(float(score))
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"{path} is no results.csv of predict: {error!r}") from error
     return tuple({n: np.array(v) for n, v in kind.items()} for kind in (normal, defects))  # type: ignore[return-value]
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table; return 1 where a promise did not hold."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, help="results.csv of predict, over test images")
     parser.add_argument("--run", type=Path, help="the run that predicted: units of its classes")
-    parser.add_argument("--images", type=int, default=400, help="simulated images per class")
-    parser.add_argument("--splits", type=int, default=1000)
-    parser.add_argument("--share", type=float, default=0.5, help="of the images, to calibrate")
-    parser.add_argument("--alpha", type=float, nargs="+", default=ALPHAS)
-    args = parser.parse_args()
-    normal, defects = read_results(args.results) if args.results else (simulated(args.images), {})
-    units = trained_classes(args.run) if args.run else {}
+    parser.add_argument("--images", type=positive, default=400, help="simulated images per class")
+    parser.add_argument("--splits", type=positive, default=1000)
+    parser.add_argument("--share", type=fraction, default=0.5, help="of the images, to calibrate")
+    parser.add_argument("--alpha", type=fraction, nargs="+", default=ALPHAS)
+    args = parser.parse_args(arguments)
+    normal, defects, units = simulated(args.images), {}, {}
+    try:
+        if args.results:
+            normal, defects = read_results(args.results)
+        if args.run:
+            units = trained_classes(fetch_checkpoint(args.run))
+    except (OSError, ValueError, CheckpointError) as error:
+        parser.error(str(error))
+    few = [n for n, s in normal.items() if not 0 < round(args.share * len(s)) < len(s)]
+    if few or not normal:
+        parser.error(f"too few normal images to split at --share {args.share}: {', '.join(few)}")
     options = {"units": units, "splits": args.splits, "share": args.share}
     found = measure(normal, defects, args.alpha, **options)
     print(table(found))

@@ -141,10 +141,19 @@ def add_record_option(parser: argparse.ArgumentParser) -> None:
 
 
 def read_records(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
-    """Return all records of a folder by file name."""
+    """Return all records of a folder by file name.
+
+    Raises:
+        ValueError: A file is no JSON.
+    """
     records = {}
     for path in sorted(folder.glob("*.json")):
-        content = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+        if not isinstance(content, dict):
+            continue
         if content.get("format") == FORMAT and "results" in content:
             records[path.name] = content
     return records

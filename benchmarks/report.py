@@ -17,6 +17,7 @@ import numpy as np
 
 from benchmarks.record import RESULTS, read_records
 from benchmarks.timing import in_words
+from rlr_fast.files import write_atomically
 
 README = Path(__file__).resolve().parent / "README.md"
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
@@ -44,8 +45,6 @@ _LIMITS = {"H100": (3.0e12, 3.7e12), "H200": (4.3e12, 3.7e12)}
 
 def figures(records: dict[str, dict[str, Any]], folder: Path) -> str:
     """Return the Markdown of all records, with plots drawn into ``folder``."""
-    if not records:
-        return "No record has been made yet."
     parts = []
     for name, content in records.items():
         parts.append(_heading(name, content))
@@ -487,13 +486,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--readme", type=Path, default=README)
     options = parser.parse_args(arguments)
-    text = options.readme.read_text(encoding="utf-8")
-    if BEGIN not in text or END not in text:
-        print(f"{options.readme} has no markers {BEGIN} and {END}", file=sys.stderr)
-        return 1
-    body = figures(read_records(options.results), options.results)
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    options.readme.write_text(f"{before}{BEGIN}\n\n{body}\n\n{END}{after}", encoding="utf-8")
+    try:
+        text = options.readme.read_text(encoding="utf-8")
+        records = read_records(options.results)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        parser.error(f"{options.readme} has no markers {BEGIN} and, behind it, {END}")
+    if not records:
+        parser.error(f"--results: there is no record in {str(options.results)!r}")
+    body = figures(records, options.results)
+    write_atomically(options.readme, f"{before}{BEGIN}\n\n{body}\n\n{END}{after}")
     return 0
 
 

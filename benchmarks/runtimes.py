@@ -69,13 +69,13 @@ def main() -> int:
     parser.add_argument("images", type=Path, nargs="+")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    for _, kind, _, _ in FILES:
-        require_packages(kind)
-    model = load_model(args.run, InferenceExecution(device="cpu"))
     try:
+        for _, kind, _, _ in FILES:
+            require_packages(kind)
+        model = load_model(args.run, InferenceExecution(device="cpu"))
         files = [file.path for file in find_images(args.images)]
         images = comparison_images(files, model.config.image_size, half=True)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         parser.error(str(error))
     expected = model_outputs(model, images)
     pixels = images.permute(0, 2, 3, 1).contiguous().numpy()

@@ -36,6 +36,7 @@ import triton
 from triton.errors import TritonError
 
 from benchmarks import sass
+from benchmarks.arguments import positive
 from benchmarks.compiling import DTYPES, compile_launch, specialization, tiles_of, version
 from benchmarks.launches import Shape, launches
 from rlr_fast.config import PRESETS, per_level
@@ -292,13 +293,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--arch", nargs="+", type=int, choices=ARCHES, default=ARCHES)
     parser.add_argument("--dtype", nargs="+", choices=tuple(DTYPES), default=tuple(DTYPES))
-    parser.add_argument("--sample", type=int, help="compile so many, drawn from all; default: all")
-    parser.add_argument("--jobs", type=int, default=1, help="processes that compile")
+    parser.add_argument(
+        "--sample", type=positive, help="compile so many, drawn from all; default: all"
+    )
+    parser.add_argument("--jobs", type=positive, default=1, help="processes that compile")
     parser.add_argument(
         "--rows", type=Path, default=Path(f"build/survey-{triton.__version__}.jsonl")
     )
-    parser.add_argument("--record", type=Path, default=RECORD)
+    parser.add_argument(
+        "--record",
+        type=Path,
+        help="write the table into this file; default: benchmarks/results/survey.json, "
+        "where all is compiled",
+    )
     options = parser.parse_args(arguments)
+    whole = options.sample is None and {*options.arch} == {*ARCHES}
+    whole = whole and {*options.dtype} == {*DTYPES}
+    record = options.record or (RECORD if whole else None)
     if _launch.INTERPRETING:
         raise SystemExit("nothing compiles under Triton's interpreter: unset TRITON_INTERPRET")
     torch.set_num_threads(1)
@@ -319,11 +330,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 name = f"sm_{row['arch']} {row['dtype']} {row['kernel']} {row['problem']}"
                 print(f"{name}: {refusal(row)}", flush=True)
     groups = summary(list(rows.values()))
-    content = json.loads(options.record.read_text()) if options.record.exists() else {}
-    content[version()] = {
-        "triton": triton.__version__, "kernels": len(rows), "of": len(everything), "groups": groups
-    }  # fmt: skip
-    options.record.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    if record is not None:
+        content = json.loads(record.read_text()) if record.exists() else {}
+        content[version()] = {
+            "triton": triton.__version__, "kernels": len(rows), "of": len(everything),
+            "groups": groups,
+        }  # fmt: skip
+        record.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
     print(table(groups))
     return int(any(group["refused"] for group in groups))
 

@@ -13,6 +13,7 @@ import dataclasses
 import sys
 import tempfile
 import time
+import typing
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,10 +22,11 @@ from typing import Any
 import torch
 
 from benchmarks import record
+from benchmarks.arguments import positive
 from rlr_fast import RLRConfig, RLRModel, TrainConfig
 from rlr_fast.config import PRESETS, TrainExecution
-from rlr_fast.data import read_dataset
-from rlr_fast.functional import resolve_backend
+from rlr_fast.data import DataSet, read_dataset
+from rlr_fast.functional import Backend, resolve_backend
 from rlr_fast.training.distributed import Processes
 from rlr_fast.training.feature_cache import FeatureCache
 from rlr_fast.training.steps import Steps
@@ -125,10 +127,9 @@ def on_features(
 
 
 def on_data(
-    root: Path, preset: str, recipe: TrainConfig, cache: Any, backend: Any, device: torch.device
+    data: DataSet, preset: str, recipe: TrainConfig, cache: Any, backend: Any, device: torch.device
 ) -> Clock:
     """Train on a data set as the command does."""
-    data = read_dataset(root)
     with tempfile.TemporaryDirectory() as folder, Clock().watching() as clock:
         train(
             PRESETS[preset].model, recipe, data, Path(folder, "run"),
@@ -145,15 +146,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.throughput", description=__doc__)
     parser.add_argument("--data", type=Path, help="a data set to train on, cache beside no cache")
     parser.add_argument("--preset", default="tiny", choices=tuple(PRESETS), help="with --data")
-    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--backend", default="auto", choices=typing.get_args(Backend))
     parser.add_argument("--precision", help="default: bf16 on a GPU, fp32 on a CPU")
-    parser.add_argument("--batch", type=int, action="append", help="default: 64, then 4")
-    parser.add_argument("--steps", type=int, default=20, help="steps an epoch, without --data")
-    parser.add_argument("--image-size", type=int, default=256, metavar="PX", help="without --data")
+    parser.add_argument("--batch", type=positive, action="append", help="default: 64, then 4")
+    parser.add_argument("--steps", type=positive, default=20, help="steps an epoch, without --data")
+    parser.add_argument(
+        "--image-size", type=positive, default=256, metavar="PX", help="without --data"
+    )
     parser.add_argument("--compile", action="store_true", help="without --data")
     parser.add_argument("--grad-checkpointing", action="store_true", help="without --data")
     record.add_record_option(parser)
     options = parser.parse_args(arguments)
+    try:
+        data = read_dataset(options.data) if options.data else None
+    except ValueError as error:
+        parser.error(str(error))
     device = record.bench_device()
     precision = options.precision or ("bf16" if device.type == "cuda" else "fp32")
     backend = resolve_backend(options.backend, device)
@@ -177,7 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             flush=True,
         )
 
-    if options.data:
+    if data is not None:
         batch = (options.batch or [PRESETS[options.preset].train.batch_size])[0]
         for cache in ("auto", "none", "auto", "none"):
             kept = "features made each epoch" if cache == "none" else "features kept"
@@ -185,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"{options.preset}, {kept}",
                 batch,
                 lambda recipe, cache=cache: on_data(  # type: ignore[misc]
-                    options.data, options.preset, recipe, cache, backend, device
+                    data, options.preset, recipe, cache, backend, device
                 ),
             )
     else:

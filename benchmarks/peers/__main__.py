@@ -24,7 +24,7 @@ from benchmarks import record
 from benchmarks.peers.catalog import PEERS, make_peer
 from benchmarks.peers.methods import Method
 from benchmarks.peers.transformers import Training
-from rlr_fast.config import InferenceExecution, read_level
+from rlr_fast.config import InferenceExecution, check_seed, read_level
 from rlr_fast.data import read_dataset
 from rlr_fast.data.images import iterate_images, load_sample_mask
 from rlr_fast.data.layouts import DataSet, Sample
@@ -96,6 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     size = (options.image_size, options.image_size)
     methods: dict[str, Method] = {}
     try:
+        check_seed(options.seed)
         for run in options.run or []:
             check_checkpoint(run)
         data = read_dataset(options.root)

@@ -51,9 +51,19 @@ def make(name, steps, backbone=None):
         (["--peer", "dinomaly"], "Dinomaly: the backbone must be a ViT with a class token, got"),
         (["--backbone", VIT, "--peer", "inp-former"], "InpFormer: needs 8 levels, such as"),
         (["--batch-size", "0"], "batch_size: must be at least 1, got 0"),
+        (["--seed", "-1"], "seed must be"),
         (["--record", "a/b"], "argument --record: must be letters, digits, '_', '-' or '.', or a"),
     ],
-    ids=["falling", "unlike-sizes", "empty-group", "cnn", "two-levels", "no-batch", "record"],
+    ids=[
+        "falling",
+        "unlike-sizes",
+        "empty-group",
+        "cnn",
+        "two-levels",
+        "no-batch",
+        "seed",
+        "record",
+    ],
 )
 def test_a_mistake_is_one_line(tmp_path, capsys, flags, message):
     make_tree(tmp_path)
