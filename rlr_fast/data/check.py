@@ -25,6 +25,7 @@ kind             severity  meaning
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 from collections import Counter
@@ -316,21 +317,17 @@ def _check_beside(data: DataSet) -> Iterable[Problem]:
     beside = {os.path.realpath(folder.parent) for folder in data.folders.values()}
     if data.layout == "folder" or os.path.realpath(data.root) not in beside:
         return  # it has no other folders, or is itself the class
-    images = {data.root: len(list_images(data.root))} | {
-        part: sum(len(images) for _, images in _image_tree(part))
-        for part in subfolders(data.root).values()
-        if os.path.realpath(part) not in folders
-    }
-    for part, count in images.items():
-        if count:
-            names = "" if part == data.root else _meant_below(part)
-            message = f"layout {data.layout} has no use for {counted(count, 'image')} in it{names}"
-            yield Problem("not-read", "", part, message)
-
-
-def _meant_below(folder: Path) -> str:
-    hints = (_meant(name, list(_FOLDERS)) for name in subfolders(folder))
-    return next(filter(None, hints), "; it is no class, without train or test")
+    told = f"layout {data.layout} has no use for"
+    if loose := len(list_images(data.root)):
+        yield Problem("not-read", "", data.root, f"{told} {counted(loose, 'image')} right in it")
+    for part in subfolders(data.root).values():
+        # What nobody asked to read is no reason to fail.
+        with contextlib.suppress(PermissionError):
+            if os.path.realpath(part) in folders or not any(i for _, i in _image_tree(part)):
+                continue
+            hints = (_meant(name, list(_FOLDERS)) for name in subfolders(part))
+            hint = next(filter(None, hints), "; it is no class, without train or test")
+            yield Problem("not-read", "", part, f"{told} the images in it{hint}")
 
 
 def _check_unused(name: str, samples: list[Sample], data: DataSet) -> Iterable[Problem]:

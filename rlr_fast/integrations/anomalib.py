@@ -273,7 +273,8 @@ class Rlr(AnomalibModule):
         self._tell_unscaled()
 
     def _tell_unscaled(self) -> None:
-        if self.post_processor is not None and self.post_processor.image_min.isnan():
+        lowest = getattr(self.post_processor, "image_min", None)
+        if lowest is not None and lowest.isnan():
             _log.warning(
                 "the post-processor has no thresholds: scores stay as they are, labels and metrics "
                 "of labels mean nothing; call engine.validate(model, datamodule=data) before"

@@ -261,9 +261,9 @@ def test_images_beside_the_classes_are_told(root, pictures):
         ("warning", "not-read", "", name) for name in (root.name, "photos", "washer")
     ]
     told = [problem.message for problem in report.problems]
-    assert told[0] == "layout mvtec has no use for 1 image in it"
+    assert told[0] == "layout mvtec has no use for 1 image right in it"
     assert told[1].endswith("it is no class, without train or test")
-    assert "2 images in it; is 'Test' meant to be 'test'?" in told[2]
+    assert "the images in it; is 'Test' meant to be 'test'?" in told[2]
     assert kinds(check_dataset(root, classes=["nut"])) == []  # the others are left out on purpose
     assert kinds(check_dataset(root / "nut")) == []
 
