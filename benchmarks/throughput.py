@@ -87,7 +87,7 @@ class Clock:
             function(trainer, *args)
             self._within = False
             if trainer.epoch >= 1:
-                self.images += trainer.images
+                self.images += len(trainer.features)
                 self.seconds["epochs"] = time.perf_counter() - self._start
 
         return call
