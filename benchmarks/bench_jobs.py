@@ -27,7 +27,7 @@ from rlr_fast.inference.metrics import class_metrics
 from rlr_fast.prediction.image_files import find_images
 from rlr_fast.prediction.predict import predict
 from rlr_fast.prediction.results import LINES_FILE, read_rows
-from rlr_fast.training.feature_cache import cached_features
+from rlr_fast.training.feature_cache import FeatureCache, cached_features
 from rlr_fast.training.train import train
 
 DEVICE = bench_device()
@@ -116,7 +116,7 @@ def test_backbone(measure: Callable[..., None], setting: Setting) -> None:
 def test_feature_cache(measure: Callable[..., None], setting: Setting) -> None:
     """Files → features on disk."""
 
-    def build() -> object:
+    def build() -> FeatureCache:
         return cached_features(setting.model, setting.samples, setting.fresh(), "disk")
 
     def check() -> dict[str, float]:

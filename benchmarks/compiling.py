@@ -32,7 +32,8 @@ def specialization(
     1 is a constant, and multiples of 16 are known as such, but for arguments that a kernel leaves
     out of its specialization. The elements of a tuple are arguments of their own.
     """
-    constants: dict[Place, Any] = dict(launch.constants)
+    constants: dict[Place, Any] = {}
+    constants.update(launch.constants)
     divisible: list[Place] = []
 
     def kind(place: Place, value: Any, special: bool) -> str:

@@ -80,7 +80,8 @@ def pytest_report_teststatus(
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keep the benchmarks alone, or all but them."""
     benchmark, headline = map(config.getoption, ("--benchmark", "--benchmark-headline"))
-    kept, dropped = [], []
+    kept: list[pytest.Item] = []
+    dropped: list[pytest.Item] = []
     for item in items:
         wanted = _is_benchmark(item) == benchmark and not (headline and _is_left_out(item))
         (kept if wanted else dropped).append(item)

@@ -190,21 +190,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--share", type=fraction, default=0.5, help="of the images, to calibrate")
     parser.add_argument("--alpha", type=fraction, nargs="+", default=ALPHAS)
     args = parser.parse_args(arguments)
-    normal, defects, units = simulated(args.images), {}, {}
     try:
-        if args.results:
-            normal, defects = read_results(args.results)
-        if args.run:
-            units = trained_classes(fetch_checkpoint(args.run))
+        found = read_results(args.results) if args.results else (simulated(args.images), {})
+        units = trained_classes(fetch_checkpoint(args.run)) if args.run else {}
     except (OSError, ValueError, CheckpointError) as error:
         parser.error(str(error))
+    normal, defects = found
     few = [n for n, s in normal.items() if not 0 < round(args.share * len(s)) < len(s)]
     if few or not normal:
         parser.error(f"too few normal images to split at --share {args.share}: {', '.join(few)}")
     options = {"units": units, "splits": args.splits, "share": args.share}
-    found = measure(normal, defects, args.alpha, **options)
-    print(table(found))
-    return 0 if all(each.holds for each in found) else 1
+    rates = measure(normal, defects, args.alpha, **options)
+    print(table(rates))
+    return 0 if all(each.holds for each in rates) else 1
 
 
 if __name__ == "__main__":

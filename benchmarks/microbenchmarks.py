@@ -11,6 +11,7 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -229,24 +230,24 @@ def measurements() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     for fma_exp2_eighths in (0, 2, 3, 4):
         yield (
             f"powers of two, {fma_exp2_eighths}/8 on the FMA units",
-            lambda e=fma_exp2_eighths: powers(e),
+            partial(powers, fma_exp2_eighths),
         )
     for width, depth in ((16, 16), (16, 64), (16, 128), (64, 16), (128, 16), (64, 64), (128, 128)):
         yield (
             f"products 64 × {depth} × {width} (rows, depth, columns)",
-            lambda w=width, d=depth: products(w, d),
+            partial(products, width, depth),
         )
-    yield "products 128 × 128 × 16, 8 warps", lambda: products(16, 128, 8, 128)
+    yield "products 128 × 128 × 16, 8 warps", partial(products, 16, 128, 8, 128)
     for fma_exp2_eighths in (0, 2):
         yield (
             f"products and powers overlap, d = 16, {fma_exp2_eighths}/8",
-            lambda e=fma_exp2_eighths: overlap(16, e),
+            partial(overlap, 16, fma_exp2_eighths),
         )
-    yield "products and powers overlap, d = 64, 0/8", lambda: overlap(64, 0)
+    yield "products and powers overlap, d = 64, 0/8", partial(overlap, 64, 0)
     for megabytes in (4, 32, 256):
         for atomic in (True, False):
             kind = "atomic additions" if atomic else "stores"
-            yield f"{kind} over {megabytes} MiB", lambda m=megabytes, a=atomic: atomics(m, a)
+            yield f"{kind} over {megabytes} MiB", partial(atomics, megabytes, atomic)
     yield "device copy", copy
     yield "matrix product 8192³ bf16", matrix_product
 

@@ -26,9 +26,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -86,7 +86,7 @@ def preset_levels() -> list[tuple[Shape, int]]:
                 out_indices=config.out_indices,
                 pretrained=False,
             )
-        info = network.feature_info
+        info: Any = network.feature_info
         levels = zip(
             info.reduction(), info.channels(), config.hidden, config.heads, config.windows,
             per_level(config.patches, len(config.hidden)), strict=True,
@@ -105,9 +105,9 @@ def other_shapes(count: int = OTHERS, seed: int = 0) -> list[Shape]:
     found = []
     for _ in range(count):
         # Small grids and windows are the common ones.
-        grid = tuple(round(2 ** draw.uniform(0, 6)) for _ in range(2))
-        window = tuple(2 * round(2 ** draw.uniform(0, 4)) - 1 for _ in range(2))
-        found.append(Shape(grid, draw.choice(HEAD_DIMS), window))
+        height, width = (round(2 ** draw.uniform(0, 6)) for _ in range(2))
+        rows, columns = (2 * round(2 ** draw.uniform(0, 4)) - 1 for _ in range(2))
+        found.append(Shape((height, width), draw.choice(HEAD_DIMS), (rows, columns)))
     return found
 
 
@@ -197,7 +197,8 @@ def refusal(row: Mapping[str, Any]) -> str:
 def compile_all(todo: Mapping[str, Task], jobs: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (key, row) as kernels are compiled, each in a process that may die of it."""
     context = multiprocessing.get_context("fork")
-    waiting, running = list(todo.items()), {}
+    waiting = list(todo.items())
+    running: dict[Any, tuple[str, Task, Any]] = {}
     while waiting or running:
         while waiting and len(running) < jobs:
             key, task = waiting.pop(0)
@@ -206,14 +207,14 @@ def compile_all(todo: Mapping[str, Task], jobs: int) -> Iterator[tuple[str, dict
             process.start()
             sender.close()
             running[receiver] = key, task, process
-        for receiver in wait(list(running)):
-            key, task, process = running.pop(receiver)
+        for done in cast("list[Connection]", wait(list(running))):
+            key, task, process = running.pop(done)
             try:
-                row = receiver.recv()
+                row: dict[str, Any] = done.recv()
             except EOFError:
                 row = {**task.about(), "error": "the compiler ended its process"}
             process.join()
-            receiver.close()
+            done.close()
             yield key, row
 
 

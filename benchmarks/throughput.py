@@ -24,7 +24,7 @@ import torch
 from benchmarks import record
 from benchmarks.arguments import positive
 from rlr_fast import RLRConfig, RLRModel, TrainConfig
-from rlr_fast.config import PRESETS, TrainExecution
+from rlr_fast.config import PRESETS, Precision, TrainExecution
 from rlr_fast.data import DataSet, read_dataset
 from rlr_fast.functional import Backend, resolve_backend
 from rlr_fast.training.distributed import Processes
@@ -147,7 +147,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, help="a data set to train on, cache beside no cache")
     parser.add_argument("--preset", default="tiny", choices=tuple(PRESETS), help="with --data")
     parser.add_argument("--backend", default="auto", choices=typing.get_args(Backend))
-    parser.add_argument("--precision", help="default: bf16 on a GPU, fp32 on a CPU")
+    parser.add_argument(
+        "--precision",
+        choices=typing.get_args(Precision),
+        help="default: bf16 on a GPU, fp32 on a CPU",
+    )
     parser.add_argument("--batch", type=positive, action="append", help="default: 64, then 4")
     parser.add_argument("--steps", type=positive, default=20, help="steps an epoch, without --data")
     parser.add_argument(
@@ -162,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     device = record.bench_device()
-    precision = options.precision or ("bf16" if device.type == "cuda" else "fp32")
+    precision: Precision = options.precision or ("bf16" if device.type == "cuda" else "fp32")
     backend = resolve_backend(options.backend, device)
     recorder = record.Recorder(options.record)
 
