@@ -17,9 +17,11 @@ from rlr_fast.data import list_images
 from rlr_fast.data.layouts import IMAGE_SUFFIXES, find_class, holds_masks, subfolders
 from rlr_fast.visualization.report import REPORT_FOLDER
 
+RESULTS_FILE = "results.csv"
 PICTURES_FOLDER = "pictures"
 MASKS_FOLDER = "masks"
 
+_WRITTEN = (PICTURES_FOLDER, MASKS_FOLDER, REPORT_FOLDER)  # of a prediction, beside its results
 _LONGEST = 255  # bytes of a file's name
 
 _log = logging.getLogger(__name__)
@@ -124,8 +126,8 @@ def find_images(paths: Sequence[str | Path], out: Path | None = None) -> ImageFi
     """List the image files among ``paths``: files as they are, folders with all their subfolders.
 
     Hidden files and folders are left out, and so are pictures, masks and a report's small pictures
-    that an earlier prediction wrote in ``out``; and, which is logged, the masks of a data set in a
-    folder. Links are followed, to no folder twice.
+    that an earlier prediction wrote in ``out``; and, which is logged, what one wrote elsewhere and
+    the masks of a data set in a folder. Links are followed, to no folder twice.
 
     Raises:
         ValueError: A path does not exist, or there is no image in a folder.
@@ -182,8 +184,7 @@ def image_folders(
         names: Return the names of a folder's subfolders.
         quiet: Do not log which are left out.
     """
-    written = () if out is None else (PICTURES_FOLDER, MASKS_FOLDER, REPORT_FOLDER)
-    ours = [(out / name).resolve() for name in written if out is not None]
+    ours = [] if out is None else [(out / name).resolve() for name in _WRITTEN]
     seen: set[tuple[int, int]] = set()
 
     def walk(folder: Path) -> Iterator[Path]:
@@ -196,10 +197,13 @@ def image_folders(
         seen.add((status.st_dev, status.st_ino))
         yield folder
         for name in names(folder):
-            if not holds_masks(folder / name):
+            what = "masks" if holds_masks(folder / name) else None
+            if name in _WRITTEN and (folder / RESULTS_FILE).is_file():
+                what = "pictures of an earlier prediction"
+            if what is None:
                 yield from walk(folder / name)
-            elif not quiet:
-                _log.warning("the masks in %s are not scored", folder / name)
+            elif not quiet and (folder / name).resolve() not in ours:
+                _log.warning("the %s in %s are not scored", what, folder / name)
 
     return walk(root)
 

@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from rlr_fast.inference.decisions import Decision
 from rlr_fast.pictures.scored_files import ScoredImage
-from rlr_fast.prediction.image_files import ImageFile
+from rlr_fast.prediction.image_files import RESULTS_FILE, ImageFile
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-RESULTS_FILE = "results.csv"
 LINES_FILE = "results.jsonl"
 
 _BOX = ("x", "y", "width", "height")

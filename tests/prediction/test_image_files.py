@@ -27,6 +27,22 @@ def test_small_pictures_of_an_earlier_report_are_not_scored(tmp_path):
     assert [f.path.name for f in files] == ["a.png"]
 
 
+def test_pictures_of_a_prediction_elsewhere_are_left_out_and_told(tmp_path, caplog):
+    save_picture(tmp_path / "images/a.png", 1)
+    save_picture(tmp_path / "images/maps/pictures/images/a.png", 1)
+    save_picture(tmp_path / "images/pictures/b.png", 1)  # of no prediction
+    (tmp_path / "images/maps/results.csv").touch()
+    for out in (None, tmp_path / "images/maps2"):
+        found = find_images([tmp_path / "images"], out)
+        assert [f.path.name for f in found] == ["a.png", "b.png"]
+        told = f"the pictures of an earlier prediction in {tmp_path}/images/maps/pictures are not"
+        assert told in caplog.text
+    caplog.clear()
+    assert len(find_images([tmp_path / "images"], tmp_path / "images/maps")) == 2
+    assert not caplog.records  # those of this prediction
+    assert len(find_images([tmp_path / "images/maps/pictures"])) == 1  # asked for
+
+
 def test_single_files_of_one_name_do_not_share_a_picture(tmp_path):
     for name in ("a/x.png", "b/x.png"):
         save_picture(tmp_path / name, 1)
