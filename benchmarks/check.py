@@ -243,7 +243,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.check", description=__doc__)
     parser.add_argument(
-        "--backend", choices=("triton", "tiled"), help="default: triton on a GPU, tiled on a CPU"
+        "--backend",
+        choices=("triton", "tiled", "dense"),
+        help="default: triton on a GPU, tiled on a CPU",
     )
     record.add_record_option(parser)
     parser.add_argument("--seconds", type=float, default=240, help="give up after this time")

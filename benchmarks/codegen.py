@@ -23,6 +23,7 @@ import triton
 from triton.errors import TritonError
 
 from benchmarks import sass
+from benchmarks.arguments import positive
 from benchmarks.compiling import (
     ARCHES,
     DTYPES,
@@ -259,7 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=KERNELS)
     parser.add_argument("--dtype", nargs="+", choices=tuple(DTYPES), default=tuple(DTYPES))
     parser.add_argument("--json", type=Path, help="write every count to this file as well")
-    parser.add_argument("--jobs", type=int, default=1, help="processes that compile")
+    parser.add_argument("--jobs", type=positive, default=1, help="processes that compile")
     parser.add_argument(
         "--record",
         action="store_true",

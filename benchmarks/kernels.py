@@ -16,6 +16,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import record, timing
+from benchmarks.arguments import positive
 from benchmarks.shapes import HEADLINE, OPERATORS, Problem, make_inputs
 
 _REPEATS = 10
@@ -48,7 +49,7 @@ def kernel_seconds(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print and record."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--batch", type=positive, default=64)
     record.add_record_option(parser)
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():

@@ -20,6 +20,7 @@ import torch
 from triton.errors import TritonError
 
 from benchmarks import check, parallel, record, timing
+from benchmarks.arguments import positive
 from benchmarks.kernels import kernel_seconds
 from benchmarks.shapes import HEADLINE, OPERATORS, PAPER, Problem, Shape, make_inputs
 from rlr_fast.kernels import _choice
@@ -176,10 +177,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tiles", description=__doc__)
     parser.add_argument("--kernel", choices=KERNELS, action="append", help="default: each")
     parser.add_argument("--shape", action="append", help="default: the headline shapes")
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--most", type=int, default=24, help="candidates of a kernel and shape")
+    parser.add_argument("--batch", type=positive, default=64)
+    parser.add_argument("--most", type=positive, default=24, help="candidates of a kernel, shape")
     parser.add_argument("--seconds", type=float, default=540, help="start no further search then")
-    parser.add_argument("--workers", type=int, default=parallel.default_workers())
+    parser.add_argument("--workers", type=positive, default=parallel.default_workers())
     record.add_record_option(parser)
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():

@@ -9,7 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import check, false_alarms, report, survey, throughput
+from benchmarks import (
+    check,
+    codegen,
+    false_alarms,
+    kernels,
+    report,
+    survey,
+    throughput,
+    tiles,
+)
 
 ROOT = Path(report.__file__).parents[1]
 README = f"before\n{report.BEGIN}\nfigures\n{report.END}\nafter\n"
@@ -20,6 +29,9 @@ README = f"before\n{report.BEGIN}\nfigures\n{report.END}\nafter\n"
     [
         (survey, "--jobs 0", "--jobs: must be a whole number of at least 1, got '0'"),
         (survey, "--sample -5", "--sample: must be a whole number of at least 1, got '-5'"),
+        (codegen, "--jobs 0", "--jobs: must be a whole number of at least 1, got '0'"),
+        (kernels, "--batch 0", "--batch: must be a whole number of at least 1, got '0'"),
+        (tiles, "--workers 0", "--workers: must be a whole number of at least 1, got '0'"),
         (check, "--workers 0", "--workers: must be a whole number of at least 1, got '0'"),
         (check, "--backend nope", "--backend: invalid choice"),
         (throughput, "--batch 0", "--batch: must be a whole number of at least 1, got '0'"),
