@@ -239,8 +239,8 @@ class Rlr(AnomalibModule):
             self.rlr.set_score(level_offsets=offsets, level_weights=weights)
 
     def on_train_end(self) -> None:
-        """Tell that training was stopped before the recipe's end."""
-        if self._left:
+        """Tell that training was stopped before the end, where levels are put on one scale."""
+        if self._left and self.recipe.score_fit == "scaled":
             _log.warning(
                 "training was stopped %s steps before the end of the recipe, where levels are put "
                 "on one scale",
