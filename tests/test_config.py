@@ -105,6 +105,7 @@ def test_single_values_are_repeated_for_every_level():
         ("out_indices", ("2-5", 6, 7)),
         ("blocks", 0),
         ("perturbation", -1.0),
+        ("uncertainty", 1.1),
         ("alpha", float("nan")),
         ("smoothing", float("inf")),
         ("surround", -1.0),

@@ -136,6 +136,9 @@ class RLRConfig:
         references: Learnable references per level (K of the supplement); LCA is summed over them.
         diversity: Weight in the loss of the mean cosine between the references' tokens; 0 is off.
         perturbation: s of the training noise, randn * norm(token) / channels * s (eq. 3); 0 is off.
+        uncertainty: Power of how much more than the typical distance a token's reconstruction lets
+            expect, by which its distance is divided for the score: edges and random texture count
+            less. A small network that is fitted after training says it; 0 is off.
         align_corners: Stretch each level's map until its corner tokens' centers lie in the image's
             corners; otherwise every token's center stays where it is.
         level_offsets: Subtracted from the token distances of each level before their mean.
@@ -173,6 +176,7 @@ class RLRConfig:
     references: int = 1
     diversity: float = 0.0
     perturbation: float = 4.0
+    uncertainty: float = 0.0
     align_corners: bool = True
     level_offsets: tuple[float, ...] = (0.0,)
     level_weights: tuple[float, ...] = (1.0,)
@@ -250,6 +254,7 @@ class RLRConfig:
             self.diversity,
         )
         require_number("perturbation", self.perturbation, 0)
+        require(0 <= self.uncertainty <= 1, "uncertainty", "from 0 to 1", self.uncertainty)
         for name in ("level_offsets", "level_weights"):
             values = level_values(name, getattr(self, name), levels)
             for value in values:

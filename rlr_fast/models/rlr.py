@@ -32,6 +32,7 @@ from rlr_fast.models.checkpoint import (
 from rlr_fast.models.reconstructor import Reconstructor
 from rlr_fast.models.scoring import ScoreMap, distance, perturb
 from rlr_fast.models.standardization import Components, Standardize
+from rlr_fast.models.uncertainty import Uncertainty
 
 
 class RLROutput(NamedTuple):
@@ -41,7 +42,8 @@ class RLROutput(NamedTuple):
         score_map: (B, 1, H, W) anomaly score of each pixel, not smoothed (eq. 16).
         score: (B,) anomaly score of each image, by default the maximum of the smoothed
             score map, see `ScoreMap`.
-        level_maps: [(B, 1, h_j, w_j)] token distances of each level.
+        level_maps: [(B, 1, h_j, w_j)] token distances of each level, see
+            `RLRModel.scored_distances`.
     """
 
     score_map: Tensor
@@ -149,6 +151,11 @@ class RLRModel(
             Components(channels, count) if count else nn.Identity()
             for count, channels in zip(kept, self.backbone.channels, strict=True)
         )
+        self.uncertainty = nn.ModuleList(
+            Uncertainty(count or channels, config.uncertainty)
+            for count, channels in zip(kept, self.backbone.channels, strict=True)
+            if config.uncertainty
+        )
         self.set_score()
 
     @property
@@ -200,9 +207,10 @@ class RLRModel(
             level.grad_checkpointing = enable
 
     def requires_grad_(self, requires_grad: bool = True) -> RLRModel:
-        """Let all ask for gradients, or none, but for the backbone, which is frozen."""
+        """Let all ask for gradients, or none, but for what no gradient of the loss reaches."""
         super().requires_grad_(requires_grad)
         self.backbone.network.requires_grad_(False)
+        self.uncertainty.requires_grad_(False)
         return self
 
     def prepare_for_inference(self) -> RLRModel:
@@ -318,13 +326,35 @@ class RLRModel(
             noise: Standard normal numbers in the tokens' shapes for eq. 3; None for no
                 perturbation.
         """
-        distances = []
+        return [distances for _, distances in self.compare(tokens, noise)]
+
+    def compare(
+        self, tokens: Sequence[Tensor], noise: Sequence[Tensor] | None = None
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Return of each level the reconstruction (B, N_j, C), as compared, and the distances.
+
+        Args:
+            tokens: See `distances`.
+            noise: See `distances`.
+        """
+        pairs = []
         for j in range(len(self.levels)):
             original, rebuilt = self._reconstruct_level(
                 j, tokens[j], None if noise is None else noise[j]
             )
-            distances.append(distance(rebuilt, original, self.backend))
-        return distances
+            pairs.append((rebuilt, distance(rebuilt, original, self.backend)))
+        return pairs
+
+    def scored_distances(self, tokens: Sequence[Tensor]) -> list[Tensor]:
+        """Return the token distances [(B, N_j)] that are scored: `distances`, times `Uncertainty`.
+
+        Args:
+            tokens: [(B, N_j, C_j)] as from `tokens`.
+        """
+        if not self.uncertainty:
+            return self.distances(tokens)
+        pairs = zip(self.uncertainty, self.compare(tokens), strict=True)
+        return [uncertainty(rebuilt) * distances for uncertainty, (rebuilt, distances) in pairs]
 
     def _reconstruct_level(
         self, j: int, tokens: Tensor, noise: Tensor | None = None
@@ -343,7 +373,7 @@ class RLRModel(
         """Return the output for images whose feature tokens [(B, N_j, C_j)] are known."""
         level_maps = [
             d.unflatten(1, grid).unsqueeze(1)
-            for d, grid in zip(self.distances(tokens), self.backbone.grids, strict=True)
+            for d, grid in zip(self.scored_distances(tokens), self.backbone.grids, strict=True)
         ]
         score_map, score = self.score_map(level_maps)
         return RLROutput(score_map, score, level_maps)

@@ -106,10 +106,7 @@ class Trainer:
         self.began = self.epoch
         self.progress(self.epoch * self.steps.images)
         if self.epoch >= self.recipe.epochs:
-            with self.processes.together():
-                if self.processes.is_main:  # it may have been killed before its last file
-                    with CheckpointWriter(self.out, self.epoch) as checkpoints:
-                        checkpoints.write(self._checkpoint())
+            self.save()  # it may have been killed before its last file
             return
         bar = tqdm(
             total=self.recipe.epochs * self.steps.images,
@@ -135,6 +132,19 @@ class Trainer:
             if log is not None:
                 with self._writing_log(checkpoints):
                     log.close()
+
+    def save(self) -> None:
+        """Write the checkpoint of the last finished epoch with the model as it is now.
+
+        Raises:
+            TrainingError: The disk is full.
+            PeerError: Another process met this.
+        """
+        with self.processes.together():
+            if self.processes.is_main:
+                with CheckpointWriter(self.out, self.epoch) as checkpoints:
+                    checkpoints.write(self._checkpoint())
+                    checkpoints.finish()
 
     @contextlib.contextmanager
     def _writing_log(self, checkpoints: CheckpointWriter) -> Iterator[None]:

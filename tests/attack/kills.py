@@ -56,7 +56,7 @@ def jobs(lab: Lab) -> list[Job]:
     package = lab.root / "killed-package"
     to = ["--to", "torch", "--out", package / "model.pt2"]
     # Trained to the end, or gone on with: the command is the same.
-    begin = [*lab.train(train, "--resume", epochs=3), "--score-fit", "scaled"]
+    begin = [*lab.train(train, "--resume", epochs=3), "--score-fit", "scaled", "--uncertainty", 0.5]
     return [
         Job("train", begin, train, 0.28),
         Job("train, with the features", begin, train, 0.1, (lab.cache,)),

@@ -25,8 +25,8 @@ MODEL = """--backbone --backbone-weights --out-indices --image-size --tile --ove
     --neighborhood --standardize
     --no-standardize --components --hidden --heads --windows --patches --blocks --ffn-ratio
     --attention --residual --no-residual --alpha --fusion --references --diversity --perturbation
-    --smoothing --surround --image-surround --top-share --align-corners --no-align-corners
-    --level-offsets --level-weights"""
+    --uncertainty --smoothing --surround --image-surround --top-share --align-corners
+    --no-align-corners --level-offsets --level-weights"""
 RECIPE = """--epochs --batch-size --optimizer --lr --schedule --clip-grad --loss-power --precision
     --seed --score-fit --calibration-share"""
 MACHINE = "--device --backend --workers --quiet"

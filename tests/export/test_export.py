@@ -41,6 +41,7 @@ CONFIG = RLRConfig(
     heads=(2, 4),
     windows=(3, (3, 5)),
     blocks=1,
+    uncertainty=0.5,
     top_share=0.01,
     surround=16.0,
     image_surround=8.0,
@@ -55,6 +56,9 @@ def folder(tmp_path_factory):
     data = make_tree(root / "data")
     torch.manual_seed(0)
     model = RLRModel(CONFIG).eval()
+    for level in model.uncertainty:  # as if it had been fitted
+        torch.nn.init.normal_(level.network[-1].weight, std=0.1)
+        level.limit.fill_(1.0)
     for name in ("run", "bare"):
         model.save_pretrained(root / name)
         record = {"model": {}, "recipe": {}, "data": {"root": str(data), "layout": "mvtec"}}

@@ -24,7 +24,7 @@ from rlr_fast.data import load_image, load_sample_mask, read_dataset
 from rlr_fast.integrations.anomalib import MultiCategory, Rlr
 from rlr_fast.training.train import train
 
-CONFIG = dataclasses.replace(SMALL, standardize=True)
+CONFIG = dataclasses.replace(SMALL, standardize=True, uncertainty=0.5)
 RECIPE = TrainConfig(epochs=2, batch_size=4, lr=1e-3, optimizer="muon", score_fit="scaled")
 QUIET = {"logger": False, "accelerator": "cpu", "enable_progress_bar": False}
 

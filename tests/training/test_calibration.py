@@ -130,7 +130,9 @@ def test_a_calibration_from_before_a_setting_of_the_score_had_its_default(
     assert not read.is_of(model)
 
 
-@pytest.mark.parametrize("name", ["components", "patches", "surround", "image_surround"])
+@pytest.mark.parametrize(
+    "name", ["components", "patches", "surround", "image_surround", "uncertainty"]
+)
 def test_a_setting_that_came_later_has_its_default_in_what_was_written_before(name, small):
     scoring = scoring_identity(RLRModel(small))
     before = {key: value for key, value in scoring.items() if key != name}

@@ -53,7 +53,7 @@ MODEL = RLRConfig(
 # All images in one step: their order does not matter, and there is no noise.
 WHOLE = TrainConfig(epochs=3, batch_size=100, lr=1e-3)
 STEPS = dataclasses.replace(WHOLE, epochs=4, batch_size=4)
-NOISY = dataclasses.replace(MODEL, perturbation=2.0)
+NOISY = dataclasses.replace(MODEL, perturbation=2.0, uncertainty=0.5)
 BROKEN = "cloth/train/good/002.png"  # the 8th of 11 training images, so in the second share
 
 
@@ -289,6 +289,7 @@ def test_an_unreadable_image_of_one_share_is_told_once(folder, found, alone):
 
 def test_the_same_run_twice_gives_the_same_bits(folder):
     assert same_bits(folder / "steps", folder / "again")
+    assert weights(folder / "steps")["uncertainty.1.network.4.weight"].any()  # it was fitted
 
 
 def test_a_full_disk_in_one_process_ends_both_and_resume_gives_the_same_bits(folder, found):

@@ -315,7 +315,9 @@ def test_settings_written_with_other_windows_of_the_same_meaning_are_the_same():
     assert changed == "windows was [3, 5], now [3, [3, 5]]"
 
 
-@pytest.mark.parametrize("name", ["components", "patches", "surround", "image_surround"])
+@pytest.mark.parametrize(
+    "name", ["components", "patches", "surround", "image_surround", "uncertainty"]
+)
 def test_a_run_from_before_a_setting_existed_had_its_default(name):
     record = {"model": SMALL.to_dict(), "recipe": {}, "data": {}}
     before = json.loads(json.dumps(record))
@@ -362,12 +364,15 @@ def test_a_model_without_its_training_state_is_not_overwritten(finished, dataset
 def test_a_finished_run_that_is_resumed_otherwise_stays_as_it_is(dataset, tmp_path):
     """Its score is not fitted anew, which would differ by rounding and cost its calibration."""
     recipe = dataclasses.replace(BRIEF, epochs=1, score_fit="scaled")
-    run(dataset, tmp_path / "run", tmp_path, recipe=recipe)
+    config = dataclasses.replace(SMALL, uncertainty=0.5)
+    run(dataset, tmp_path / "run", tmp_path, config, recipe)
     model = RLRModel.from_pretrained(tmp_path / "run")
     taken = {"bolt": [s.path for s in dataset.test["bolt"] if not s.is_anomaly]}
     calibrate(model, taken, tmp_path / "run", None, source="test")
     before = [(tmp_path / "run" / name).read_text() for name in ("config.json", "calibration.json")]
-    run(dataset, tmp_path / "run", tmp_path, recipe=recipe, resume=True, backend="dense")
+    weights_before = weights(tmp_path / "run")
+    run(dataset, tmp_path / "run", tmp_path, config, recipe, resume=True, backend="dense")
+    assert same(weights_before, weights(tmp_path / "run"))
     after = [(tmp_path / "run" / name).read_text() for name in ("config.json", "calibration.json")]
     assert after[0] == before[0]
     kept = [json.loads(text)["calibration"] for text in (before[1], after[1])]

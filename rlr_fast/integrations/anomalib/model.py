@@ -25,7 +25,7 @@ from rlr_fast.models.rlr import RLRModel
 from rlr_fast.training.distributed import Processes
 from rlr_fast.training.run_dir import tell_unfinished
 from rlr_fast.training.scales import fit_scales
-from rlr_fast.training.score_fit import level_scales
+from rlr_fast.training.score_fit import fit_score, score_is_fitted
 from rlr_fast.training.steps import Steps
 
 if TYPE_CHECKING:
@@ -226,24 +226,23 @@ class Rlr(AnomalibModule):
         progress.increment_completed()
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """After the last step put the levels on one scale, if the recipe says so.
+        """After the last step fit the score, if model or recipe say so.
 
         The validation of the last epoch, which sets anomalib's thresholds, comes after it.
         """
         assert self._steps is not None
         taken = self.current_epoch * self._steps.per_epoch + batch_idx + 1
         self._left = self.recipe.epochs * self._steps.per_epoch - taken
-        if self._left == 0 and self.recipe.score_fit == "scaled":
+        if self._left == 0 and score_is_fitted(self.rlr.config, self.recipe):
             features = _DatasetFeatures(self.rlr, self.trainer.train_dataloader.dataset)
-            offsets, weights = level_scales(self.rlr, features, Processes())
-            self.rlr.set_score(level_offsets=offsets, level_weights=weights)
+            fit_score(self.rlr, self.recipe, features, Processes())
 
     def on_train_end(self) -> None:
-        """Tell that training was stopped before the end, where levels are put on one scale."""
-        if self._left and self.recipe.score_fit == "scaled":
+        """Tell that training was stopped before the end, where the score is fitted."""
+        if self._left and score_is_fitted(self.rlr.config, self.recipe):
             _log.warning(
-                "training was stopped %s steps before the end of the recipe, where levels are put "
-                "on one scale",
+                "training was stopped %s steps before the end of the recipe, where the score is "
+                "fitted",
                 self._left,
             )
 
