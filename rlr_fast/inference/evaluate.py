@@ -247,6 +247,7 @@ def protocol(model: RLRModel, data: DataSet, tiles: Tiles | None = None) -> dict
         "pixel_score": f"score map{less(config.surround)}, not smoothed",
         "image_score": f"{highest} of the score map{smoothed}{less(config.image_surround)}",
         "upsampling": f"bilinear, {'corners aligned' if config.align_corners else 'centers kept'}",
+        "uncertainty": config.uncertainty,
         "level_offsets": list(config.level_offsets),
         "level_weights": list(config.level_weights),
         "f1max": "every distinct score as threshold",

@@ -82,6 +82,12 @@ def test_the_surround_is_told(small, dataset):
     )
 
 
+def test_the_power_of_the_uncertainty_is_told(small, dataset):
+    for power in (0.0, 0.4):
+        config = dataclasses.replace(small, uncertainty=power)
+        assert protocol(RLRModel(config), dataset)["uncertainty"] == power
+
+
 def test_the_share_of_the_highest_pixels_is_told(small, dataset):
     words = protocol(RLRModel(dataclasses.replace(small, top_share=0.005)), dataset)["image_score"]
     assert words.startswith("mean of the highest 0.500% of the score map after a Gaussian")
