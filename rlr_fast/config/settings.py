@@ -426,6 +426,7 @@ PRESETS: dict[str, Preset] = {
             windows=((7, 7), (7, 7)),
             patches=(2, 1),
             blocks=2,
+            uncertainty=0.4,
             align_corners=False,
             surround=96.0,
             image_surround=64.0,
