@@ -26,7 +26,7 @@ from benchmarks.arguments import positive
 from rlr_fast import RLRConfig, RLRModel, TrainConfig
 from rlr_fast.config import PRESETS, Precision, TrainExecution
 from rlr_fast.data import DataSet, read_dataset
-from rlr_fast.functional import Backend, resolve_backend
+from rlr_fast.functional import Backend, BackendError, resolve_backend
 from rlr_fast.training.distributed import Processes
 from rlr_fast.training.feature_cache import FeatureCache
 from rlr_fast.training.steps import Steps
@@ -161,13 +161,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--grad-checkpointing", action="store_true", help="without --data")
     record.add_record_option(parser)
     options = parser.parse_args(arguments)
+    device = record.bench_device()
     try:
         data = read_dataset(options.data) if options.data else None
-    except ValueError as error:
+        backend = resolve_backend(options.backend, device)
+    except (ValueError, BackendError) as error:
         parser.error(str(error))
-    device = record.bench_device()
     precision: Precision = options.precision or ("bf16" if device.type == "cuda" else "fp32")
-    backend = resolve_backend(options.backend, device)
     recorder = record.Recorder(options.record)
 
     def add(what: str, batch: int, make: Callable[[TrainConfig], Clock]) -> None:
