@@ -14,9 +14,12 @@ from rlr_fast.training.distributed import Processes
 from rlr_fast.training.features import Features
 
 _IMAGES = 16
-# Tokens of a level that the fit sees, drawn from all images alike, and how it sees them.
+# Tokens of a level that the fit sees, drawn from all images alike, and how it sees them: fewer
+# tokens are not seen more often, for they would be learned by heart.
 _SAMPLE = 2**17
-_STEPS, _BATCH, _LR = 2000, 1024, 3e-3
+_STEPS, _PASSES, _BATCH, _LR = 2000, 16, 1024, 3e-3
+# Smallest deviation of a channel, over the norm of all: bfloat16 tells no smaller ones apart.
+_RESOLUTION = 2**-7
 # Share of the normal tokens whose expectation counts whole.
 _LIMIT = 0.999
 
@@ -92,6 +95,7 @@ def _fit(
 ) -> None:
     device = uncertainty.limit.device
     mean, std = rebuilt.mean(0), rebuilt.std(0)
+    std = std.maximum(_RESOLUTION * rebuilt.square().mean().sqrt())
     std = torch.where(std > 0, std, torch.ones_like(std))
     seen = ((rebuilt - mean) / std).to(device)
     wanted = distances.clamp_min(torch.finfo(distances.dtype).tiny).log()
@@ -104,10 +108,11 @@ def _fit(
     linear[-1].weight.zero_()
     linear[-1].bias.zero_()
     batch = min(_BATCH, len(seen))
+    steps = min(_STEPS, _PASSES * len(seen) // batch)
     optimizer = torch.optim.AdamW(uncertainty.requires_grad_().parameters(), lr=_LR, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LR, _STEPS)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LR, steps)
     with torch.enable_grad(), torch.autocast(device.type, enabled=False):
-        for _ in range(_STEPS):
+        for _ in range(steps):
             rows = torch.randint(len(seen), (batch,), generator=generator).to(device)
             loss = (uncertainty.expected(seen[rows]) - wanted[rows]).square().mean()
             optimizer.zero_grad()
