@@ -36,7 +36,7 @@ from rlr_fast.models.checkpoint import (
     read_weights,
     sealed,
 )
-from rlr_fast.training.calibration import trained_classes
+from rlr_fast.training.calibration import CALIBRATION_FILE, trained_classes
 
 RUN_FILE = "run.json"
 STATE_FILE = "training_state.safetensors"
@@ -211,13 +211,7 @@ def check_folder(out: Path, record: Mapping[str, Any], resume: bool, data: DataS
     except OSError as error:
         raise TrainingError(f"cannot write the run in {str(out)!r}: {error}") from error
     if not (out / STATE_FILE).exists():  # what finished no epoch leaves the folder free
-        # Elsewhere in a data set only folders that look like classes are read.
-        read = [data.root] if data.layout == "folder" else data.folders.values()
-        if any(out.resolve().is_relative_to(folder.resolve()) for folder in read):
-            raise TrainingError(
-                f"the run cannot be written in {str(out)!r}, among the images of "
-                f"{str(data.root)!r}: it would be read as a part of them; choose another --out"
-            )
+        check_outside(out, data, "run")
         if (out / WEIGHTS_FILE).exists():
             raise TrainingError(
                 f"{out} holds a model without its {STATE_FILE}, which cannot be resumed and is not "
@@ -235,15 +229,37 @@ def check_folder(out: Path, record: Mapping[str, Any], resume: bool, data: DataS
         raise TrainingError(f"{out} cannot be resumed with other settings: {'; '.join(changed)}")
 
 
+def check_outside(out: Path, data: DataSet, what: str) -> None:
+    """Refuse a folder that lies among the images of a data set.
+
+    Args:
+        out: The folder.
+        data: The data set.
+        what: What is about to be written there.
+
+    Raises:
+        TrainingError: It would be read as a part of the data set.
+    """
+    # Elsewhere in a data set only folders that look like classes are read.
+    read = [data.root] if data.layout == "folder" else data.folders.values()
+    if any(out.resolve().is_relative_to(folder.resolve()) for folder in read):
+        raise TrainingError(
+            f"the {what} cannot be written in {str(out)!r}, among the images of "
+            f"{str(data.root)!r}: it would be read as a part of them; choose another --out"
+        )
+
+
 def tell_other_processes(out: Path, record: Mapping[str, Any]) -> None:
     """Warn of a run that goes on in another number of processes than it was begun in.
 
     Raises:
-        CheckpointError: The run's scores are damaged.
         TrainingError: The run's record is damaged.
     """
     previous = read_run(out)
-    if previous is None or unfinished(out) is None:
+    try:
+        if previous is None or unfinished(out) is None:
+            return
+    except CheckpointError:  # of the scores, which are written when a run ends
         return
     begun, now = previous["processes"], record["processes"]
     if begun != now:
@@ -299,6 +315,8 @@ def write_settings(out: Path, config: str, record: Mapping[str, Any]) -> None:
         return
     try:
         out.mkdir(parents=True, exist_ok=True)
+        # A run is finished when it is there: one that was deleted in part has left it.
+        (out / CALIBRATION_FILE).unlink(missing_ok=True)
         write_atomically(out / CONFIG_FILE, config)
         write_atomically(out / RUN_FILE, json.dumps(record, indent=2))
     except OSError as error:

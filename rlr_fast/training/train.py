@@ -275,7 +275,8 @@ def _later_calibration(out: Path, model: RLRModel) -> Calibration | None:
     """Return what a run of the same weights holds already: it may be of images taken later."""
     try:
         previous = read_calibration(out)
-    except CheckpointError:  # damaged, and about to be written anew
+    except CheckpointError as error:
+        _log.warning("%s; it is written anew", error)
         return None
     return previous if previous is not None and previous.is_of(model) else None
 

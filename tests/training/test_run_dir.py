@@ -361,6 +361,32 @@ def test_a_model_without_its_training_state_is_not_overwritten(finished, dataset
     assert same(before, weights(finished))
 
 
+def test_a_run_that_was_deleted_in_part_is_not_taken_for_a_finished_one(
+    finished, dataset, tmp_path, monkeypatch
+):
+    for name in ("model.safetensors", "training_state.safetensors"):
+        (finished / name).unlink()
+    recipe = dataclasses.replace(BRIEF, epochs=1, score_fit="scaled")
+
+    def stop(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("rlr_fast.training.train.fit_score", stop)
+        run(dataset, finished, tmp_path, recipe=recipe)
+    assert run_dir.unfinished(finished) is not None
+    run(dataset, finished, tmp_path, recipe=recipe, resume=True)
+    assert RLRModel.from_pretrained(finished).config.level_weights != (1.0,)
+
+
+def test_damaged_scores_are_written_anew_by_a_resumed_run(finished, dataset, tmp_path, caplog):
+    whole = (finished / "calibration.json").read_bytes()
+    (finished / "calibration.json").write_text("{}")
+    run(dataset, finished, tmp_path, resume=True)
+    assert "calibration.json cannot be read" in caplog.text and "written anew" in caplog.text
+    assert (finished / "calibration.json").read_bytes() == whole
+
+
 def test_a_finished_run_that_is_resumed_otherwise_stays_as_it_is(dataset, tmp_path):
     """Its score is not fitted anew, which would differ by rounding and cost its calibration."""
     recipe = dataclasses.replace(BRIEF, epochs=1, score_fit="scaled")
