@@ -19,6 +19,7 @@ from rlr_fast.config import (
     RLRConfig,
     TrainConfig,
     TrainExecution,
+    check_seed,
     from_dict,
     per_level,
     suggest,
@@ -39,7 +40,7 @@ from rlr_fast.paper.tables import LEVELS, Row, Table
 from rlr_fast.pictures.batches import load_model
 from rlr_fast.training.feature_cache import CacheError
 from rlr_fast.training.progress import progress_bar
-from rlr_fast.training.run_dir import TrainingError
+from rlr_fast.training.run_dir import TrainingError, check_outside
 from rlr_fast.training.train import train
 
 # What ends a run, and not the table.
@@ -154,9 +155,11 @@ def run_table(
     scoring = InferenceExecution(
         device=execution.device, backend=execution.backend, workers=execution.workers
     )
+    check_outside(out, data, "table")
     folder = TableFolder(out, table.name, base, configs, recipe, data)
     folder.check()
     wanted = range(recipe.seed, recipe.seed + seeds)
+    check_seed(wanted[-1])
     runs = [(row.name, seed) for seed in wanted for row in rows]
 
     def report(unreadable: Sequence[str]) -> list[str]:

@@ -243,6 +243,16 @@ def test_other_settings_are_refused_before_any_run(finished, tmp_path, change, e
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
+def test_what_no_run_can_do_is_told_before_the_first(dataset, tmp_path):
+    recipe = dataclasses.replace(BRIEF, seed=2**29 - 1)
+    with pytest.raises(ValueError, match=rf"seed must be .*, got seed={2**29}"):
+        run(dataset, tmp_path / "out", tmp_path, recipe=recipe, seeds=2)
+    inside = dataset.root / "bolt/train"
+    with pytest.raises(TrainingError, match=r"the table cannot be written in .* among the images"):
+        run(dataset, inside, tmp_path)
+    assert not (tmp_path / "out").exists() and {p.name for p in inside.iterdir()} == {"good"}
+
+
 def test_other_test_images_are_refused(finished, tmp_path):
     (finished / "bolt/test/good/000.png").unlink()
     with pytest.raises(TrainingError, match="test_images was 8, now 7"):
