@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rlr_fast.config import InferenceExecution, Level, level_name
+from rlr_fast.config import InferenceExecution, Level, level_name, per_level
 from rlr_fast.data import (
     DataSet,
     Sample,
@@ -54,11 +54,6 @@ def check_runs(runs: Sequence[Run], level: Level | None) -> int:
         raise ValueError(f"runs must have different names, got {', '.join(names)}")
     for run in runs:
         run.model.config.require_whole("a sheet of reconstructions")
-        components = run.model.config.components
-        if 0 < min(components) < 3:
-            raise ValueError(
-                f"components must be 3 or more to be shown as colors, got {components=}"
-            )
     first = runs[0].model.feature_identity()
     for run in runs[1:]:
         wrong = [
@@ -71,14 +66,20 @@ def check_runs(runs: Sequence[Run], level: Level | None) -> int:
                 f"the features of {runs[0].name} and {run.name} differ: {'; '.join(wrong)}"
             )
     indices = runs[0].model.config.out_indices
-    if level is None:
-        return 0
-    if level not in indices:
+    if level is not None and level not in indices:
         known = ", ".join(map(level_name, indices))
         raise ValueError(
             f"level must be one of the runs' out_indices {known}, got {level_name(level)}"
         )
-    return indices.index(level)
+    place = 0 if level is None else indices.index(level)
+    for run in runs:
+        components = per_level(run.model.config.components, len(indices))[place]
+        if 0 < components < 3:
+            raise ValueError(
+                f"components must be 3 or more to be shown as colors, got {components} at level "
+                f"{level_name(indices[place])} of {run.name}"
+            )
+    return place
 
 
 @torch.inference_mode()

@@ -193,6 +193,16 @@ def test_what_shows_pictures_whole_refuses_tiles(pictures):
         check_runs([Run("a", model, (0.0, 1.0))], None)
 
 
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_sheet_of_reconstructions_needs_three_components_of_its_own_level(place):
+    components = (0, 2) if place else (2, 0)
+    model = RLRModel(dataclasses.replace(SMALL, components=components))
+    runs = [Run("a", model, (0.0, 1.0))]
+    assert check_runs(runs, SMALL.out_indices[1 - place]) == 1 - place
+    with pytest.raises(ValueError, match=f"got 2 at level {SMALL.out_indices[place]} of a"):
+        check_runs(runs, SMALL.out_indices[place])
+
+
 def test_an_overlap_that_is_the_default_is_none(pictures, tmp_path):
     assert dataclasses.replace(SMALL, tile=64, overlap=8) == dataclasses.replace(SMALL, tile=64)
     assert dataclasses.replace(SMALL, tile=64, overlap=0).tiles == Tiles((64, 64), (0, 0))
