@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from rlr_fast.config import PRESETS
+from rlr_fast.config import PRESETS, RLRConfig, TrainConfig
 from rlr_fast.files import replacing, write_atomically
 from rlr_fast.inference.decisions import ALPHA, Decider
 from rlr_fast.inference.metrics import HEADINGS
@@ -214,10 +214,11 @@ def _plain(text: str) -> str:
 
 
 def _recipe(record: Mapping[str, Any]) -> str:
-    recipe = record["recipe"]
+    # A run from before a setting existed had its default.
+    recipe = asdict(TrainConfig()) | record["recipe"]
+    described = json.loads(RLRConfig().to_json()) | record["model"]
     for name, preset in PRESETS.items():
-        model = json.loads(preset.model.to_json())
-        same = all(record["model"].get(k) == v for k, v in model.items())
+        same = described == json.loads(preset.model.to_json())
         free = ("epochs", "seed", "calibration_share")  # told, or not a part of the recipe
         wanted = {k: v for k, v in asdict(preset.train).items() if k not in free}
         if same and all(recipe.get(k) == v for k, v in wanted.items()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import json
 import os
@@ -16,7 +17,7 @@ from conftest import SMALL, make_tree, save_picture
 
 from rlr_fast import TrainConfig
 from rlr_fast.cli import main
-from rlr_fast.config import TrainExecution
+from rlr_fast.config import PRESETS, TrainExecution
 from rlr_fast.data import read_dataset
 from rlr_fast.files import file_digest
 from rlr_fast.inference.evaluate import evaluate
@@ -58,6 +59,22 @@ def test_the_card_says_what_why_and_how_good(run):
     assert "<b>" not in text and "![Score maps of test images](pictures/0.png)" in text
     assert f"| bolt | {100 * metrics['classes']['bolt']['image_auroc']:.1f} |" in text
     assert "was not calibrated" in text and "10 normal images, layout mvtec" in text
+
+
+def test_the_recipe_of_a_preset_is_told_by_its_name_from_before_a_setting_existed(run, tmp_path):
+    preset = PRESETS["tiny"]
+    record = json.loads((run / "run/run.json").read_text())
+    model = json.loads(preset.model.to_json())
+    recipe = dataclasses.asdict(preset.train) | {"epochs": 7}
+    shutil.copytree(run / "run", tmp_path / "run")
+    for left_out in ((), ("uncertainty", "image_surround")):
+        kept = {name: value for name, value in model.items() if name not in left_out}
+        text = json.dumps(record | {"model": kept, "recipe": recipe})
+        (tmp_path / "run/run.json").write_text(text)
+        assert "preset tiny, 7 epochs" in model_card(tmp_path / "run", "a/b", license="mit")
+    text = json.dumps(record | {"model": model | {"blocks": 3}, "recipe": recipe})
+    (tmp_path / "run/run.json").write_text(text)
+    assert "preset tiny" not in model_card(tmp_path / "run", "a/b", license="mit")
 
 
 def test_nothing_that_is_published_says_where_it_was_made(run, tmp_path):
