@@ -87,11 +87,13 @@ def _model(config: RLRConfig) -> dict[str, Any]:
             strict=True,
         )
     ]
+    uncertainty = sum(p.numel() for p in model.uncertainty.parameters())
     return {
         "config": config.to_dict(),
         "backbone_weights": weights,
         "backbone_parameters": sum(p.numel() for p in backbone.parameters()),
         "levels": levels,
+        "uncertainty_parameters": uncertainty,
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
 
@@ -138,6 +140,11 @@ def _model_text(model: dict[str, Any]) -> str:
         f"alpha {config['alpha']}, fusion {config['fusion']}, references {config['references']}: "
         f"{model['trained_parameters']:,} trained parameters"
     )
+    if config["uncertainty"]:
+        lines.append(
+            f"uncertainty {config['uncertainty']}: {model['uncertainty_parameters']:,} parameters, "
+            "fitted after training"
+        )
     return "\n".join(lines)
 
 

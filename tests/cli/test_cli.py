@@ -322,6 +322,15 @@ def test_info_tells_why_a_backend_is_missing(capsys, monkeypatch):
     assert "triton  " in printed and "NVIDIA GPU" in printed and "backbone" not in printed
 
 
+def test_info_counts_what_is_fitted_after_training(capsys):
+    for power in ("0", "0.5"):
+        assert main(["info", "--preset", "tiny", "--uncertainty", power]) == 0
+        text = capsys.readouterr().out
+        assert ("uncertainty 0.5: 52,994 parameters, fitted after training" in text) == bool(
+            float(power)
+        )
+
+
 def test_info_without_a_model_loads_no_network_and_no_compiler():
     code = (
         "import sys; from rlr_fast.cli import main; main(['info']); "
