@@ -50,7 +50,7 @@ from rlr_fast.training.run_dir import (
     write_trained,
 )
 from rlr_fast.training.scales import fit_scales
-from rlr_fast.training.score_fit import fit_score, score_is_fitted
+from rlr_fast.training.score_fit import fit_score
 from rlr_fast.training.trainer import Trainer
 from rlr_fast.visualization import loss_curve
 
@@ -213,9 +213,10 @@ def train(
         fitted = group.broadcast(lambda: _fitted_score(out, trainer.began == recipe.epochs))
         if fitted is not None:
             model.set_score(**fitted)
-        elif score_is_fitted(config, recipe):
+        else:
             fit_score(model, recipe, features, group)
-            trainer.save()
+            if model.uncertainty:  # its tensors are part of the checkpoint
+                trainer.save()
         scores = score_quantiles(model, features, [s.category for s in samples], group)
         sources = {n: "validation" if whole.validation.get(n) else "held out" for n in data.classes}
         trained = group.broadcast(lambda: read_trained(out))

@@ -18,7 +18,7 @@ _IMAGES = 16
 # tokens are not seen more often, for they would be learned by heart.
 _SAMPLE = 2**17
 _STEPS, _PASSES, _BATCH, _LR = 2000, 16, 1024, 3e-3
-# Smallest deviation of a channel, over the norm of all: bfloat16 tells no smaller ones apart.
+# Smallest deviation of a channel, over the root mean square of all: what bfloat16 resolves.
 _RESOLUTION = 2**-7
 # Share of the normal tokens whose expectation counts whole.
 _LIMIT = 0.999
