@@ -14,8 +14,9 @@ class Uncertainty(nn.Module):
     Some normal tokens are hard to rebuild, such as edges and random texture, and the reconstruction
     shows which. A network of two hidden layers says from it the logarithm e of the distance that
     is expected, over the typical one (Mao et al., MICCAI 2020, divide by a predicted variance
-    likewise). A distance is multiplied by ``exp(-power max(0, e))``. Until the network is fitted
-    on normal images (`rlr_fast.training.uncertainty`), that is 1.
+    likewise). A distance is multiplied by ``exp(-power min(max(0, e), limit))``, where the limit
+    is the highest e that normal tokens reach. Until the network is fitted on normal images
+    (`rlr_fast.training.uncertainty`), that is 1.
 
     Args:
         channels: C of the tokens as they are compared.
@@ -35,7 +36,7 @@ class Uncertainty(nn.Module):
         for parameter in self.network[-1].parameters():
             nn.init.zeros_(parameter)
         self.requires_grad_(False)
-        # The highest that normal tokens reach: a defect's reconstruction is none that was fitted.
+        # A defect's reconstruction is none that was fitted.
         self.register_buffer("limit", torch.zeros(()))
         self.limit: Tensor
 

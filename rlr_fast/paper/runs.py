@@ -140,8 +140,9 @@ def run_table(
             not read; found before any run.
         BackendError: The backend cannot run on the device.
         BackboneWeightsError: The backbone's weights cannot be had.
-        TrainingError: ``out`` holds a table of other settings or other data, another process works
-            in it, or the table cannot be written; finished runs are kept.
+        TrainingError: ``out`` lies among the images or holds a table of other settings or other
+            data, another process works in it, or the table cannot be written; finished runs are
+            kept.
     """
     configs = {row.name: configure(table, row, base) for row in table.rows}
     _refuse_equal(table, configs)
