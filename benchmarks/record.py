@@ -11,12 +11,14 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from rlr_fast.files import write_atomically
 from rlr_fast.models.environment import environment, package_version
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -109,28 +111,37 @@ class Recorder:
         self._write()
 
     def _write(self) -> None:
-        if self.path is None:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
-        partial.replace(self.path)
+        if self.path is not None:
+            write_atomically(self.path, json.dumps(self.content, indent=1) + "\n")
 
 
 def record_path(name: str) -> Path:
     """Return the file of a record: a name lies in `RESULTS`, a path where it says.
 
+    Its folder is made.
+
     Raises:
         argparse.ArgumentTypeError: The name is neither a file name's letters nor a path to a
-            ``.json``.
+            ``.json``; or no file can be written there.
     """
     if name.endswith(".json"):
-        return Path(name)
-    if not re.fullmatch(r"[\w.-]+", name):
+        path = Path(name)
+    elif re.fullmatch(r"[\w.-]+", name):
+        path = RESULTS / f"{name}.json"
+    else:
         raise argparse.ArgumentTypeError(
             f"must be letters, digits, '_', '-' or '.', or a path to a .json, got {name!r}"
         )
-    return RESULTS / f"{name}.json"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder")
+        with tempfile.TemporaryFile(dir=path.parent):
+            return path
+    except OSError as error:
+        raise argparse.ArgumentTypeError(
+            f"must be a file that can be written, got {name!r}: {error}"
+        ) from error
 
 
 def add_record_option(parser: argparse.ArgumentParser) -> None:

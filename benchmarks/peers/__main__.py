@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--backbone", default="tf_efficientnet_lite0")
     parser.add_argument("--weights", default="package", help="as of rlr-fast train")
     parser.add_argument(
-        "--levels", type=read_level, nargs="+", default=[2, 3],
+        "--levels", nargs="+", default=["2", "3"],
         help="such as 2 3, or 2-5 6-9 for the means of two groups of a ViT's blocks",
     )  # fmt: skip
     parser.add_argument("--image-size", type=int, default=256)
@@ -102,7 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         data = read_dataset(options.root)
         data.require_train()
         data.require_test()
-        backbone = Backbone(options.backbone, options.weights, options.levels, size)
+        levels = [read_level(level) for level in options.levels]
+        backbone = Backbone(options.backbone, options.weights, levels, size)
         training = Training(options.steps, options.batch_size)
         for name in options.peer or [name for name, peer in PEERS.items() if not peer.is_trained]:
             torch.manual_seed(options.seed)

@@ -47,12 +47,16 @@ def make(name, steps, backbone=None):
             "out_indices must be levels from 0 on, each above the one before",
         ),
         (["--levels", "2-3"], "out_indices: 'tf_efficientnet_lite0' has levels of unlike"),
-        (["--levels", "3-2"], "argument --levels: invalid read_level value: '3-2'"),
+        (["--levels", "3-2"], "must be a level, or the first and the last such as 2-5, got '3-2'"),
         (["--peer", "dinomaly"], "Dinomaly: the backbone must be a ViT with a class token, got"),
         (["--backbone", VIT, "--peer", "inp-former"], "InpFormer: needs 8 levels, such as"),
         (["--batch-size", "0"], "batch_size: must be at least 1, got 0"),
         (["--seed", "-1"], "seed must be"),
         (["--record", "a/b"], "argument --record: must be letters, digits, '_', '-' or '.', or a"),
+        (
+            ["--record", f"{__file__}/a.json"],
+            "argument --record: must be a file that can be written",
+        ),
     ],
     ids=[
         "falling",
@@ -63,6 +67,7 @@ def make(name, steps, backbone=None):
         "no-batch",
         "seed",
         "record",
+        "record-below-a-file",
     ],
 )
 def test_a_mistake_is_one_line(tmp_path, capsys, flags, message):
