@@ -39,7 +39,7 @@ from benchmarks import sass
 from benchmarks.arguments import positive
 from benchmarks.compiling import DTYPES, compile_launch, specialization, tiles_of, version
 from benchmarks.launches import Shape, launches
-from rlr_fast.config import PRESETS, per_level
+from rlr_fast.config import PRESETS, level_groups, per_level
 from rlr_fast.functional import window_pair
 from rlr_fast.kernels import _launch, distance
 from rlr_fast.kernels._launch import HEAD_DIMS, Launch
@@ -79,17 +79,19 @@ def preset_levels() -> list[tuple[Shape, int]]:
     found = []
     for preset in PRESETS.values():
         config = preset.model
+        groups = level_groups(config.out_indices)
         with torch.device("meta"):
             network = timm.create_model(
                 config.backbone,
                 features_only=True,
-                out_indices=config.out_indices,
+                out_indices=[group[-1] for group in groups],
                 pretrained=False,
             )
         info: Any = network.feature_info
+        kept = zip(per_level(config.components, len(groups)), info.channels(), strict=True)
         levels = zip(
-            info.reduction(), info.channels(), config.hidden, config.heads, config.windows,
-            per_level(config.patches, len(config.hidden)), strict=True,
+            info.reduction(), (count or channels for count, channels in kept), config.hidden,
+            config.heads, config.windows, per_level(config.patches, len(groups)), strict=True,
         )  # fmt: skip
         sizes = sorted({*PIXELS, *config.image_size})
         for pixels, (stride, channels, hidden, heads, window, patch) in product(sizes, [*levels]):

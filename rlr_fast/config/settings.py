@@ -391,6 +391,17 @@ class Preset:
     about: str
 
 
+_ACCURATE = TrainConfig(
+    epochs=24,
+    batch_size=8,
+    optimizer="muon",
+    lr=6e-3,
+    schedule="cosine",
+    loss_power=2.0,
+    score_fit="scaled",
+    calibration_share=0.2,
+)
+
 PRESETS: dict[str, Preset] = {
     "paper": Preset(RLRConfig(), TrainConfig(), "the paper's numbers"),
     "authors": Preset(
@@ -432,17 +443,27 @@ PRESETS: dict[str, Preset] = {
             image_surround=64.0,
             top_share=0.005,
         ),
-        TrainConfig(
-            epochs=24,
-            batch_size=8,
-            optimizer="muon",
-            lr=6e-3,
-            schedule="cosine",
-            loss_power=2.0,
-            score_fit="scaled",
-            calibration_share=0.2,
-        ),
+        _ACCURATE,
         "the best answers that a CPU trains: EfficientNet-Lite0 at 320 px, two levels",
+    ),
+    "vit": Preset(
+        RLRConfig(
+            backbone="vit_small_patch14_reg4_dinov2.lvd142m",
+            out_indices=((2, 3, 4, 5, 6, 7, 8, 9),),
+            image_size=(392, 392),
+            neighborhood=1,
+            components=(128,),
+            hidden=(256,),
+            heads=(8,),
+            windows=((7, 7),),
+            blocks=2,
+            uncertainty=0.4,
+            align_corners=False,
+            surround=96.0,
+            top_share=0.005,
+        ),
+        _ACCURATE,
+        "a vision transformer's features: ViT-S/14 (DINOv2) at 392 px, blocks 2 to 9 as one level",
     ),
 }
 

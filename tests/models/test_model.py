@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 
 from rlr_fast import RLRConfig, RLRModel
+from rlr_fast.config import PRESETS
 from rlr_fast.models.checkpoint import CheckpointError
 from rlr_fast.models.scoring import distance, perturb
 from rlr_fast.models.standardization import Components, Standardize
@@ -331,6 +332,19 @@ def test_a_copy_of_a_compiled_model_is_another_model(small, images):
                 parameter.zero_()
         assert not torch.equal(other(images).score, score)
     assert torch.equal(model(images).score, score)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_scores_and_trains(name):
+    config = RLRConfig.preset(name)
+    config = dataclasses.replace(config, backbone_weights="random", image_size=(112, 112))
+    model, images = RLRModel(config), torch.randint(256, (2, 3, 112, 112), dtype=torch.uint8)
+    out = model(images)
+    assert out.score_map.shape == (2, 1, 112, 112)
+    assert out.score.isfinite().all() and out.score[0] != out.score[1]
+    model.train().loss(images).backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert trained and all(p.grad is not None and p.grad.isfinite().all() for p in trained)
 
 
 def test_vit_levels_at_one_stride():
