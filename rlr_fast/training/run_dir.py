@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -146,16 +146,12 @@ def tell_unfinished(run: Path) -> None:
         _log.warning(told)
 
 
-def write_trained(out: Path, images: Sequence[Path], workers: int | None = None) -> None:
-    """Write digests of the files that a run is trained on; one that goes on adds to its own.
+def digest_images(images: Sequence[Path], workers: int | None = None) -> list[str | None]:
+    """Return the digest of each file; None of one that cannot be read.
 
     Args:
-        out: Folder of the run.
-        images: The files; one that is gone meanwhile is left out.
+        images: The files.
         workers: Threads that read.
-
-    Raises:
-        OSError: They cannot be written.
     """
 
     def digest(path: Path) -> str | None:
@@ -164,11 +160,49 @@ def write_trained(out: Path, images: Sequence[Path], workers: int | None = None)
         except OSError:
             return None
 
+    return list(map_ahead(digest, images, workers))
+
+
+def check_trained(out: Path, digests: Collection[str | None]) -> None:
+    """Refuse to go on where a file has changed that a run was trained on.
+
+    Args:
+        out: Folder of the run.
+        digests: Of the files that it would go on with, as from `digest_images`.
+
+    Raises:
+        TrainingError: Some are others, or cannot be read; or the list of them is damaged.
+    """
+    known = _known_trained(out)
+    changed = len(known.difference(digests))
+    if changed:
+        raise TrainingError(
+            f"{out} cannot be resumed with other images: of {len(known)} that it was trained on, "
+            f"{changed} have another content now or cannot be read; put them back, or choose "
+            "another --out"
+        )
+
+
+def write_trained(out: Path, digests: Collection[str | None]) -> None:
+    """Write which files a run is trained on; one that goes on adds to its own.
+
+    Args:
+        out: Folder of the run.
+        digests: Of the files, as from `digest_images`.
+
+    Raises:
+        TrainingError: The list that is there is damaged.
+        OSError: They cannot be written.
+    """
+    known = _known_trained(out)
+    trained = known | {digest for digest in digests if digest is not None}
+    if trained != known or not known:
+        write_atomically(out / TRAINED_FILE, "".join(f"{d}\n" for d in sorted(trained)))
+
+
+def _known_trained(out: Path) -> frozenset[str]:
     # What finished no epoch leaves the folder free, to a run on other images, too.
-    known = read_trained(out) if (out / STATE_FILE).exists() else frozenset()
-    if len(known) != len(images):  # or they are not read again: a file may have been put right
-        found = {d for d in map_ahead(digest, images, workers) if d is not None}
-        write_atomically(out / TRAINED_FILE, "".join(f"{d}\n" for d in sorted(found | known)))
+    return read_trained(out) if (out / STATE_FILE).exists() else frozenset()
 
 
 def read_trained(out: Path) -> frozenset[str]:

@@ -43,6 +43,8 @@ from rlr_fast.training.progress import progress_bar
 from rlr_fast.training.run_dir import (
     TrainingError,
     check_folder,
+    check_trained,
+    digest_images,
     lock_run,
     read_trained,
     tell_other_processes,
@@ -181,6 +183,11 @@ def train(
                 file=sys.stderr,
             )
             print(_calibration_plan(data, recipe.calibration_share), file=sys.stderr)
+        with group.together():
+            digests: list[str | None] = []
+            if group.is_main:
+                digests = digest_images([s.path for s in images.pictures], execution.workers)
+                check_trained(out, digests)
         features, samples, failures = _features(model, images, execution, quiet, progress, group)
         fit_scales(model, features, group)
         trainer = Trainer(
@@ -203,11 +210,7 @@ def train(
                     "piece": execution.micro_batch_size,
                 }
                 failed = {failure.index for failure in failures}
-                write_trained(
-                    out,
-                    [s.path for i, s in enumerate(images.pictures) if i not in failed],
-                    execution.workers,
-                )
+                write_trained(out, [d for i, d in enumerate(digests) if i not in failed])
                 write_settings(out, config.to_json(), record)
         trainer.fit(quiet)
         fitted = group.broadcast(lambda: _fitted_score(out, trainer.began == recipe.epochs))

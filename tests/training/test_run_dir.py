@@ -352,6 +352,17 @@ def test_a_file_that_was_put_right_joins_the_list_of_those_trained_on(dataset, t
     assert len(before) == 9 and after - before == {file_digest(file)} and before < after
 
 
+def test_other_images_under_the_old_names_are_not_gone_on_with(finished, dataset, tmp_path):
+    before, trained = weights(finished), run_dir.read_trained(finished)
+    for sample in dataset.train["bolt"][:3]:
+        content = bytearray(sample.path.read_bytes())
+        content[-1] ^= 1
+        sample.path.write_bytes(content)
+    with pytest.raises(TrainingError, match="of 10 that it was trained on, 3 have another content"):
+        run(dataset, finished, tmp_path, resume=True)
+    assert same(before, weights(finished)) and run_dir.read_trained(finished) == trained
+
+
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_model_without_its_training_state_is_not_overwritten(finished, dataset, tmp_path, resume):
     (finished / "training_state.safetensors").unlink()
