@@ -132,7 +132,8 @@ def evaluate(
 
     Masks are compared at the model's image size; with tiles at the scale at which the model sees
     them, in the size of a class's first picture. Image files that cannot be read, and images whose
-    score is not finite, are left out and named in the result.
+    score is not finite, are left out and named in the result; a class of which none is left has NaN
+    as its metrics, and no part in the mean.
 
     Started by torchrun, all processes call this together. The batches of images are dealt out to
     them; the first process gathers the maps of a class and computes its metrics, and every process
@@ -153,8 +154,8 @@ def evaluate(
 
     Raises:
         ValueError: A class has no test images, a mask does not fit its image, or the execution does
-            not fit the model; found before any image is scored. Or the processes were not given
-            the same model and images.
+            not fit the model; found before any image is scored. Or no image at all can be scored,
+            or the processes were not given the same model and images.
         PeerError: Another process met an error.
     """
     with processes() as group:
@@ -172,6 +173,7 @@ def evaluate(
         classes: dict[str, dict[str, float]] = {}
         errors: dict[str, ErrorCounts] = {}
         failures: list[str] = []
+        read = 0  # images of all processes
         done = 0  # images of earlier classes
         dealt = 0  # batches of earlier classes: the turn goes on, or the first would have most
         for name in data.classes:
@@ -184,12 +186,14 @@ def evaluate(
             if progress is not None:
                 progress(len(samples) - share.done)
             shares = group.gather(share)
-            if sum(group.all_gather(len(share.indices))) == 0:
-                raise group.alike(_nothing_read(name, shares))
+            read += sum(group.all_gather(len(share.indices)))
             if shares is None:
                 continue
             scored = _join(samples, shares)
             failures += [str(failure.error) for failure in scored.failures]
+            if not scored.samples:
+                classes[name] = dict.fromkeys(HEADINGS, math.nan)
+                continue
             labels = np.array([sample.is_anomaly for sample in scored.samples], dtype=bool)
             classes[name] = class_metrics(scored.scores, labels, scored.maps, scored.masks)
             rule = None if decider is None else decider.rule(name)
@@ -209,6 +213,9 @@ def evaluate(
                 except OSError as error:
                     failures.append(f"cannot write the report of {name}: {error}")
                 done += len(scored.samples)
+        if not read:
+            reason = "; ".join(failures[:1])
+            raise group.alike(ValueError(f"no test image can be read: {reason}"))
         result = group.broadcast(
             lambda: Evaluation(
                 classes,
@@ -378,11 +385,6 @@ def _resized(score_map: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     if score_map.shape == size:
         return score_map
     return F.interpolate(score_map[None, None], size, mode="bilinear", antialias=True)[0, 0]
-
-
-def _nothing_read(name: str, shares: list[_Share] | None) -> ValueError:
-    reasons = [str(failure.error) for share in shares or [] for failure in share.failures]
-    return ValueError(f"no test image of {name} can be read: {'; '.join(reasons[:1])}")
 
 
 def _join(samples: list[Sample], shares: list[_Share]) -> _Scored:

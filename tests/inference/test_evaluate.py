@@ -18,6 +18,7 @@ from rlr_fast.files import file_digest
 from rlr_fast.inference.decisions import Decider
 from rlr_fast.inference.evaluate import FigureOptions, evaluate, protocol
 from rlr_fast.training.calibration import Calibration, ClassScores
+from rlr_fast.visualization.report.writer import ReportWriter
 
 
 @pytest.fixture
@@ -99,6 +100,22 @@ def test_a_corrupt_test_image_is_left_out_and_named(model, dataset):
     result = evaluate(model, dataset)
     assert len(result.failures) == 1 and str(broken) in result.failures[0]
     assert np.isfinite(result.classes["bolt"]["pixel_auroc"])
+
+
+def test_a_class_of_which_no_image_can_be_read_costs_no_other(model, dataset, tmp_path):
+    for sample in dataset.test["bolt"]:
+        sample.path.write_bytes(b"no image")
+    with ReportWriter(tmp_path, "evaluation", (0.0, 1.0), {}) as report:
+        figures = FigureOptions(tmp_path / "sheets", (0.0, 1.0))
+        result = evaluate(model, dataset, report=report, figures=figures)
+    assert len(result.failures) == len(dataset.test["bolt"])
+    values = json.loads(result.to_json())
+    assert set(values["classes"]["bolt"].values()) == {None}
+    assert values["mean"] == values["classes"]["cloth"] and None not in values["mean"].values()
+    for sample in dataset.test["cloth"]:
+        sample.path.write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"no test image can be read: .*bolt"):
+        evaluate(model, dataset)
 
 
 def test_a_mask_of_the_wrong_size_stops_before_any_image_is_scored(model, dataset, tree):
