@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,13 @@ from rlr_fast.inference.metrics import HEADINGS
 from rlr_fast.models.backbone_weights import BackboneWeightsError
 from rlr_fast.models.checkpoint import CONFIG_FILE, WEIGHTS_FILE, CheckpointError, load_config
 from rlr_fast.models.rlr import RLRModel
-from rlr_fast.training.calibration import CALIBRATION_FILE, read_calibration, trained_classes
-from rlr_fast.training.run_dir import read_run
+from rlr_fast.training.calibration import (
+    CALIBRATION_FILE,
+    read_calibration,
+    scoring_identity,
+    trained_classes,
+)
+from rlr_fast.training.run_dir import read_run, read_trained
 
 CARD_FILE = "README.md"
 PICTURES_FOLDER = "pictures"
@@ -40,11 +45,13 @@ class MeasuredMetrics:
         classes: The same of each class.
         weights: Digest of the weights that were measured, see `rlr_fast.files.file_digest`; results
             of older versions do not say.
+        protocol: How they were measured, see `rlr_fast.inference.evaluate.protocol`.
     """
 
     mean: dict[str, float | None]
     classes: dict[str, dict[str, float | None]]
     weights: str | None = None
+    protocol: dict[str, Any] = field(default_factory=dict)
 
 
 def write_published(
@@ -73,8 +80,9 @@ def write_published(
             here, that they were not compared is told.
 
     Raises:
-        ValueError: The run's backbone weights are a file, and nothing else is given; a picture is
-            missing, or ``out`` is not empty.
+        ValueError: The run's backbone weights are a file, and nothing else is given; metrics or
+            calibration are of other scores than the model's; a picture is missing, or ``out`` is
+            not empty.
         CheckpointError: A file of the run is missing or damaged, or it was trained on other
             backbone weights than those that others would get.
         OSError: A file cannot be read or written.
@@ -92,11 +100,16 @@ def write_published(
             raise ValueError(f"pictures: there is no file {str(picture)!r}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out must be a new or an empty folder, and {str(out)!r} is neither")
-    if source != config.backbone_weights:
-        try:
-            RLRModel.from_pretrained(run, backbone_weights=source)
-        except BackboneWeightsError as error:
-            _log.warning("not compared with the weights that the run was trained on: %s", error)
+    _check_protocol((metrics or {}).get("protocol", {}), config)
+    calibration = read_calibration(run)
+    try:
+        model = RLRModel.from_pretrained(run, backbone_weights=source)
+    except BackboneWeightsError as error:
+        _log.warning("not compared with the weights that the run was trained on: %s", error)
+    else:
+        if calibration is not None:
+            scoring = scoring_identity(model, _precision(calibration.scoring), config.tiles)
+            Decider(calibration, ALPHA).check_scoring(scoring)
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / CONFIG_FILE, replace(config, backbone_weights=source).to_json())
     for name in (WEIGHTS_FILE, CALIBRATION_FILE):
@@ -112,6 +125,27 @@ def write_published(
     card = model_card(run, repository, license=license, metrics=metrics, pictures=shown)
     write_atomically(out / CARD_FILE, card)
     return out
+
+
+def _check_protocol(protocol: Mapping[str, Any], config: RLRConfig) -> None:
+    """Refuse metrics of scores that are made otherwise than the model's."""
+    if not protocol:
+        return
+    ours: dict[str, Any] = json.loads(config.to_json())
+    names = ("image_size", "tile", "overlap", "level_offsets", "level_weights", "uncertainty")
+    for name in names:
+        # Without tiles they are not named, and a setting not by older versions.
+        if name in protocol or name in ("tile", "overlap"):
+            old = protocol.get(name)
+            if old != ours[name]:
+                raise ValueError(
+                    f"metrics must be of the model's own scores, and were measured with {name} "
+                    f"{old}; the model has {ours[name]}"
+                )
+
+
+def _precision(facts: Mapping[str, Any]) -> str:
+    return str(facts.get("precision", "fp32"))
 
 
 def model_card(
@@ -160,9 +194,11 @@ def model_card(
         _LOAD.format(repository=repository),
     ]
     if data:
+        # Without those that were kept out or could not be read; older runs do not say which.
+        images = len(read_trained(run)) or data.get("images")
         parts += [
             "## Training",
-            f"{data.get('images')} normal images, layout {data.get('layout')}; digest of the files "
+            f"{images} normal images, layout {data.get('layout')}; digest of the files "
             f"`{str(data.get('files_digest'))[:12]}`. Recipe: {_recipe(record)}.",
         ]
     parts += ["## Metrics", _metrics(metrics)]
@@ -242,7 +278,8 @@ def _metrics(metrics: Mapping[str, Any] | None) -> str:
         *(row(_plain(name), values) for name, values in metrics["classes"].items()),
         row("**mean**", metrics["mean"]),
     ]
-    return "In percent, on labeled test images.\n\n" + "\n".join(lines)
+    precision = _precision(metrics.get("protocol", {}))
+    return f"In percent, on labeled test images, in {precision}.\n\n" + "\n".join(lines)
 
 
 def _thresholds(run: Path) -> str:
@@ -260,6 +297,6 @@ def _thresholds(run: Path) -> str:
         limit = "too few images" if rule.threshold is None else f"{rule.threshold:.4g}"
         lines.append(f"| {_plain(name)} | {len(rule.scores.image)} | {limit} |")
     return (
-        f"At most {ALPHA:.0%} of normal images like the calibration's have a score above:\n\n"
-        + "\n".join(lines)
+        f"At most {ALPHA:.0%} of normal images like the calibration's have a score above these, in "
+        f"{_precision(calibration.scoring)}:\n\n" + "\n".join(lines)
     )

@@ -6,6 +6,7 @@ import dataclasses
 import html
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -167,6 +168,44 @@ def test_the_results_of_another_model_are_refused(run, tmp_path, capsys):
     assert main([*words, "--results", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     assert "is the evaluation of another model" in capsys.readouterr().err
     assert main([*words, "--results", str(run / "results"), "--out", str(tmp_path / "out")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("tile", [64, 64]), ("image_size", [8, 8]), ("uncertainty", 0.4)]
+)
+def test_metrics_of_other_scores_than_the_models_are_refused(run, tmp_path, name, value):
+    metrics = json.loads((run / "results/metrics.json").read_text())
+    metrics["protocol"][name] = value
+    message = rf"metrics must be of the model's own scores, .* {name} {re.escape(str(value))}; "
+    with pytest.raises(ValueError, match=message):
+        write_published(run / "run", tmp_path / "out", "a/b", license="mit", metrics=metrics)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_calibration_of_other_scores_is_refused(run, tmp_path, capsys):
+    shutil.copytree(run / "run", tmp_path / "run")
+    calibrate = ["calibrate", str(run / "data/bolt/test/good"), "--class", "bolt", "--quiet"]
+    assert main([*calibrate, "--checkpoint", str(tmp_path / "run"), "--precision", "bf16"]) == 0
+    publish = ["publish", str(tmp_path / "run"), "me/parts", "--license", "mit", "--out"]
+    assert main([*publish, str(tmp_path / "pub")]) == 0
+    assert "have a score above these, in bf16:" in (tmp_path / "pub/README.md").read_text()
+    file = tmp_path / "run/calibration.json"
+    values = json.loads(file.read_text())
+    values["calibration"]["scoring"] |= {"tile": [64, 64], "overlap": [8, 8]}
+    file.write_text(json.dumps(values))
+    capsys.readouterr()
+    assert main([*publish, str(tmp_path / "other")]) == 2
+    told = capsys.readouterr().err
+    assert "the calibration is of other scores" in told and "tile was [64, 64], now None" in told
+    assert not (tmp_path / "other").exists()
+
+
+def test_images_that_were_kept_out_are_not_counted_as_trained_on(tmp_path):
+    data = read_dataset(make_tree(tmp_path / "data", ("bolt",), train=50))
+    execution = TrainExecution(device="cpu", cache="none")
+    recipe = TrainConfig(epochs=1, batch_size=8, calibration_share=0.2)
+    train(SMALL, recipe, data, tmp_path / "run", execution, quiet=True)
+    assert "40 normal images, layout mvtec" in model_card(tmp_path / "run", "a/b", license="mit")
 
 
 def test_signs_of_markdown_in_a_name_are_written_as_they_are_read():
