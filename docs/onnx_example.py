@@ -5,21 +5,30 @@ It needs numpy, onnxruntime and pillow, and nothing else.
 
 import csv
 import json
+import os
 import sys
 
 import numpy as np
 import onnxruntime
 from PIL import Image
 
+if len(sys.argv) < 3:
+    sys.exit(__doc__)
 session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
 about = json.loads(session.get_modelmeta().custom_metadata_map["rlr_fast"])
 height, width = about["input_size"]
 # Decisions have a column per class, and a last one for images of which the class is not known.
 known = sys.argv[2] in about["classes"]
 column = about["classes"].index(sys.argv[2]) if known else -1
+paths = sys.argv[3 if known else 2 :]
+missing = [path for path in paths if not os.path.exists(path)]
+if missing or not paths:
+    sys.exit(f"no image: {missing}; the classes are {', '.join(about['classes'])}")
 
-for path in sys.argv[3 if known else 2 :]:
+for path in paths:
     image = Image.open(path)
+    if about["tile"] and list(image.size) != about["tile"][::-1]:
+        sys.exit(f"{path}: the file takes tiles of {about['tile']} (height, width), not pictures")
     if image.mode not in ("RGB", "L"):
         sys.exit(f"{path}: pixels of mode {image.mode}; docs/data.md says how they are converted")
     if image.size != (width, height):

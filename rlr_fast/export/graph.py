@@ -132,9 +132,9 @@ def describe(
     """Return what a file says of itself, as JSON text.
 
     ``input_size`` is what the file takes, ``tile`` what an image shows of a picture, in its pixels
-    (null: all of it), ``classes`` are those of the run, ``alpha`` and ``thresholds`` the
-    decisions' (null and empty without decisions), a threshold per column. ``model`` is all that
-    decides a score.
+    (null: all of it), ``overlap`` what neighboring tiles share at least. ``classes`` are those of
+    the run, ``alpha`` and ``thresholds`` the decisions' (null and empty without decisions), a
+    threshold per column. ``model`` is all that decides a score.
     """
     thresholds = []
     if decider is not None:
@@ -150,6 +150,7 @@ def describe(
         "image_size": list(config.image_size),
         "input_size": list(input_size or config.image_size),
         "tile": config.tiles and list(config.tiles.size),
+        "overlap": config.tiles and list(config.tiles.overlap),
         "images": "uint8 RGB (B, H, W, 3), resized by Pillow's Lanczos filter to input_size",
         "classes": list(classes),
         "alpha": None if decider is None else decider.alpha,

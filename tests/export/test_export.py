@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import errno
 import json
 import shutil
@@ -22,7 +23,7 @@ from rlr_fast.data import iterate_images
 from rlr_fast.export import export as module
 from rlr_fast.export.compare import compare, model_outputs
 from rlr_fast.export.formats import halve
-from rlr_fast.export.graph import ExportGraph
+from rlr_fast.export.graph import ExportGraph, describe
 from rlr_fast.export.images import comparison_images
 from rlr_fast.export.runtimes import Runtime, openvino_model
 from rlr_fast.files import LOCK_FILE
@@ -149,6 +150,34 @@ def test_the_example_refuses_what_it_would_score_otherwise(onnx_file, folder, tm
     command = [sys.executable, str(EXAMPLE), str(onnx_file), str(tmp_path / "clear.png")]
     done = subprocess.run(command, capture_output=True, text=True, env={})
     assert done.returncode == 1 and "pixels of mode RGBA" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [([], "MODEL.onnx [CLASS] IMAGES"), (["bolt"], "no image: []"), (["nut"], "no image: ['nut']")],
+    ids=["nothing", "no-image", "no-class"],
+)
+def test_the_example_tells_what_it_lacks(onnx_file, tmp_path, words, message):
+    command = [sys.executable, str(EXAMPLE), str(onnx_file), *words]
+    done = subprocess.run(command, capture_output=True, text=True, env={}, cwd=tmp_path)
+    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_example_takes_no_picture_for_a_tile(onnx_file, tmp_path):
+    import onnx
+
+    config = dataclasses.replace(CONFIG, tile=(96, 128), overlap=(8, 16))
+    about = json.loads(describe(RLRModel(config), None, ["bolt"]))
+    assert (about["tile"], about["overlap"]) == ([96, 128], [8, 16])
+    model = onnx.load(onnx_file)
+    onnx.helper.set_model_props(model, {"rlr_fast": json.dumps(about)})
+    onnx.save(model, tmp_path / "tiles.onnx")
+    for size, returncode in (((64, 48), 1), ((128, 96), 0)):
+        Image.new("RGB", size).save(tmp_path / "picture.png")
+        command = [sys.executable, str(EXAMPLE), "tiles.onnx", "picture.png"]
+        done = subprocess.run(command, capture_output=True, text=True, env={}, cwd=tmp_path)
+        assert done.returncode == returncode, done.stderr
+        assert ("the file takes tiles of [96, 128]" in done.stderr) == bool(returncode)
 
 
 def test_an_onnx_file_is_small_and_of_standard_operators(onnx_file):
