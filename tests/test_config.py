@@ -198,6 +198,8 @@ def test_wrong_type_names_the_field(field, value):
         (TrainExecution, "cache", "tape"),
         (TrainExecution, "micro_batch_size", 0),
         (InferenceExecution, "batch_size", 0),
+        (InferenceExecution, "batch_size", 2.5),
+        (ExecutionConfig, "compile", "yes"),
         (InferenceExecution, "precision", "fp8"),
     ],
 )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rlr_fast.config.rules import require, require_choice
+from rlr_fast.config.rules import check_types, require, require_choice
 
 Backend = Literal["auto", "triton", "tiled", "dense"]
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -35,6 +35,7 @@ class ExecutionConfig:
     workers: int | None = None
 
     def __post_init__(self) -> None:
+        check_types(self)
         require_choice("backend", self.backend, Backend)
         require(self.workers is None or self.workers > 0, "workers", "positive", self.workers)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from numbers import Integral
+from typing import Any, NamedTuple
 
 from rlr_fast.config.rules import LARGEST, require
 
@@ -49,22 +50,23 @@ def checked_tiles(tile: Sides, overlap: Sides | None = None) -> Tiles:
     Raises:
         ValueError: A tile is not positive, or an overlap negative or not below the tile.
     """
-    size = (tile, tile) if isinstance(tile, int) else tuple(tile)
+    size = _pair(tile)
     require(
-        len(size) == 2 and all(isinstance(side, int) and 0 < side <= LARGEST for side in size),
+        len(size) == 2 and all(isinstance(s, Integral) and 0 < int(s) <= LARGEST for s in size),
         "tile",
         f"a positive side, or height and width, of at most {LARGEST}",
         tile,
     )
-    if overlap is None:
-        shared = tuple(side // 8 for side in size)
-    else:
-        shared = (overlap, overlap) if isinstance(overlap, int) else tuple(overlap)
+    shared = tuple(side // 8 for side in size) if overlap is None else _pair(overlap)
     if len(shared) != 2 or not all(
-        isinstance(o, int) and 0 <= o < side for o, side in zip(shared, size, strict=True)
+        isinstance(o, Integral) and 0 <= int(o) < side for o, side in zip(shared, size, strict=True)
     ):
         raise ValueError(f"overlap must be at least 0 and below the tile, got {overlap=}, {tile=}")
-    return Tiles((size[0], size[1]), (shared[0], shared[1]))
+    return Tiles((int(size[0]), int(size[1])), (int(shared[0]), int(shared[1])))
+
+
+def _pair(sides: Any) -> tuple[Any, ...]:
+    return tuple(sides) if isinstance(sides, (tuple, list)) else (sides, sides)
 
 
 def optional_tiles(

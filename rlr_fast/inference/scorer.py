@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping, Sized
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ class Scorer:
         failures = np.full(rows, None, dtype=object)
         maps: dict[int, NDArray[np.float32]] = {}
         if source == "path":
-            paths = [Path(str(path)) for path in np.asarray(batch["path"])]
+            paths = [Path(os.fsdecode(path)) for path in np.asarray(batch["path"])]
             for outcomes in score_files(model, paths, self.execution, model.config.tiles):
                 for outcome in outcomes:
                     if isinstance(outcome, ImageFailure):
@@ -178,7 +179,9 @@ class Scorer:
         p_value, limit = np.full((2, len(scores)), np.nan)
         anomalous = np.full(len(scores), None, dtype=object)
         for i, score_map in maps.items():
-            rule = decider.rule(None if names[i] is None else str(names[i]))
+            # pandas says NaN where there is none
+            has_class = names[i] is not None and names[i] == names[i]
+            rule = decider.rule(str(names[i]) if has_class else None)
             if rule is not None:
                 decision = rule.decide(float(scores[i]), score_map)
                 p_value[i], anomalous[i] = decision.p_value, decision.anomalous
@@ -199,6 +202,9 @@ def _check(batch: Mapping[str, ArrayLike]) -> tuple[str, int]:
         raise ValueError(
             f"batch must have either a column 'path' or one 'image', got {sorted(batch)}"
         )
+    for name, values in batch.items():
+        if isinstance(values, (str, bytes)) or not isinstance(values, Sized):
+            raise ValueError(f"column {name!r} of batch must have a value per row, got {values!r}")
     lengths = {name: len(values) for name, values in batch.items()}  # type: ignore[arg-type]
     if len(set(lengths.values())) > 1:
         raise ValueError(f"columns of batch must have one length, got {lengths}")

@@ -121,8 +121,11 @@ class Backbone(nn.Module):
                 network was trained.
 
         Raises:
+            TypeError: Something else than a tensor.
             ValueError: Another shape, size or dtype.
         """
+        if not isinstance(images, Tensor):
+            raise TypeError(f"images must be a tensor, got {type(images).__name__}")
         if images.dim() != 4 or tuple(images.shape[1:]) != (3, *self.image_size):
             raise ValueError(
                 f"images must be (B, 3, {self.image_size[0]}, {self.image_size[1]}), "

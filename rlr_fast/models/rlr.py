@@ -358,7 +358,12 @@ class RLRModel(Pretrained):
         """Return the training loss (eq. 13-14), a scalar; perturbed (eq. 3) in training mode.
 
         With ``diversity`` it has `diversity_loss` added, whatever the mode.
+
+        Raises:
+            ValueError: There is no image, or see `forward`.
         """
+        if len(images) == 0:
+            raise ValueError("images must be at least one to have a loss, got 0")
         tokens = self.tokens(images)
         noise = [torch.randn_like(t) for t in tokens] if self.training else None
         losses = [d.mean() for d in self.distances(tokens, noise)]

@@ -62,9 +62,12 @@ def predict_tiled(
         precision: See `rlr_fast.pictures.batches.score_batches`.
 
     Raises:
+        TypeError: ``image`` is no tensor.
         ValueError: An argument breaks its rule, or the picture is smaller than a tile.
     """
     tiles = checked_tiles(tile, overlap)
+    if not isinstance(image, Tensor):
+        raise TypeError(f"image must be a tensor, got {type(image).__name__}")
     if image.dim() != 3 or image.shape[0] != 3 or image.dtype != torch.uint8:
         raise ValueError(f"image must be (3, H, W) uint8, got {tuple(image.shape)} {image.dtype}")
     if batch_size < 1:

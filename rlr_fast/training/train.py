@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import torch
 
-from rlr_fast.config import RLRConfig, TrainConfig, TrainExecution
+from rlr_fast.config import RLRConfig, TrainConfig, TrainExecution, level_name
 from rlr_fast.data import DataSet, ImageFailure, Sample
 from rlr_fast.data.check import counted
 from rlr_fast.data.contents import describe_images
@@ -255,14 +255,15 @@ def _keyless_levels(model: RLRModel) -> list[str]:
     if "mlka" not in model.config.attention:
         return []
     lines = []
-    for j, level in enumerate(cast("list[Reconstructor]", list(model.levels))):
+    levels = cast("list[Reconstructor]", list(model.levels))
+    for place, level in zip(model.config.out_indices, levels, strict=True):
         window = level.window
         grid = [side // level.patch for side in level.grid]
         if all(side // 2 >= tokens - 1 for side, tokens in zip(window, grid, strict=True)):
             lines.append(
-                f"level {j}: the window of {window[0]} x {window[1]} covers the grid of "
-                f"{grid[0]} x {grid[1]} tokens from everywhere, so MLKA has no key and gives "
-                "nothing; smaller --windows or a larger --image-size help"
+                f"level {level_name(place)}: the window of {window[0]} x {window[1]} covers the "
+                f"grid of {grid[0]} x {grid[1]} tokens from everywhere, so MLKA has no key and "
+                "gives nothing; smaller --windows or a larger --image-size help"
             )
     return lines
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import os
 import pickle
 
 import numpy as np
@@ -131,8 +132,10 @@ def test_too_few_calibration_images_give_a_p_value_alone(run, files):
         ({"path": ["a"], "class": ["b", "c"]}, "one length, got {'path': 1, 'class': 2}"),
         ({"image": np.zeros((1, 4, 4, 3))}, r"got \(4, 4, 3\) of float64 in row 0"),
         ({"image": np.zeros((1, 3, 4, 4), np.uint8)}, r"image must be \(h, w, 3\) of uint8"),
+        ({"path": "one.png"}, "column 'path' of batch must have a value per row, got 'one.png'"),
+        ({"path": ["a"], "class": 7}, "column 'class' of batch must have a value per row, got 7"),
     ],
-    ids=["nothing", "both", "lengths", "dtype", "channels"],
+    ids=["nothing", "both", "lengths", "dtype", "channels", "one-path", "one-class"],
 )
 def test_a_wrong_batch_is_refused(run, batch, message):
     with pytest.raises(ValueError, match=message):
@@ -145,8 +148,19 @@ def test_a_wrong_scorer_is_refused_where_it_is_made(run, small, tmp_path):
         Scorer(tmp_path / "other", alpha=0.1)
     with pytest.raises(ValueError, match="alpha must be"):
         Scorer(run, alpha=2.0)
+    with pytest.raises(ValueError, match=r"alpha must be .* got alpha='0\.05'"):
+        Scorer(run, alpha="0.05")
     with pytest.raises(ValueError, match="pool decides images and needs alpha"):
         Scorer(run, pool=True)
+
+
+def test_a_missing_class_of_pandas_and_a_path_of_bytes_are_known(run, files):
+    plain = Scorer(run, CPU, alpha=0.1)({"path": [str(files[0])] * 2, "class": [None, "bolt"]})
+    given = Scorer(run, CPU, alpha=0.1)(
+        {"path": [os.fsencode(files[0])] * 2, "class": np.array([math.nan, "bolt"], dtype=object)}
+    )
+    for name in ("score", "p_value", "anomalous"):
+        assert given[name].tolist() == plain[name].tolist() and None not in given[name]
 
 
 def test_a_run_that_was_stopped_before_its_end_is_told(run, caplog):

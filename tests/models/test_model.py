@@ -334,6 +334,11 @@ def test_a_copy_of_a_compiled_model_is_another_model(small, images):
     assert torch.equal(model(images).score, score)
 
 
+def test_no_image_has_no_loss(model, images):
+    with pytest.raises(ValueError, match="images must be at least one to have a loss, got 0"):
+        model.loss(images[:0])
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_scores_and_trains(name):
     config = RLRConfig.preset(name)

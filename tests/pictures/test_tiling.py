@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 
+import numpy as np
 import pytest
 import scipy.ndimage
 import torch
@@ -188,6 +189,8 @@ def test_a_side_stands_for_both_and_an_eighth_is_shared(tile, overlap, size, sha
     ("tile", "overlap", "message"),
     [
         pytest.param(0, None, "tile must be a positive side", id="no-tile"),
+        pytest.param(64.0, None, r"tile must be .* got tile=64\.0", id="float"),
+        pytest.param(64, 8.0, r"overlap must be .* got overlap=8\.0", id="float-share"),
         pytest.param((64, -1), None, "tile must be a positive side", id="negative"),
         pytest.param((64, 64, 64), None, "tile must be a positive side", id="three"),
         pytest.param(64, 64, "overlap must be at least 0 and below the tile", id="whole"),
@@ -215,3 +218,16 @@ def test_wrong_tiles_are_refused(tile, overlap, message):
 def test_what_cannot_be_tiled_is_refused(model, image, options, message):
     with pytest.raises(ValueError, match=message):
         predict_tiled(model, image, (48, 64), **options)
+
+
+def test_sides_of_numpy_are_those_of_python():
+    assert checked_tiles(np.int64(64), np.int32(8)) == checked_tiles(64, 8)
+    assert all(type(side) is int for side in checked_tiles(np.int64(64)).size)
+
+
+def test_an_array_is_not_taken_for_a_tensor(model):
+    array = picture(64, 64).numpy()
+    with pytest.raises(TypeError, match="image must be a tensor, got ndarray"):
+        predict_tiled(model, array, 48)
+    with pytest.raises(TypeError, match="images must be a tensor, got ndarray"):
+        model(array[None])
