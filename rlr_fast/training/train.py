@@ -9,7 +9,7 @@ import logging
 import math
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -169,23 +169,10 @@ def train(
                 check_folder(out, record, resume, data)  # another command may have been there
                 tell_other_processes(out, record)
         group.agree(_decisive(record, model))
-        if group.is_main:
-            for line in _keyless_levels(model):
-                _log.warning(line)
-        steps = recipe.epochs * math.ceil(count / recipe.batch_size)
-        if group.is_main and not resume and steps < _FEW_STEPS:
-            _log.warning(_few_steps(count, steps, recipe))
-        if group.is_main and not quiet:
-            print(
-                f"{images}, classes: {len(data.classes)}, "
-                f"{config.backbone} at {config.image_size[0]} x {config.image_size[1]}, "
-                f"epochs: {recipe.epochs} ({steps} steps), on {device}",
-                file=sys.stderr,
-            )
-            print(_calibration_plan(data, recipe.calibration_share), file=sys.stderr)
+        digests: list[str | None] = []
         with group.together():
-            digests: list[str | None] = []
             if group.is_main:
+                _tell_plan(model, recipe, data, images, execution, resume, quiet)
                 digests = digest_images([s.path for s in images.pictures], execution.workers)
                 check_trained(out, digests)
         features, samples, failures = _features(model, images, execution, quiet, progress, group)
@@ -241,6 +228,32 @@ def train(
         return TrainResult(out, trainer.history, failures, speed, trainer.began)
 
 
+def _tell_plan(
+    model: RLRModel,
+    recipe: TrainConfig,
+    data: DataSet,
+    images: _Images,
+    execution: TrainExecution,
+    resume: bool,
+    quiet: bool,
+) -> None:
+    """Say what is about to be trained, and warn of what promises little."""
+    held = _without_unfit(data, model.config, images, execution.workers)
+    for line in _keyless_levels(model):
+        _log.warning(line)
+    count, (height, width) = len(images.samples), model.config.image_size
+    steps = recipe.epochs * math.ceil(count / recipe.batch_size)
+    if not resume and steps < _FEW_STEPS:
+        _log.warning(_few_steps(count, steps, recipe))
+    if not quiet:
+        print(
+            f"{images}, classes: {len(data.classes)}, {model.config.backbone} at {height} x "
+            f"{width}, epochs: {recipe.epochs} ({steps} steps), on {model.device}",
+            file=sys.stderr,
+        )
+        print(_calibration_plan(held, model.config, recipe.calibration_share), file=sys.stderr)
+
+
 def _few_steps(images: int, steps: int, recipe: TrainConfig) -> str:
     """Say how many epochs of so few images would be enough steps."""
     enough = math.ceil(_FEW_STEPS / math.ceil(images / recipe.batch_size))
@@ -286,15 +299,34 @@ def _later_calibration(out: Path, model: RLRModel) -> Calibration | None:
     return previous if previous is not None and previous.is_of(model) else None
 
 
-def _calibration_plan(data: DataSet, share: float) -> str:
-    """Say how many images there are to calibrate decisions on, after `hold_out`."""
-    images = sum(map(len, data.validation.values()))
+def _without_unfit(
+    data: DataSet, config: RLRConfig, images: _Images, workers: int | None
+) -> dict[str, list[Sample]]:
+    """Return of each class the images that calibrate, and tell how many have no tiles."""
+    if config.tiles is None:
+        return {name: data.validation.get(name, []) for name in data.classes}
+    held, lost = {}, [failure.error for failure in images.failures]
+    for name in data.classes:
+        samples = data.validation.get(name, [])
+        _, _, failures = cut(samples, config.tiles, workers)
+        unfit = {failure.index for failure in failures}
+        held[name] = [sample for i, sample in enumerate(samples) if i not in unfit]
+        lost += [failure.error for failure in failures]
+    if lost:
+        _log.warning("%s left out, such as: %s", counted(len(lost), "image"), lost[0])
+    return held
+
+
+def _calibration_plan(held: Mapping[str, Sequence[Sample]], config: RLRConfig, share: float) -> str:
+    """Say how many images there are of each class to calibrate decisions on."""
+    images = sum(map(len, held.values()))
     line = f"{counted(images, 'image')} not trained on, to calibrate decisions"
     if not images:
         line += ": predict will give scores alone until rlr-fast calibrate is run"
-    small = [name for name in data.classes if not data.validation.get(name)]
+    small = [name for name, samples in held.items() if not samples]
     if share and small:
-        line += f"; none of {', '.join(small)} (fewer than {MIN_IMAGES} images)"
+        tiles = "" if config.tiles is None else ", or none as large as a tile"
+        line += f"; none of {', '.join(small)} (fewer than {MIN_IMAGES} images{tiles})"
     return line
 
 
@@ -331,7 +363,7 @@ class _Images:
     failures: list[ImageFailure]
 
     def __str__(self) -> str:
-        images = counted(len(self.pictures), "image")
+        images = counted(len(self.pictures) - len(self.failures), "image")
         if self.samples is self.pictures:
             return images
         return f"{counted(len(self.samples), 'tile')} of {images}"

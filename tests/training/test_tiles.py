@@ -144,6 +144,22 @@ def test_kept_out_pictures_are_scored_in_tiles(tmp_path):
     assert calibration.scoring["tile"] == [32, 32] and calibration.scoring["overlap"] == [4, 4]
 
 
+def test_pictures_smaller_than_a_tile_are_told_before_training(tmp_path, capsys, caplog):
+    data = read_dataset(make_tree(tmp_path / "data", ("bolt",), train=50))
+    held = hold_out(data, 0.2, BRIEF.seed)
+    small = held.train["bolt"][0].path
+    for path in (small, *(sample.path for sample in held.validation["bolt"])):
+        save_picture(path, 0, (39, 100))
+    config = dataclasses.replace(SMALL, tile=(40, 56))
+    recipe = dataclasses.replace(BRIEF, epochs=1, calibration_share=0.2)
+    result = run(data, tmp_path / "run", tmp_path, config=config, recipe=recipe, quiet=False)
+    told = capsys.readouterr().err
+    assert "tiles of 39 images" in told
+    assert "0 images not trained on" in told and "bolt (fewer than 50 images, or none as" in told
+    assert f"11 images left out, such as: {result.failures[0].error}" in caplog.text
+    assert len(result.failures) == 11 and read_calibration(tmp_path / "run") is None
+
+
 def test_pictures_smaller_than_a_tile_are_left_out_and_told(pictures, tmp_path):
     small = pictures.train["bolt"][1].path
     save_picture(small, 0, (39, 100))
