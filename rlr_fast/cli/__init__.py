@@ -58,7 +58,7 @@ def _main(argv: list[str]) -> int:
     except (CycloptsError, ValueError) as error:
         if wants_traceback():
             raise
-        return _refused(_line(error), words)
+        return _refused(_line(error, argv), words)
     verb = VERBS.get(words)
     if verb is None or function.__module__ != verb.module:  # --help or --version
         function(*bound.args, **bound.kwargs)
@@ -74,11 +74,16 @@ def _refused(sentence: str, words: Sequence[str]) -> int:
     return refuse(f"{sentence} See {command} --help.") if tells() else follow_peer()
 
 
-def _line(error: Exception) -> str:
+def _line(error: Exception, argv: Sequence[str]) -> str:
     """Return what the mistake is, as a line of whole sentences."""
     if isinstance(error, UnusedCliTokensError) and error.unused_tokens:
         return f"unexpected argument {error.unused_tokens[0]!r}."
     if isinstance(error, MissingArgumentError) and error.argument and error.keyword is None:
         return f"{error.argument.name} is needed."
     line = " ".join(str(error).split())
-    return line if line.endswith((".", "?")) else f"{line}."
+    line = line if line.endswith((".", "?")) else f"{line}."
+    if isinstance(error, MissingArgumentError) and error.keyword in argv[:-1]:
+        value = argv[argv.index(error.keyword) + 1]
+        if value.startswith("-") and not value.startswith("--"):
+            line += f" A value that begins with '-' is given as {error.keyword}={value}."
+    return line

@@ -16,17 +16,23 @@ PER_LEVEL = ("hidden", "heads", "windows", "patches", "components")
 """The fields of `RLRConfig` that hold a value per level and are not fitted."""
 
 
-def window_pair(window: int | Sequence[int]) -> Window:
+def window_pair(window: int | Sequence[int], argument: str = "window") -> Window:
     """Return a window as (height, width).
+
+    Args:
+        window: Tokens: a side, or (height, width).
+        argument: What an error calls it.
 
     Raises:
         ValueError: ``window`` is neither an odd positive integer nor a pair of them.
     """
     pair = (window, window) if isinstance(window, int) else window
     if not isinstance(pair, Sequence) or len(pair) != 2 or not all(type(v) is int for v in pair):
-        raise ValueError(f"window must be an odd integer or a pair of them, got {window=}")
+        raise ValueError(
+            f"{argument} must be an odd integer or a pair of them, got {argument}={window!r}"
+        )
     if any(side < 1 or side % 2 == 0 for side in pair):
-        raise ValueError(f"window must be odd and positive, got {window=}")
+        raise ValueError(f"{argument} must be odd and positive, got {argument}={window!r}")
     return pair[0], pair[1]
 
 

@@ -212,7 +212,7 @@ class RLRConfig:
         put("hidden", level_values("hidden", self.hidden, levels))
         put("heads", level_values("heads", self.heads, levels))
         windows = level_values("windows", self.windows, levels)
-        put("windows", tuple(window_pair(window) for window in windows))
+        put("windows", tuple(window_pair(window, "windows") for window in windows))
         components = level_values("components", self.components, levels)
         require(min(components) >= 0, "components", "0 or positive", self.components)
         put("components", components[:1] if len(set(components)) == 1 else components)
