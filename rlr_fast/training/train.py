@@ -8,26 +8,22 @@ import json
 import logging
 import math
 import statistics
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
-from rlr_fast.config import RLRConfig, TrainConfig, TrainExecution, level_name
+from rlr_fast.config import RLRConfig, TrainConfig, TrainExecution
 from rlr_fast.data import DataSet, ImageFailure, Sample
-from rlr_fast.data.check import counted
 from rlr_fast.data.contents import describe_images
-from rlr_fast.data.hold_out import MIN_IMAGES, hold_out
-from rlr_fast.data.parts import cut
+from rlr_fast.data.hold_out import hold_out
 from rlr_fast.files import write_atomically
 from rlr_fast.models.checkpoint import CONFIG_FILE, CheckpointError, load_config
 from rlr_fast.models.environment import environment, start_device
 from rlr_fast.models.precision import check_precision
-from rlr_fast.models.reconstructor import Reconstructor
 from rlr_fast.models.rlr import RLRModel
 from rlr_fast.training.calibration import (
     CALIBRATION_FILE,
@@ -39,6 +35,8 @@ from rlr_fast.training.calibration import (
 from rlr_fast.training.distributed import Processes, processes
 from rlr_fast.training.feature_cache import cached_features
 from rlr_fast.training.features import Features, FreshFeatures
+from rlr_fast.training.images import TrainingImages, lost_class, training_images
+from rlr_fast.training.plan import tell_plan
 from rlr_fast.training.progress import progress_bar
 from rlr_fast.training.run_dir import (
     TrainingError,
@@ -57,9 +55,6 @@ from rlr_fast.training.trainer import Trainer
 from rlr_fast.visualization import loss_curve
 
 CURVE_FILE = "loss.png"
-
-# On 400 photographs `accurate` loses 1 to 2 points of I-AUROC with half of its 1,200 steps.
-_FEW_STEPS = 600
 
 _log = logging.getLogger(__name__)
 
@@ -145,7 +140,7 @@ def train(
                 )
             whole, data = data, hold_out(data, recipe.calibration_share, recipe.seed)
             _check_request(recipe, data, device, group)
-            images = _training_images(data, config, group.workers(execution.workers))
+            images = training_images(data, config, group.workers(execution.workers))
             count = len(images.samples)
             if count < group.world_size:
                 raise TrainingError(
@@ -172,7 +167,7 @@ def train(
         digests: list[str | None] = []
         with group.together():
             if group.is_main:
-                _tell_plan(model, recipe, data, images, execution, resume, quiet)
+                tell_plan(model, recipe, data, images, execution, resume, quiet)
                 digests = digest_images([s.path for s in images.pictures], execution.workers)
                 check_trained(out, digests)
         features, samples, failures = _features(model, images, execution, quiet, progress, group)
@@ -228,59 +223,6 @@ def train(
         return TrainResult(out, trainer.history, failures, speed, trainer.began)
 
 
-def _tell_plan(
-    model: RLRModel,
-    recipe: TrainConfig,
-    data: DataSet,
-    images: _Images,
-    execution: TrainExecution,
-    resume: bool,
-    quiet: bool,
-) -> None:
-    """Say what is about to be trained, and warn of what promises little."""
-    held = _without_unfit(data, model.config, images, execution.workers)
-    for line in _keyless_levels(model):
-        _log.warning(line)
-    count, (height, width) = len(images.samples), model.config.image_size
-    steps = recipe.epochs * math.ceil(count / recipe.batch_size)
-    if not resume and steps < _FEW_STEPS:
-        _log.warning(_few_steps(count, steps, recipe))
-    if not quiet:
-        print(
-            f"{images}, classes: {len(data.classes)}, {model.config.backbone} at {height} x "
-            f"{width}, epochs: {recipe.epochs} ({steps} steps), on {model.device}",
-            file=sys.stderr,
-        )
-        print(_calibration_plan(held, model.config, recipe.calibration_share), file=sys.stderr)
-
-
-def _few_steps(images: int, steps: int, recipe: TrainConfig) -> str:
-    """Say how many epochs of so few images would be enough steps."""
-    enough = math.ceil(_FEW_STEPS / math.ceil(images / recipe.batch_size))
-    return (
-        f"{counted(steps, 'step')} of {min(images, recipe.batch_size)} images are few, and a model "
-        f"that hardly learned finds little: --epochs {enough} or more help"
-    )
-
-
-def _keyless_levels(model: RLRModel) -> list[str]:
-    """Say of which levels MLKA sees no key from anywhere, and so adds nothing."""
-    if "mlka" not in model.config.attention:
-        return []
-    lines = []
-    levels = cast("list[Reconstructor]", list(model.levels))
-    for place, level in zip(model.config.out_indices, levels, strict=True):
-        window = level.window
-        grid = [side // level.patch for side in level.grid]
-        if all(side // 2 >= tokens - 1 for side, tokens in zip(window, grid, strict=True)):
-            lines.append(
-                f"level {level_name(place)}: the window of {window[0]} x {window[1]} covers the "
-                f"grid of {grid[0]} x {grid[1]} tokens from everywhere, so MLKA has no key and "
-                "gives nothing; smaller --windows or a larger --image-size help"
-            )
-    return lines
-
-
 def _fitted_score(out: Path, finished: bool) -> dict[str, Any] | None:
     """Return the score that a run was given when it ended: another fit differs by rounding."""
     if not finished or not (out / CALIBRATION_FILE).exists():
@@ -297,37 +239,6 @@ def _later_calibration(out: Path, model: RLRModel) -> Calibration | None:
         _log.warning("%s; it is written anew", error)
         return None
     return previous if previous is not None and previous.is_of(model) else None
-
-
-def _without_unfit(
-    data: DataSet, config: RLRConfig, images: _Images, workers: int | None
-) -> dict[str, list[Sample]]:
-    """Return of each class the images that calibrate, and tell how many have no tiles."""
-    if config.tiles is None:
-        return {name: data.validation.get(name, []) for name in data.classes}
-    held, lost = {}, [failure.error for failure in images.failures]
-    for name in data.classes:
-        samples = data.validation.get(name, [])
-        _, _, failures = cut(samples, config.tiles, workers)
-        unfit = {failure.index for failure in failures}
-        held[name] = [sample for i, sample in enumerate(samples) if i not in unfit]
-        lost += [failure.error for failure in failures]
-    if lost:
-        _log.warning("%s left out, such as: %s", counted(len(lost), "image"), lost[0])
-    return held
-
-
-def _calibration_plan(held: Mapping[str, Sequence[Sample]], config: RLRConfig, share: float) -> str:
-    """Say how many images there are of each class to calibrate decisions on."""
-    images = sum(map(len, held.values()))
-    line = f"{counted(images, 'image')} not trained on, to calibrate decisions"
-    if not images:
-        line += ": predict will give scores alone until rlr-fast calibrate is run"
-    small = [name for name, samples in held.items() if not samples]
-    if share and small:
-        tiles = "" if config.tiles is None else ", or none as large as a tile"
-        line += f"; none of {', '.join(small)} (fewer than {MIN_IMAGES} images{tiles})"
-    return line
 
 
 def _check_request(
@@ -350,50 +261,9 @@ def _decisive(record: dict[str, Any], model: RLRModel) -> dict[str, Any]:
     return values | {"fingerprint of the backbone": model.backbone.fingerprint}
 
 
-@dataclass(frozen=True)
-class _Images:
-    """What is trained on: ``samples``, which are whole pictures or tiles of them.
-
-    ``places`` are those of each sample's picture; ``failures`` are pictures that have no tiles.
-    """
-
-    pictures: list[Sample]
-    samples: list[Sample]
-    places: list[int]
-    failures: list[ImageFailure]
-
-    def __str__(self) -> str:
-        images = counted(len(self.pictures) - len(self.failures), "image")
-        if self.samples is self.pictures:
-            return images
-        return f"{counted(len(self.samples), 'tile')} of {images}"
-
-
-def _training_images(data: DataSet, config: RLRConfig, workers: int | None) -> _Images:
-    pictures = [sample for group in data.train.values() for sample in group]
-    if config.tiles is None:
-        return _Images(pictures, pictures, list(range(len(pictures))), [])
-    images = _Images(pictures, *cut(pictures, config.tiles, workers))
-    error = _lost_class(pictures, images.failures)
-    if error is not None:
-        raise error
-    return images
-
-
-def _lost_class(pictures: list[Sample], failures: list[ImageFailure]) -> TrainingError | None:
-    """Return the error of classes of which nothing is left, if there are any."""
-    failed = {failure.index for failure in failures}
-    readable = {sample.category for i, sample in enumerate(pictures) if i not in failed}
-    empty = {sample.category for sample in pictures} - readable
-    if not empty:
-        return None
-    reason = next(f.error for f in failures if pictures[f.index].category in empty)
-    return TrainingError(f"no training image of {', '.join(sorted(empty))} can be read: {reason}")
-
-
 def _features(
     model: RLRModel,
-    images: _Images,
+    images: TrainingImages,
     execution: TrainExecution,
     quiet: bool,
     progress: Callable[[str, int], object],
@@ -432,7 +302,7 @@ def _features(
             place = images.places[rank + processes.world_size * failure.index]
             failed[place] = ImageFailure(place, failure.error)
     failures = [failed[place] for place in sorted(failed)]
-    error = _lost_class(images.pictures, failures)
+    error = lost_class(images.pictures, failures)
     if error is not None:
         raise processes.alike(error)
     mine_failed = {failure.index for failure in features.failures}
