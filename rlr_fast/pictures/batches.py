@@ -131,17 +131,21 @@ def _score_batches(
 
     def down_to(left: int) -> Iterator[tuple[T, Scores]]:
         while len(started) > left:
-            what, batch = started[0]
+            what, batch = started.popleft()
             yield what, batch.read()
-            started.popleft()
 
-    try:
-        for what, images in batches:
-            started.append((what, _Started(model, images, precision, device)))
-            yield from down_to(_AHEAD.get(device.type, 0))
-    except KeyboardInterrupt:
-        yield from down_to(0)  # what is computed is not lost
-        raise
+    source = iter(batches)
+    while True:
+        try:
+            item = next(source, None)
+            if item is not None:
+                started.append((item[0], _Started(model, item[1], precision, device)))
+        except KeyboardInterrupt:
+            yield from down_to(0)  # what is computed is not lost
+            raise
+        if item is None:
+            break
+        yield from down_to(_AHEAD.get(device.type, 0))
     yield from down_to(0)
 
 

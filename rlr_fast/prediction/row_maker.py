@@ -92,8 +92,8 @@ class RowMaker:
             OSError: A picture cannot be written.
         """
         workers = self._execution.workers or default_workers()
-        ahead, behind = itertools.tee(files)
-        paths = (file.path for file in ahead)
+        ahead, listed = itertools.tee(files)
+        paths, behind = (file.path for file in ahead), enumerate(listed)
         done = score_files(self._model, paths, self._execution, self._tiles)
         with (
             _InOrder(write, flush) as rows,
@@ -103,7 +103,9 @@ class RowMaker:
                 batch: list[Row] = []
                 waiting: list[Future[None]] = []
                 for outcome in outcomes:
-                    file = next(behind)
+                    place, file = next(behind)
+                    if outcome.index != place:  # rather no row than that of another file
+                        raise RuntimeError(f"file {place} was scored as file {outcome.index}")
                     if isinstance(outcome, ImageFailure):
                         batch.append(left_out_row(file, str(outcome.error)))
                         continue
@@ -148,6 +150,7 @@ class _InOrder:
     def __init__(self, write: Callable[[Row], object], flush: Callable[[], object]) -> None:
         self._write, self._flush = write, flush
         self._waiting: deque[tuple[Sequence[Row], Sequence[Future[None]]]] = deque()
+        self._is_broken = False  # within a batch: an interruption must not write it twice
 
     def add(self, rows: Sequence[Row], pictures: Sequence[Future[None]]) -> None:
         """Take the rows of a batch, and what tells that their pictures are written."""
@@ -155,14 +158,16 @@ class _InOrder:
         self._hand_over()
 
     def _hand_over(self) -> None:
-        while self._waiting and all(f.done() for f in self._waiting[0][1]):
+        while self._waiting and not self._is_broken and all(f.done() for f in self._waiting[0][1]):
             rows, pictures = self._waiting[0]
             if any(picture.exception() is not None for picture in pictures):
                 return  # which is raised where the pictures are waited for
+            self._is_broken = True
             for row in rows:
                 self._write(row)
             self._flush()
             self._waiting.popleft()
+            self._is_broken = False
 
     def __enter__(self) -> Self:
         return self

@@ -61,6 +61,13 @@ def test_an_interruption_hands_over_what_is_computed(model, monkeypatch):
     assert seen == [0, 1]
 
 
+def test_an_interruption_hands_over_no_batch_twice(model):
+    scored = score_batches(model, batches(1, 1, 1))
+    assert next(scored)[0] == 0
+    with pytest.raises(KeyboardInterrupt):
+        scored.throw(KeyboardInterrupt)
+
+
 def test_the_reference_is_prepared_once_and_again_after_a_change(model, monkeypatch):
     prepared = []
     prepare = RLRBlock.prepare
