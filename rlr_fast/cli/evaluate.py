@@ -97,8 +97,10 @@ def evaluate(
             if group.is_main and report and colors is not None:
                 about = f"{images.root}, layout {images.layout}, test images"
                 facts = model_facts(model, checkpoint, about, how.precision, tiles)
-                page = stack.enter_context(ReportWriter(out, "evaluation", colors, facts))
-                page.alpha = None if decider is None else decider.alpha
+                rate = None if decider is None else decider.alpha
+                page = stack.enter_context(
+                    ReportWriter(out, "evaluation", colors, facts, alpha=rate)
+                )
             bar = stack.enter_context(progress_bar("eval", total, quiet or not group.is_main))
             result = evaluate(
                 model,

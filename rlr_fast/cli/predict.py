@@ -6,6 +6,7 @@ import contextlib
 import logging
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -152,14 +153,14 @@ def predict(
                 "%s in no folder of a class of the run: %s", counted(unknown, "image"), _POOLED
             )
         with contextlib.ExitStack() as stack:
-            page = None
             if report and colors is not None:
                 facts = model_facts(model, checkpoint, _told(paths), how.precision, tiles)
-                out.mkdir(parents=True, exist_ok=True)
-                page = stack.enter_context(ReportWriter(out, "prediction", colors, facts))
-                page.alpha = None if decider is None else decider.alpha
+                rate = None if decider is None else decider.alpha
+                options["report"] = partial(
+                    ReportWriter, out, "prediction", colors, facts, alpha=rate
+                )
             shown = progress_bar("predict", len(files), quiet or not group.is_main)
-            options |= {"report": page, "resume": resume}
+            options["resume"] = resume
             options["progress"] = stack.enter_context(shown).update
             result = predict(model, files, out, pictures, how, **options)
     return _end(result, decider, fail_on_anomaly, report) if group.is_main else 0

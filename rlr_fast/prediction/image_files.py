@@ -148,7 +148,7 @@ def find_images(paths: Sequence[str | Path], out: Path | None = None) -> ImageFi
                     picture = picture_name(place / name)
                     taken = picture in pictures
                     if taken:
-                        picture = picture_name(Path(*file.resolve().parts[1:]))
+                        picture = own_picture_name(file)
                     seen.add(file)
                     pictures.add(picture)
                     files._add(folder, place, name, picture if taken else None)
@@ -214,6 +214,11 @@ def picture_place(place: Path, root: Path) -> Path:
     if ".." in named.parts:  # of "..", which has no name of its own
         return Path(root.resolve().name, place.relative_to(root))
     return named
+
+
+def own_picture_name(path: Path) -> Path:
+    """Return a picture's name that holds the file's whole path, as it was given: not a link's."""
+    return picture_name(Path(*Path(os.path.abspath(path)).parts[1:]))
 
 
 def picture_name(place: Path) -> Path:

@@ -71,7 +71,7 @@ def predict(
     decider: Decider | None = None,
     masks: bool = False,
     relative: bool = False,
-    report: ReportWriter | None = None,
+    report: Callable[[], ReportWriter] | None = None,
     resume: bool = False,
     progress: Callable[[int], object] | None = None,
 ) -> Prediction:
@@ -102,8 +102,9 @@ def predict(
             in the size of the image's file; none where there is no such threshold.
         relative: Draw the pictures of images that have a pixel threshold above the low end of
             ``scale``: that end is 0, and the threshold ½.
-        report: Gets a row per image, the thresholds and the failures; the caller closes it. For
-            all files at once in one process.
+        report: Makes a report, once no other process can write into ``out``; it gets a row per
+            image, the thresholds and the failures, and is closed. For all files at once in one
+            process.
         resume: Keep what an earlier call with the same settings and files has left in ``out``.
         progress: Called with the number of files done since the last call.
 
@@ -128,7 +129,6 @@ def predict(
         if group.world_size > 1:
             group.agree(settings | {"digest of the files' names": _digest(files)})
         execution = replace(execution, workers=group.workers(execution.workers))
-        maker = RowMaker(model, out, execution, tiles, decider, scale, relative, masks, report)
         tally = Tally(decider)
         table: ResultsWriter | None = None
 
@@ -154,6 +154,8 @@ def predict(
                 raise ValueError(f"all processes must see the same --out, {out} is not that of all")
         if progress is not None and done:
             progress(done)
+        page = None if report is None else stack.enter_context(report())
+        maker = RowMaker(model, out, execution, tiles, decider, scale, relative, masks, page)
         first = -(-done // execution.batch_size)
         share = Share(len(files), execution.batch_size, first, group.rank, group.world_size)
         mine = (files[i] for i in share)
@@ -175,10 +177,10 @@ def predict(
             return tally.prediction(out / RESULTS_FILE)
 
         prediction = group.broadcast(finish)
-        if report is not None:
-            report.failures = prediction.failures
+        if page is not None:
+            page.failures = prediction.failures
             if prediction.drift:
-                report.notes.append(
+                page.notes.append(
                     "Not like the images of the calibration, or full of defects: "
                     + ", ".join(prediction.drift)
                 )

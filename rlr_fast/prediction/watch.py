@@ -16,7 +16,7 @@ from rlr_fast.models.precision import check_precision
 from rlr_fast.models.rlr import RLRModel
 from rlr_fast.pictures.batches import check_placed
 from rlr_fast.prediction.arrivals import Arrivals, check_watched
-from rlr_fast.prediction.image_files import ImageFile, picture_name, picture_place
+from rlr_fast.prediction.image_files import ImageFile, own_picture_name, picture_name, picture_place
 from rlr_fast.prediction.predict import Prediction, Tally, prediction_settings
 from rlr_fast.prediction.results import (
     LINES_FILE,
@@ -128,5 +128,5 @@ def watch(
 def _picture(path: Path, folders: Sequence[Path]) -> Path:
     """Return the name of a file's picture, as a prediction gives it; of several folders its own."""
     if len(folders) > 1:  # two may have files of one name
-        return picture_name(Path(*path.resolve().parts[1:]))
+        return own_picture_name(path)
     return picture_name(picture_place(path, folders[0]))

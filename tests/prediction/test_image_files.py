@@ -123,3 +123,13 @@ def test_a_name_too_long_for_its_pictures_is_cut_and_stays_its_own(tmp_path):
     names = [file.picture.name for file in find_images([tmp_path])]
     assert len(set(names)) == 2 and all(len(os.fsencode(name)) <= 255 for name in names)
     assert all(name.startswith("ü" * 118) and name.endswith(".png") for name in names)
+
+
+def test_links_to_a_folder_that_is_listed_too_have_pictures_of_their_own(tmp_path):
+    for day in ("d1", "d2"):
+        save_picture(tmp_path / day / "images/0.png", 1)
+    (tmp_path / "latest").symlink_to("d2")
+    files = find_images(sorted(tmp_path.glob("*/images")))
+    assert len({file.picture for file in files}) == len(files) == 3
+    beside = find_images([tmp_path / "d1/images", tmp_path / "d1/../d2/images"])
+    assert all(".." not in file.picture.parts for file in beside)

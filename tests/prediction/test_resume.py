@@ -14,9 +14,10 @@ from rlr_fast.inference.decisions import Decider
 from rlr_fast.prediction import row_maker
 from rlr_fast.prediction.image_files import find_images
 from rlr_fast.prediction.predict import predict
-from rlr_fast.prediction.results import line
+from rlr_fast.prediction.results import ResultsWriter, line
 from rlr_fast.prediction.shares import PARTS_FOLDER, SETTINGS_FILE, Share
 from rlr_fast.training.calibration import Calibration, ClassScores
+from rlr_fast.visualization.report import ReportWriter
 
 TABLES = ("results.csv", "results.jsonl", "prediction.json")
 THREE = InferenceExecution(batch_size=3)
@@ -216,3 +217,45 @@ def test_two_predictions_into_one_folder_are_refused(whole, tmp_path, monkeypatc
 def test_a_report_of_a_part_is_refused(whole, tmp_path):
     with pytest.raises(ValueError, match="--report needs all files in one run"):
         again(whole, tmp_path / "out", report=object())
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError], ids=lambda e: e.__name__)
+def test_a_batch_whose_rows_were_interrupted_is_not_written_twice(
+    whole, tmp_path, monkeypatch, error
+):
+    write, rows = ResultsWriter.write, []
+
+    def interrupted(self, row):
+        write(self, row)
+        rows.append(row["path"])
+        if len(rows) == 5:  # in the middle of a batch
+            raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ResultsWriter, "write", interrupted)
+        with pytest.raises(error):
+            again(whole, tmp_path / "out")
+    assert len(rows) == len(set(rows)) == 5
+    again(whole, tmp_path / "out")
+    assert same(whole[0], tmp_path / "out")
+
+
+def test_a_second_prediction_leaves_the_report_of_the_first(whole, tmp_path, monkeypatch):
+    def made():
+        return ReportWriter(tmp_path / "out", "prediction", (0.0, 2.0), {})
+
+    draw, met = row_maker._draw, []
+
+    def meanwhile(*args):
+        draw(*args)
+        if not met:
+            before = sorted(p.name for p in (tmp_path / "out").iterdir())
+            with pytest.raises(BlockingIOError, match="another process works in"):
+                again(whole, tmp_path / "out", resume=False, report=made)
+            met.append(before == sorted(p.name for p in (tmp_path / "out").iterdir()))
+
+    monkeypatch.setattr(row_maker, "_draw", meanwhile)
+    one_by_one = InferenceExecution(batch_size=3, workers=1)
+    again(whole, tmp_path / "out", one_by_one, resume=False, report=made)
+    assert met == [True]
+    assert (tmp_path / "out/report.html").read_text().count("images/9.png") >= 1

@@ -88,6 +88,7 @@ class ReportWriter:
         kind: Whether the images have labels (``evaluation``) or not (``prediction``).
         scale: Fixed color scale (low, high) of the maps.
         facts: What is said of model and data at the top, by name.
+        alpha: The false-alarm rate of the thresholds.
         normal: What `ReportImage.defect` is of a normal image.
         embed_limit: Most bytes of small pictures in the page.
 
@@ -96,7 +97,6 @@ class ReportWriter:
         metrics: ``{"headings": {key: heading}, "classes": {name: {key: fraction}}, "mean": …}``;
             None where there are none, and for a metric without meaning.
         decisions: Errors at calibrated thresholds, as `rlr_fast.inference.error_counts` has them.
-        alpha: The false-alarm rate of the thresholds.
         notes: Sentences that stand at the top.
         scale: The color scale.
 
@@ -112,13 +112,14 @@ class ReportWriter:
         scale: Scale,
         facts: Mapping[str, str],
         *,
+        alpha: float | None = None,
         normal: str = "good",
         embed_limit: int = EMBED_LIMIT,
     ) -> None:
         self.failures: Sequence[str] = []
         self.metrics: dict[str, Any] | None = None
         self.decisions: dict[str, Any] | None = None
-        self.alpha: float | None = None
+        self._alpha = alpha
         self.notes: list[str] = []
         self._out, self._kind, self.scale, self._facts = out, kind, scale, dict(facts)
         self._normal, self._embed_limit = normal, embed_limit
@@ -231,7 +232,7 @@ class ReportWriter:
             "failures": list(self.failures),
             "metrics": self.metrics,
             "decisions": self.decisions,
-            "alpha": self.alpha,
+            "alpha": self._alpha,
             "thresholds": thresholds,
             "normal": self._normal,
             "scale": list(self.scale),
