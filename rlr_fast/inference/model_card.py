@@ -21,6 +21,8 @@ from rlr_fast.models.checkpoint import CONFIG_FILE, WEIGHTS_FILE, CheckpointErro
 from rlr_fast.models.rlr import RLRModel
 from rlr_fast.training.calibration import (
     CALIBRATION_FILE,
+    HELD_OUT,
+    VALIDATION,
     read_calibration,
     scoring_identity,
     trained_classes,
@@ -112,10 +114,14 @@ def write_published(
             Decider(calibration, ALPHA).check_scoring(scoring)
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / CONFIG_FILE, replace(config, backbone_weights=source).to_json())
-    for name in (WEIGHTS_FILE, CALIBRATION_FILE):
-        if (run / name).exists():
-            with replacing(out / name) as partial:
-                shutil.copyfile(run / name, partial)
+    with replacing(out / WEIGHTS_FILE) as partial:
+        shutil.copyfile(run / WEIGHTS_FILE, partial)
+    if (run / CALIBRATION_FILE).exists():
+        values = json.loads((run / CALIBRATION_FILE).read_text(encoding="utf-8"))
+        for scores in ((values.get("calibration") or {}).get("classes") or {}).values():
+            if scores["source"] not in (VALIDATION, HELD_OUT):  # a folder of this machine
+                scores["source"] = "later images"
+        write_atomically(out / CALIBRATION_FILE, json.dumps(values, indent=2))
     shown = []
     for i, picture in enumerate(pictures):
         (out / PICTURES_FOLDER).mkdir(exist_ok=True)
@@ -131,7 +137,10 @@ def _check_protocol(protocol: Mapping[str, Any], config: RLRConfig) -> None:
     """Refuse metrics of scores that are made otherwise than the model's."""
     if not protocol:
         return
+    tiles = config.tiles
     ours: dict[str, Any] = json.loads(config.to_json())
+    ours["tile"] = tiles and list(tiles.size)
+    ours["overlap"] = tiles and list(tiles.overlap)
     names = ("image_size", "tile", "overlap", "level_offsets", "level_weights", "uncertainty")
     for name in names:
         # Without tiles they are not named, and a setting not by older versions.

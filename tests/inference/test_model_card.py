@@ -25,6 +25,7 @@ from rlr_fast.inference.evaluate import evaluate
 from rlr_fast.inference.model_card import _plain, model_card, write_published
 from rlr_fast.models.checkpoint import CheckpointError
 from rlr_fast.models.rlr import RLRModel
+from rlr_fast.training.calibration import read_calibration
 from rlr_fast.training.train import train
 
 
@@ -86,6 +87,32 @@ def test_nothing_that_is_published_says_where_it_was_made(run, tmp_path):
     for name in ("README.md", "config.json", "calibration.json"):
         assert str(run) not in (out / name).read_text()
     RLRModel.from_pretrained(out)
+
+
+def test_a_later_calibration_does_not_say_where_its_images_lie(run, tmp_path):
+    shutil.copytree(run / "run", tmp_path / "run")
+    calibrate = ["calibrate", str(run / "data/bolt/test/good"), "--class", "bolt", "--quiet"]
+    assert main([*calibrate, "--checkpoint", str(tmp_path / "run")]) == 0
+    before = read_calibration(tmp_path / "run")
+    assert str(run) in before.classes["bolt"].source
+    out = write_published(tmp_path / "run", tmp_path / "pub", "me/parts", license="mit")
+    assert str(run) not in (out / "calibration.json").read_text()
+    after = read_calibration(out)
+    assert dataclasses.replace(after.classes["bolt"], source="") == dataclasses.replace(
+        before.classes["bolt"], source=""
+    )
+
+
+def test_metrics_of_a_models_own_tiles_are_its_own(tmp_path):
+    data = read_dataset(make_tree(tmp_path / "data", ("bolt",)))
+    config = dataclasses.replace(SMALL, tile=(32, 32))
+    execution = TrainExecution(device="cpu", cache="none")
+    train(config, TrainConfig(epochs=1), data, tmp_path / "run", execution, quiet=True)
+    metrics = json.loads(evaluate(RLRModel.from_pretrained(tmp_path / "run"), data).to_json())
+    assert metrics["protocol"]["overlap"] == [4, 4]
+    run = tmp_path / "run"
+    out = write_published(run, tmp_path / "pub", "a/b", license="mit", metrics=metrics)
+    assert "tiles of 32 × 32" in (out / "README.md").read_text()
 
 
 def test_backbone_weights_that_others_do_not_have_are_refused(run, tmp_path):
