@@ -29,6 +29,9 @@ CALIBRATION_FILE = "calibration.json"
 _QUANTILES = (0.5, 0.9, 0.99, 0.999)
 _BATCH = 16
 
+VALIDATION, HELD_OUT = "validation", "held out"
+"""`ClassScores.source` of images that training kept out: as the data say, or by choice."""
+
 
 @dataclass(frozen=True)
 class ClassScores:
@@ -276,7 +279,7 @@ def pixel_quantiles(score_map: torch.Tensor) -> torch.Tensor:
         score_map: (..., H, W). Of a large one every k-th pixel of each axis counts, 512² at most:
             torch.quantile has a limit.
     """
-    step = max(1, max(score_map.shape[-2:]) // 512)
+    step = -(-max(score_map.shape[-2:]) // 512)
     wanted = torch.tensor(_QUANTILES, device=score_map.device)
     return torch.quantile(score_map[..., ::step, ::step].flatten().float(), wanted)
 

@@ -6,6 +6,7 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from rlr_fast.models.rlr import RLRModel
 from rlr_fast.models.standardization import Components, Standardize
@@ -67,8 +68,16 @@ def _fit_components(model: RLRModel, features: Features, processes: Processes) -
                 total += values.T @ F.pad(values, (0, 1), value=1)  # products, and sums
     shares = processes.all_gather((len(features), {j: t.cpu() for j, t in sums.items()}))
     images = sum(count for count, _ in shares)
-    for j, module in modules.items():
-        height, width = model.backbone.grids[j]
-        moments = torch.stack([share[j] for _, share in shares]).sum(0) / (images * height * width)
-        mean = moments[:, -1]
-        module.fit(mean, moments[:, :-1] - torch.outer(mean, mean))
+
+    def fitted() -> dict[int, dict[str, Tensor]]:
+        for j, module in modules.items():
+            height, width = model.backbone.grids[j]
+            total = torch.stack([share[j] for _, share in shares]).sum(0)
+            moments = total / (images * height * width)
+            mean = moments[:, -1]
+            module.fit(mean, moments[:, :-1] - torch.outer(mean, mean))
+        return {j: {k: v.cpu() for k, v in m.state_dict().items()} for j, m in modules.items()}
+
+    # By one process: on another processor the same moments may have other eigenvectors.
+    for j, state in processes.broadcast(fitted).items():
+        modules[j].load_state_dict(state)

@@ -110,6 +110,8 @@ class Steps:
         self.parameters = [p for group in self.level_parameters for p in group]
         self.optimizers = _optimizers(model, recipe)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.precision == "fp16")
+        # The scale is made by the first use, and a process may have no image in its first step.
+        self.scaler.scale(torch.zeros((), device=self.device))
         self.images = sum(counts)
         self.shares = step_shares(counts, processes.rank, recipe.batch_size)
         self.per_epoch = len(self.shares)

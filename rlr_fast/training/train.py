@@ -27,6 +27,8 @@ from rlr_fast.models.precision import check_precision
 from rlr_fast.models.rlr import RLRModel
 from rlr_fast.training.calibration import (
     CALIBRATION_FILE,
+    HELD_OUT,
+    VALIDATION,
     Calibration,
     read_calibration,
     score_held_out,
@@ -203,7 +205,7 @@ def train(
             if model.uncertainty:  # its tensors are part of the checkpoint
                 trainer.save()
         scores = score_quantiles(model, features, [s.category for s in samples], group)
-        sources = {n: "validation" if whole.validation.get(n) else "held out" for n in data.classes}
+        sources = {n: VALIDATION if whole.validation.get(n) else HELD_OUT for n in data.classes}
         trained = group.broadcast(lambda: read_trained(out))
         calibration, unread = score_held_out(
             model, data.validation, sources, trained, group, group.workers(execution.workers)

@@ -7,6 +7,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from conftest import BRIEF, SMALL, make_tree
 
 from rlr_fast import RLRModel
@@ -15,10 +16,12 @@ from rlr_fast.data import load_image, read_dataset
 from rlr_fast.data.hold_out import hold_out
 from rlr_fast.inference.decisions import Decider
 from rlr_fast.models.checkpoint import CheckpointError
+from rlr_fast.training import score_fit
 from rlr_fast.training.calibration import (
     Calibration,
     ClassScores,
     color_scale,
+    pixel_quantiles,
     read_calibration,
     scoring_identity,
     trained_classes,
@@ -152,3 +155,21 @@ def test_a_copy_of_an_image_that_was_trained_on_calibrates_nothing(tmp_path):
     assert [failure.error.path for failure in result.failures] == [copy]
     assert "was trained on a copy of it" in str(result.failures[0].error)
     assert len(read_calibration(tmp_path / "run").classes["bolt"].image) == 9
+
+
+def test_the_scales_of_levels_rest_on_all_columns_of_the_grid(monkeypatch):
+    monkeypatch.setattr(score_fit, "_SAMPLE", 1000)
+    columns = score_fit._thinned(torch.arange(400 * 64) % 8)
+    assert len(columns) == 1000
+    assert (torch.bincount(columns, minlength=8) - 125).abs().max() <= 13
+    few = torch.arange(1000)
+    assert torch.equal(score_fit._thinned(few), few)
+
+
+def test_quantiles_of_a_large_map_rest_on_no_more_pixels_than_is_said(monkeypatch):
+    counts = []
+    quantile = torch.quantile
+    monkeypatch.setattr(torch, "quantile", lambda v, q: counts.append(len(v)) or quantile(v, q))
+    for side in (512, 513, 1023, 1024):
+        pixel_quantiles(torch.zeros(side, side))
+    assert max(counts) == 512**2

@@ -20,7 +20,7 @@ import conftest  # noqa: F401  first of all: it asks for Triton's interpreter wh
 import pytest
 import safetensors.torch
 import torch
-from conftest import make_tree, save_picture
+from conftest import SMALL, make_tree, save_picture
 
 from rlr_fast import RLRConfig, RLRModel, TrainConfig, cli
 from rlr_fast.config import InferenceExecution, TrainExecution
@@ -33,7 +33,7 @@ from rlr_fast.prediction.predict import predict
 from rlr_fast.training import run_dir
 from rlr_fast.training.calibration import color_scale
 from rlr_fast.training.distributed import PeerError, Processes, processes
-from rlr_fast.training.steps import number_seed, step_shares
+from rlr_fast.training.steps import Steps, number_seed, step_shares
 from rlr_fast.training.train import train
 
 CPU = torch.device("cpu")
@@ -405,6 +405,26 @@ def test_steps_have_a_whole_batch_and_every_image_once(counts, batch):
     assert [sum(step) for step in zip(*shares, strict=True)] == steps
     for count, share in zip(counts, shares, strict=True):
         assert all(abs(n - step * count / total) < 2 for n, step in zip(share, steps, strict=True))
+
+
+def test_a_process_without_an_image_in_its_first_step_takes_it_in_fp16():
+    class Last(Processes):
+        """The last of eight, with the others' sums left out."""
+
+        def all_reduce(self, tensor):
+            pass
+
+        def all_reduce_gradients(self, parameters):
+            for parameter in parameters:
+                parameter.grad = torch.zeros_like(parameter)
+
+    model = RLRModel(SMALL).train()
+    recipe = TrainConfig(precision="fp16", batch_size=4)
+    steps = Steps(model, recipe, [50] * 8, Last(rank=7, world_size=8, local_world_size=8))
+    assert steps.shares[0] == 0
+    levels = zip(model.backbone.grids, model.backbone.channels, strict=True)
+    losses, norms = steps.take(0, [torch.empty(0, h * w, c) for (h, w), c in levels])
+    assert losses.isfinite().all() and norms.isfinite().all()
 
 
 def test_processes_do_not_repeat_each_others_numbers():
