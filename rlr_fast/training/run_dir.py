@@ -184,19 +184,25 @@ def check_trained(out: Path, digests: Collection[str | None]) -> None:
 
 
 def write_trained(out: Path, digests: Collection[str | None]) -> None:
-    """Write which files a run is trained on; one that goes on adds to its own.
+    """Write which files a run is trained on; one that goes on must have read the same.
 
     Args:
         out: Folder of the run.
-        digests: Of the files, as from `digest_images`.
+        digests: Of the files that could be read, as from `digest_images`.
 
     Raises:
-        TrainingError: The list that is there is damaged.
+        TrainingError: The run that goes on read others, or its list of them is damaged.
         OSError: They cannot be written.
     """
     known = _known_trained(out)
-    trained = known | {digest for digest in digests if digest is not None}
-    if trained != known or not known:
+    trained = {digest for digest in digests if digest is not None}
+    if known and trained != known:
+        raise TrainingError(
+            f"{out} cannot be resumed with other images: it was trained on {len(known)}, and "
+            f"{len(trained)} can be read now, {len(trained - known)} of them for the first time; "
+            "choose another --out"
+        )
+    if not known:
         write_atomically(out / TRAINED_FILE, "".join(f"{d}\n" for d in sorted(trained)))
 
 
