@@ -40,13 +40,15 @@ def calibrate(
     """
     from rlr_fast.cli.common import check_class, refuse_unfinished, report_failures
     from rlr_fast.config import optional_tiles
-    from rlr_fast.data import read_dataset
+    from rlr_fast.data import UnscoredImageError, read_dataset
     from rlr_fast.data.layouts import find_class
     from rlr_fast.files import lock_folder
     from rlr_fast.inference.calibrate import (
         calibrate,
         calibration_images,
         check_not_trained_on,
+        is_trained_on,
+        without_copies,
     )
     from rlr_fast.inference.conformal import smallest_alpha
     from rlr_fast.models.checkpoint import CONFIG_FILE, check_checkpoint, load_config
@@ -67,14 +69,19 @@ def calibrate(
     tiles = optional_tiles(tile, overlap, load_config(run / CONFIG_FILE).tiles)
     refuse_unfinished(run)
     known = trained_classes(run)
-    found = read_dataset(data, layout)
+    found, record = read_dataset(data, layout), read_run(run)
     if classes is not None:
         read_dataset(data, layout, classes)  # names those that it does not have
     chosen = {
         name: [sample.path for sample in samples]
-        for name, samples in calibration_images(found, read_run(run), split).items()
+        for name, samples in calibration_images(found, record, split).items()
         if classes is None or name in classes
     }
+    copies: list[Path] = []
+    if split is None and is_trained_on(found, record):  # what training kept out is no choice
+        chosen, copies = without_copies(chosen, run)
+        if copies and not chosen:
+            raise ValueError(f"the run was trained on copies of all images kept out of {data}")
     missing = [name for name in classes or () if name not in chosen]
     if missing:
         raise ValueError(f"there are no images to calibrate on of {', '.join(missing)} in {data}")
@@ -112,4 +119,5 @@ def calibrate(
     total = sum(counts.values())
     print(f"\nall pooled: {total} images, smallest alpha {smallest_alpha(total):.4f}")
     print(run / CALIBRATION_FILE)
-    return report_failures(failures)
+    told = [str(UnscoredImageError(p, "the run was trained on a copy of it")) for p in copies]
+    return report_failures([*told, *failures])

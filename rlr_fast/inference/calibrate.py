@@ -43,7 +43,7 @@ def calibration_images(
     Raises:
         ValueError: There are none, the run was trained on them, or there is a choice to make.
     """
-    is_own = run is not None and _trained_on(data, run)
+    is_own = is_trained_on(data, run)
     if is_own and run is not None:
         recipe = run["recipe"]
         data = hold_out(data, recipe.get("calibration_share", 0.0), recipe["seed"])
@@ -69,12 +69,33 @@ def calibration_images(
     return chosen
 
 
-def _trained_on(data: DataSet, run: Mapping[str, Any]) -> bool:
+def is_trained_on(data: DataSet, run: Mapping[str, Any] | None) -> bool:
+    """Return whether a data set is that of a run; the settings of which may be missing."""
+    if run is None:
+        return False
     names = run["data"]["classes"]
     if not set(names) <= set(data.classes):
         return False
     images = describe_images(data, {name: data.train[name] for name in names})
     return bool(images["files_digest"] == run["data"]["files_digest"])
+
+
+def without_copies(
+    images: Mapping[str, Sequence[Path]], checkpoint: Path
+) -> tuple[dict[str, list[Path]], list[Path]]:
+    """Return a run's own kept-out images without copies of those it was trained on; and these.
+
+    Args:
+        images: Files of each class.
+        checkpoint: Folder of the run.
+
+    Raises:
+        TrainingError: The run's list of its images is damaged.
+    """
+    trained = read_trained(checkpoint)
+    copies = {p for paths in images.values() for p in paths if trained and _digest(p) in trained}
+    kept = {name: [p for p in paths if p not in copies] for name, paths in images.items()}
+    return {name: paths for name, paths in kept.items() if paths}, sorted(copies)
 
 
 def check_not_trained_on(images: Mapping[str, Sequence[Path]], checkpoint: Path) -> None:

@@ -215,12 +215,16 @@ class Decider:
             told.append(f"there are no calibration images of {', '.join(missing)}; {CALIBRATE}")
         if few:
             smallest = smallest_alpha(min(few.values()))
-            pooled = len(self._pooled.scores.image)
+            pooled, needed = len(self._pooled.scores.image), images_needed(self.alpha)
             told.append(
-                f"alpha={self.alpha:g} needs {images_needed(self.alpha)} calibration images, there "
+                f"alpha={self.alpha:g} needs {needed} calibration images, there "
                 f"are {', '.join(f'{n} of {name}' for name, n in sorted(few.items()))}; possible "
                 f"is --alpha {smallest:g} or more"
-                + (f", or --pool (all {pooled} together)" if pooled > max(few.values()) else "")
+                + (
+                    f", or --pool (all {pooled} together)"
+                    if pooled > max(few.values()) and pooled >= needed
+                    else ""
+                )
             )
         return "; ".join(told) or None
 

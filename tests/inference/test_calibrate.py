@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import pytest
-from conftest import save_picture
+from conftest import SMALL, save_picture
 
-from rlr_fast import RLRModel
-from rlr_fast.config import InferenceExecution, Tiles
+from rlr_fast import RLRModel, TrainConfig
+from rlr_fast.cli import main
+from rlr_fast.config import InferenceExecution, Tiles, TrainExecution
 from rlr_fast.data import load_image, read_dataset
 from rlr_fast.data.contents import describe_images
 from rlr_fast.data.hold_out import hold_out
 from rlr_fast.inference.calibrate import calibrate, calibration_images
 from rlr_fast.training.calibration import color_scale, read_calibration
+from rlr_fast.training.train import train
 
 
 @pytest.fixture
@@ -104,3 +107,20 @@ def test_unreadable_images_are_left_out_and_a_class_of_them_is_refused(model, da
             source="x",
         )
     assert (tmp_path / "calibration.json").read_bytes() == before
+
+
+def test_kept_out_copies_of_trained_images_are_left_out_and_told(tmp_path, capsys):
+    root = tmp_path / "data"
+    for i in range(50):
+        save_picture(root / "bolt" / f"{i:02d}.png", i)
+    held = hold_out(read_dataset(root), 0.2, 0)
+    copy = held.validation["bolt"][0].path
+    shutil.copy(held.train["bolt"][0].path, copy)
+    data, recipe = read_dataset(root), TrainConfig(epochs=1, calibration_share=0.2)
+    train(SMALL, recipe, data, tmp_path / "run", TrainExecution(cache="none"), quiet=True)
+    command = ["calibrate", str(root), "--checkpoint", str(tmp_path / "run"), "--quiet"]
+    capsys.readouterr()
+    assert main(command) == 1
+    told = capsys.readouterr()
+    assert f"{copy}: the run was trained on a copy of it" in told.err.replace("'", "")
+    assert len(read_calibration(tmp_path / "run").classes["bolt"].image) == 9

@@ -91,6 +91,8 @@ def test_too_few_images_give_p_values_and_a_line_that_says_what_would_do():
     assert "no calibration images of c" in decider.undecided(["c"])
     assert Decider(calibration(a=scores(*range(8))), 0.1112).undecided(["a"]) is None
     assert "--pool" not in Decider(calibration(a=scores(1, 2)), 0.05).undecided(["a"])
+    few = Decider(calibration(a=scores(*range(9)), b=scores(*range(9))), 0.05)
+    assert "--pool" not in few.undecided(["a", "b"])  # 18 are too few, too
 
 
 def test_scores_of_another_kind_are_refused_by_name():
