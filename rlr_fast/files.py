@@ -137,6 +137,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     write_atomically(path, safetensors.torch.save(host, metadata=dict(metadata)))
 
 
+def readable_digest(path: Path) -> str | None:
+    """Return a file's `file_digest`; None where it cannot be read."""
+    try:
+        return file_digest(path)
+    except OSError:
+        return None
+
+
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
     """Keep other processes that ask for the same out of a folder while the block runs.

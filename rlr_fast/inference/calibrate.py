@@ -13,7 +13,7 @@ from rlr_fast.data import DataSet, ImageFailure, Sample
 from rlr_fast.data.check import counted
 from rlr_fast.data.contents import describe_images
 from rlr_fast.data.hold_out import hold_out
-from rlr_fast.files import file_digest
+from rlr_fast.files import file_digest, readable_digest
 from rlr_fast.models.rlr import RLRModel
 from rlr_fast.pictures.batches import check_placed
 from rlr_fast.pictures.scored_files import score_files
@@ -93,7 +93,9 @@ def without_copies(
         TrainingError: The run's list of its images is damaged.
     """
     trained = read_trained(checkpoint)
-    copies = {p for paths in images.values() for p in paths if trained and _digest(p) in trained}
+    copies = {
+        p for paths in images.values() for p in paths if trained and readable_digest(p) in trained
+    }
     kept = {name: [p for p in paths if p not in copies] for name, paths in images.items()}
     return {name: paths for name, paths in kept.items() if paths}, sorted(copies)
 
@@ -111,19 +113,12 @@ def check_not_trained_on(images: Mapping[str, Sequence[Path]], checkpoint: Path)
     """
     trained = read_trained(checkpoint)
     files = [path for paths in images.values() for path in paths]
-    known = [path for path in files if trained and _digest(path) in trained]
+    known = [path for path in files if trained and readable_digest(path) in trained]
     if known:
         raise ValueError(
             f"the run was trained on {len(known)} of these {counted(len(files), 'image')}, such as "
             f"{str(known[0])!r}; take others"
         )
-
-
-def _digest(path: Path) -> str | None:
-    try:
-        return file_digest(path)
-    except OSError:  # told when it is scored
-        return None
 
 
 def calibrate(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from rlr_fast.files import file_digest
+from rlr_fast.files import readable_digest
 from rlr_fast.inference.decisions import Rule
 
 
@@ -79,7 +79,7 @@ def count_errors(
 def calibrated_on(rule: Rule, files: Sequence[Path]) -> NDArray[np.bool_]:
     """Return of each image (n,) whether a copy of it is among those that a rule rests on."""
     known = set(rule.scores.files)
-    return np.array([file_digest(file) in known for file in files], dtype=bool)
+    return np.array([readable_digest(file) in known for file in files], dtype=bool)
 
 
 @dataclass(frozen=True)

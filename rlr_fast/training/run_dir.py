@@ -24,8 +24,8 @@ from rlr_fast.data.records import parse_record, read_record
 from rlr_fast.data.threads import BackgroundWriter, map_ahead
 from rlr_fast.files import (
     check_writable,
-    file_digest,
     lock_folder,
+    readable_digest,
     write_atomically,
     write_tensors,
 )
@@ -153,14 +153,7 @@ def digest_images(images: Sequence[Path], workers: int | None = None) -> list[st
         images: The files.
         workers: Threads that read.
     """
-
-    def digest(path: Path) -> str | None:
-        try:
-            return file_digest(path)
-        except OSError:
-            return None
-
-    return list(map_ahead(digest, images, workers))
+    return list(map_ahead(readable_digest, images, workers))
 
 
 def check_trained(out: Path, digests: Collection[str | None]) -> None:
