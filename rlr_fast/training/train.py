@@ -127,8 +127,8 @@ def train(
         ValueError: A class has no training images, an option does not fit the device, or the
             processes were not given the same run.
         BackendError: The backend cannot run on the device.
-        TrainingError: ``out`` holds another run, another command works in it, the disk is full, the
-            loss is not finite, or there are more processes than images.
+        TrainingError: ``out`` holds another run or one of other images, another command works in
+            it, the disk is full, the loss is not finite, or there are more processes than images.
         CacheError: The feature cache cannot be written.
         PeerError: Another process met one of these.
     """
