@@ -188,8 +188,7 @@ def test_calibrated_thresholds_are_where_the_page_starts(browser, tmp_path):
     rows = labeled(60)
     limits = {"bolt": 1.25, "cloth": 1.4}
     facts = {}
-    with ReportWriter(tmp_path, "evaluation", SCALE, facts) as report:
-        report.alpha = 0.05
+    with ReportWriter(tmp_path, "evaluation", SCALE, facts, alpha=0.05) as report:
         for i, row in enumerate(rows):
             known = i < 12  # of the calibration: they do not count as normal images
             more = {"defect": row.defect, "calibrated": known, "p_value": 0.5}
