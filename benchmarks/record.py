@@ -11,14 +11,13 @@ import re
 import shlex
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rlr_fast.files import write_atomically
+from rlr_fast.files import check_writable, write_atomically
 from rlr_fast.models.environment import environment, package_version
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -112,13 +111,12 @@ class Recorder:
 
     def _write(self) -> None:
         if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self.path, json.dumps(self.content, indent=1) + "\n")
 
 
 def record_path(name: str) -> Path:
     """Return the file of a record: a name lies in `RESULTS`, a path where it says.
-
-    Its folder is made.
 
     Raises:
         argparse.ArgumentTypeError: The name is neither a file name's letters nor a path to a
@@ -133,15 +131,14 @@ def record_path(name: str) -> Path:
             f"must be letters, digits, '_', '-' or '.', or a path to a .json, got {name!r}"
         )
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise IsADirectoryError(f"{path} is a folder")
-        with tempfile.TemporaryFile(dir=path.parent):
-            return path
+        check_writable(path.parent)
     except OSError as error:
         raise argparse.ArgumentTypeError(
             f"must be a file that can be written, got {name!r}: {error}"
         ) from error
+    return path
 
 
 def add_record_option(parser: argparse.ArgumentParser) -> None:

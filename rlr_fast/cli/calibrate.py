@@ -78,7 +78,8 @@ def calibrate(
         if classes is None or name in classes
     }
     copies: list[Path] = []
-    if split is None and is_trained_on(found, record):  # what training kept out is no choice
+    kept_out = split is None and is_trained_on(found, record)
+    if kept_out:  # which the user did not choose
         chosen, copies = without_copies(chosen, run)
         if copies and not chosen:
             raise ValueError(f"the run was trained on copies of all images kept out of {data}")
@@ -94,7 +95,8 @@ def calibrate(
         raise ValueError(f"--class is for images of one class, there are {len(chosen)}")
     for name in chosen:
         check_class(name, known, run)
-    check_not_trained_on(chosen, run)
+    if not kept_out:
+        check_not_trained_on(chosen, run)
     model = load_model(checkpoint, how, backbone_weights)
     with (
         lock_folder(run),

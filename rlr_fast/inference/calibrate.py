@@ -70,7 +70,12 @@ def calibration_images(
 
 
 def is_trained_on(data: DataSet, run: Mapping[str, Any] | None) -> bool:
-    """Return whether a data set is that of a run; the settings of which may be missing."""
+    """Return whether a data set is the one that a run was trained on, wherever it lies.
+
+    Args:
+        data: A data set, with all its classes.
+        run: Settings of the run, if there are any.
+    """
     if run is None:
         return False
     names = run["data"]["classes"]

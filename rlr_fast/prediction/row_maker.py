@@ -92,8 +92,8 @@ class RowMaker:
             OSError: A picture cannot be written.
         """
         workers = self._execution.workers or default_workers()
-        ahead, listed = itertools.tee(files)
-        paths, behind = (file.path for file in ahead), enumerate(listed)
+        ahead, behind = itertools.tee(files)
+        paths = (file.path for file in ahead)
         done = score_files(self._model, paths, self._execution, self._tiles)
         with (
             _InOrder(write, flush) as rows,
@@ -103,9 +103,7 @@ class RowMaker:
                 batch: list[Row] = []
                 waiting: list[Future[None]] = []
                 for outcome in outcomes:
-                    place, file = next(behind)
-                    if outcome.index != place:  # rather no row than that of another file
-                        raise RuntimeError(f"file {place} was scored as file {outcome.index}")
+                    file = next(behind)
                     if isinstance(outcome, ImageFailure):
                         batch.append(left_out_row(file, str(outcome.error)))
                         continue

@@ -52,7 +52,12 @@ def training_images(data: DataSet, config: RLRConfig, workers: int | None) -> Tr
 
 
 def lost_class(pictures: list[Sample], failures: list[ImageFailure]) -> TrainingError | None:
-    """Return the error of classes of which nothing is left, if there are any."""
+    """Return the error of classes of which nothing is left, if there are any.
+
+    Args:
+        pictures: All that were to be trained on.
+        failures: Those that cannot be, by their places among them.
+    """
     failed = {failure.index for failure in failures}
     readable = {sample.category for i, sample in enumerate(pictures) if i not in failed}
     empty = {sample.category for sample in pictures} - readable

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import cast
 
-from rlr_fast.config import RLRConfig, TrainConfig, TrainExecution, level_name
+from rlr_fast.config import RLRConfig, TrainConfig, level_name
 from rlr_fast.data import DataSet, Sample
 from rlr_fast.data.check import counted
 from rlr_fast.data.hold_out import MIN_IMAGES
@@ -28,12 +28,22 @@ def tell_plan(
     recipe: TrainConfig,
     data: DataSet,
     images: TrainingImages,
-    execution: TrainExecution,
+    workers: int | None,
     resume: bool,
     quiet: bool,
 ) -> None:
-    """Say what is about to be trained, and warn of what promises little."""
-    held = _without_unfit(data, model.config, images, execution.workers)
+    """Say what is about to be trained, and warn of what promises little.
+
+    Args:
+        model: Not trained yet, on its device.
+        recipe: That it is to be trained by.
+        data: The data set, after `hold_out`.
+        images: What is trained on.
+        workers: Threads that read the headers of files.
+        resume: The run goes on, and its number of steps is no choice any more.
+        quiet: Warn alone.
+    """
+    held = _without_unfit(data, model.config, images, workers)
     for line in _keyless_levels(model):
         _log.warning(line)
     count, (height, width) = len(images.samples), model.config.image_size

@@ -169,7 +169,7 @@ def train(
         digests: list[str | None] = []
         with group.together():
             if group.is_main:
-                tell_plan(model, recipe, data, images, execution, resume, quiet)
+                tell_plan(model, recipe, data, images, execution.workers, resume, quiet)
                 digests = digest_images([s.path for s in images.pictures], execution.workers)
                 check_trained(out, digests)
         features, samples, failures = _features(model, images, execution, quiet, progress, group)
