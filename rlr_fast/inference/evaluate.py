@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from rlr_fast.config import InferenceExecution, Tiles
+from rlr_fast.config import InferenceExecution, RLRConfig, Tiles
 from rlr_fast.data import (
     DataSet,
     ImageFailure,
@@ -235,7 +235,15 @@ def evaluate(
 
 def protocol(model: RLRModel, data: DataSet, tiles: Tiles | None = None) -> dict[str, Any]:
     """Return how the metrics are measured: what must stand beside the numbers."""
-    config, size = model.config, model.config.image_size
+    return {
+        "setting": "one model for all classes",
+        "data": {"root": str(data.root), "layout": data.layout, "classes": list(data.classes)},
+    } | score_protocol(model.config, tiles)
+
+
+def score_protocol(config: RLRConfig, tiles: Tiles | None) -> dict[str, Any]:
+    """Return the part of `protocol` that is not of the data."""
+    size = config.image_size
 
     def sigma(of: float) -> str:
         return f"sigma {' x '.join(dict.fromkeys(f'{of * s / 256:.3g}' for s in size))} px"
@@ -247,8 +255,6 @@ def protocol(model: RLRModel, data: DataSet, tiles: Tiles | None = None) -> dict
 
     highest = f"mean of the highest {config.top_share:.3%}" if config.top_share else "maximum"
     return {
-        "setting": "one model for all classes",
-        "data": {"root": str(data.root), "layout": data.layout, "classes": list(data.classes)},
         "image_size": list(size),
         "mask": "non-zero in the file, nearest-neighbor resize",
         "pixel_score": f"score map{less(config.surround)}, not smoothed",

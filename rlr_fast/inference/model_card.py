@@ -15,6 +15,7 @@ import yaml
 from rlr_fast.config import PRESETS, RLRConfig, TrainConfig
 from rlr_fast.files import replacing, write_atomically
 from rlr_fast.inference.decisions import ALPHA, Decider
+from rlr_fast.inference.evaluate import score_protocol
 from rlr_fast.inference.metrics import HEADINGS
 from rlr_fast.models.backbone_weights import BackboneWeightsError
 from rlr_fast.models.checkpoint import CONFIG_FILE, WEIGHTS_FILE, CheckpointError, load_config
@@ -135,22 +136,16 @@ def write_published(
 
 def _check_protocol(protocol: Mapping[str, Any], config: RLRConfig) -> None:
     """Refuse metrics of scores that are made otherwise than the model's."""
-    if not protocol:
+    if not protocol:  # of an older version
         return
-    tiles = config.tiles
-    ours: dict[str, Any] = json.loads(config.to_json())
-    ours["tile"] = tiles and list(tiles.size)
-    ours["overlap"] = tiles and list(tiles.overlap)
-    names = ("image_size", "tile", "overlap", "level_offsets", "level_weights", "uncertainty")
-    for name in names:
-        # Without tiles they are not named, and a setting not by older versions.
-        if name in protocol or name in ("tile", "overlap"):
-            old = protocol.get(name)
-            if old != ours[name]:
-                raise ValueError(
-                    f"metrics must be of the model's own scores, and were measured with {name} "
-                    f"{old}; the model has {ours[name]}"
-                )
+    ours = score_protocol(config, config.tiles)
+    # Tiles are named where there are some; what older versions did not name is not compared.
+    for name in sorted({"tile", "overlap", *(ours.keys() & protocol.keys())}):
+        if protocol.get(name) != ours.get(name):
+            raise ValueError(
+                f"metrics must be of the model's own scores, and were measured with {name} "
+                f"{protocol.get(name)}; the model has {ours.get(name)}"
+            )
 
 
 def _precision(facts: Mapping[str, Any]) -> str:

@@ -198,7 +198,8 @@ def test_the_results_of_another_model_are_refused(run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("tile", [64, 64]), ("image_size", [8, 8]), ("uncertainty", 0.4)]
+    ("name", "value"),
+    [("tile", [64, 64]), ("image_size", [8, 8]), ("uncertainty", 0.4), ("image_score", "maximum")],
 )
 def test_metrics_of_other_scores_than_the_models_are_refused(run, tmp_path, name, value):
     metrics = json.loads((run / "results/metrics.json").read_text())
