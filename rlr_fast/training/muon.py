@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -18,9 +19,10 @@ _SCALE = 0.2
 def orthogonalized(matrices: Tensor) -> Tensor:
     """Return matrices of the same singular vectors, whose singular values are about 0.7 to 1.2.
 
-    Newton and Schulz's iteration ``X ← aX + (bA + cA²)X`` with ``A = XXᵀ``, five times. It works in
-    bfloat16 on a GPU, as published, and in the matrices' own precision on a CPU. Singular values
-    below a thousandth of the norm grow less.
+    Newton and Schulz's iteration ``X ← PX`` with ``P = aI + bA + cA²`` and ``A = XXᵀ``, five times.
+    It works in bfloat16 on a GPU, as published, and in the matrices' own precision on a CPU, where
+    long matrices take half the time by their small ``A`` alone, exact to 1e-3 in float32. Singular
+    values below a thousandth of the norm grow less.
 
     Args:
         matrices: (B, m, n).
@@ -31,10 +33,29 @@ def orthogonalized(matrices: Tensor) -> Tensor:
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp_min(1e-7)
     if x.device.type == "cuda":
         x = x.bfloat16()
+    elif x.shape[2] >= 2 * x.shape[1]:
+        x = _all_steps(x @ x.mT) @ x
+        return x.mT if tall else x
     for _ in range(_ITERATIONS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).to(matrices.dtype)
+
+
+def _all_steps(gram: Tensor) -> Tensor:
+    """Return the product of the iteration's P: they commute, and ``PAP`` is the next ``A``.
+
+    bfloat16 would be too coarse for it.
+    """
+    a, b, c = _COEFFICIENTS
+    steps: list[Tensor] = []
+    for _ in range(_ITERATIONS):
+        if steps:
+            gram = steps[-1] @ gram @ steps[-1]
+        step = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        step.diagonal(dim1=1, dim2=2).add_(a)
+        steps.append(step)
+    return functools.reduce(torch.matmul, steps)
 
 
 class Muon(torch.optim.Optimizer):

@@ -24,6 +24,20 @@ def test_singular_values_are_made_equal_and_vectors_are_kept(shape):
     assert values.min() > 0.6 and values.max() < 1.3
 
 
+@pytest.mark.parametrize("shape", [(2, 8, 40), (2, 48, 12)])
+def test_long_matrices_in_float32_lose_little_by_their_gram_matrix(shape):
+    """Against the iteration itself in float64, with singular values down to a ten-thousandth."""
+    short = min(shape[1:])
+    left, values, right = torch.linalg.svd(torch.randn(shape).double(), full_matrices=False)
+    values = torch.logspace(0, -4, short, dtype=torch.float64)
+    matrices = left * values @ right
+    scaled = values / values.norm()
+    for _ in range(5):
+        scaled = 3.4445 * scaled - 4.7750 * scaled**3 + 2.0315 * scaled**5
+    result = orthogonalized(matrices.float()).double()
+    torch.testing.assert_close(result, left * scaled @ right, atol=1e-3, rtol=0)
+
+
 def test_small_directions_and_zero_stay_finite():
     matrix = torch.outer(torch.randn(6), torch.randn(9))[None]
     assert orthogonalized(matrix).norm() == pytest.approx(1, abs=0.5)
