@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -228,32 +229,34 @@ class LaunchRefused(RuntimeError):
         self.problem = problem
 
 
-_RECORDS: list[list[Launch]] = []
+class _Instead(threading.local):
+    """What a thread does in place of launching."""
+
+    records: list[Launch] | None = None
+    compiles = False
+
+
+_INSTEAD = _Instead()
 
 
 @contextlib.contextmanager
 def recorded() -> Iterator[list[Launch]]:
-    """Record launches instead of making them; their tensors may be on the meta device."""
-    records: list[Launch] = []
-    _RECORDS.append(records)
+    """Record this thread's launches, and make none; their tensors may be on the meta device."""
+    before, _INSTEAD.records = _INSTEAD.records, []
     try:
-        yield records
+        yield _INSTEAD.records
     finally:
-        _RECORDS.pop()
-
-
-_COMPILE_ONLY = False
+        _INSTEAD.records = before
 
 
 @contextlib.contextmanager
 def compile_only() -> Iterator[None]:
-    """Compile and load what is launched, and run nothing; tensors may have no memory."""
-    global _COMPILE_ONLY
-    before, _COMPILE_ONLY = _COMPILE_ONLY, True
+    """Compile and load what this thread launches, and run nothing; tensors may have no memory."""
+    before, _INSTEAD.compiles = _INSTEAD.compiles, True
     try:
         yield
     finally:
-        _COMPILE_ONLY = before
+        _INSTEAD.compiles = before
 
 
 def launch(
@@ -272,7 +275,7 @@ def launch(
         kernel: A function under ``triton.jit``.
         programs: How many.
         arguments: Of the kernel.
-        problem: What the tiles were chosen for, see `rlr_fast.kernels.tiles.choose`.
+        problem: What the tiles were chosen for, see `rlr_fast.kernels._choice.choose`.
         warps: Warps a program.
         stages: Depth of the software pipeline.
         registers: Most registers a thread; 0 is no limit.
@@ -285,14 +288,14 @@ def launch(
     if registers:
         options["maxnreg"] = registers
     made = Launch(kernel, programs, arguments, constants, options)
-    if _RECORDS:
-        _RECORDS[-1].append(made)
+    if _INSTEAD.records is not None:
+        _INSTEAD.records.append(made)
         return
     device = arguments[0].device
     try:
         # Triton launches on the current device.
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            (_compile if _COMPILE_ONLY else _start)(made)
+            (_compile if _INSTEAD.compiles else _start)(made)
     except InterpreterError:  # a mistake in a kernel
         raise
     except TritonError as error:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -19,6 +20,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from rlr_fast.kernels import _choice, _launch, lca, mlka
 from rlr_fast.kernels._launch import Geometry, LaunchRefused
 from rlr_fast.kernels.tiles import FEW_IMAGES
+
+# One at a time: a refusal strikes the tiles that are chosen then.
+_TRIAL = threading.Lock()
 
 
 def refusal(
@@ -60,7 +64,7 @@ def _try(
     name, grid, window, heads, width, few_images, shared_value = problem
     geometry = Geometry.of(grid, window)
     shape = (heads, geometry.tokens, width)
-    with FakeTensorMode(), _launch.compile_only():
+    with _TRIAL, FakeTensorMode(), _launch.compile_only():
         q = torch.empty((2 if few_images else 64, *shape), dtype=dtype, device=device)
         k = torch.empty(shape, dtype=dtype, device=device)
         v = torch.empty(shape if shared_value else q.shape, dtype=dtype, device=device)
