@@ -82,7 +82,7 @@ def predict(
     from rlr_fast.models.checkpoint import CONFIG_FILE, fetch_checkpoint, load_config
     from rlr_fast.pictures.batches import load_model
     from rlr_fast.prediction.arrivals import check_watched
-    from rlr_fast.prediction.image_files import find_images
+    from rlr_fast.prediction.image_files import check_results_folder, find_images
     from rlr_fast.prediction.predict import check_report_run, predict
     from rlr_fast.prediction.watch import watch as watch_folders
     from rlr_fast.training.calibration import scoring_identity, trained_classes
@@ -104,6 +104,7 @@ def predict(
                         "makes no report: not with torchrun, --resume or --report"
                     )
                 check_watched(paths, settle)
+                check_results_folder(out, paths)
             elif settle is not None:
                 raise ValueError("--settle is of --watch, which is not given")
             files = None if watch else find_images(paths, out)

@@ -130,8 +130,11 @@ def find_images(paths: Sequence[str | Path], out: Path | None = None) -> ImageFi
     the masks of a data set in a folder. Links are followed, to no folder twice.
 
     Raises:
-        ValueError: A path does not exist, or there is no image in a folder.
+        ValueError: A path does not exist, or there is no image in a folder; or see
+            `check_results_folder`.
     """
+    if out is not None:
+        check_results_folder(out, paths)
     files = ImageFiles()
     # Only several paths can name a file twice, or two files whose pictures have one name.
     several = len(paths) > 1
@@ -155,6 +158,29 @@ def find_images(paths: Sequence[str | Path], out: Path | None = None) -> ImageFi
         if not found:
             raise ValueError(f"there is no image in {str(path)!r}")
     return files
+
+
+def check_results_folder(out: Path, paths: Sequence[str | Path] = ()) -> None:
+    """Refuse to write pictures and masks over images, or among others that would not be scored.
+
+    Raises:
+        ValueError: A path lies where a prediction into ``out`` writes, or such a folder is there
+            that no prediction has written.
+    """
+    for name in _WRITTEN:
+        written = (out / name).resolve()
+        for path in map(Path, paths):
+            if path.resolve().is_relative_to(written):
+                raise ValueError(
+                    f"{str(path)!r} lies in {str(out / name)!r}, where a prediction writes: give "
+                    "another folder for its results"
+                )
+        is_ours = name == REPORT_FOLDER or (out / RESULTS_FILE).is_file()
+        if not is_ours and written.is_dir() and any(written.iterdir()):
+            raise ValueError(
+                f"{str(out / name)!r} is of no prediction, whose {name} would be written there: "
+                "give another folder for its results"
+            )
 
 
 def _images(path: Path, out: Path | None) -> Iterator[tuple[Path, Path, list[str]]]:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlr_fast.data.check import counted
 from rlr_fast.files import write_atomically
-from rlr_fast.prediction.image_files import ImageFile
+from rlr_fast.prediction.image_files import ImageFile, check_results_folder
 from rlr_fast.prediction.results import LINES_FILE, ResultsWriter, Row, line, read_rows
 from rlr_fast.training.calibration import with_later_settings
 
@@ -115,9 +115,11 @@ def open_results(
         batch_size: Files of a batch.
 
     Raises:
-        ValueError: The earlier prediction had other settings or files.
+        ValueError: The earlier prediction had other settings or files, or pictures in ``out`` are
+            of no prediction.
         OSError: The files cannot be read or written.
     """
+    check_results_folder(out)
     done = kept = 0
     if not resume:
         earlier = {row["path"] for row, _ in read_rows(out / LINES_FILE)}

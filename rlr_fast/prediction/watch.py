@@ -16,7 +16,13 @@ from rlr_fast.models.precision import check_precision
 from rlr_fast.models.rlr import RLRModel
 from rlr_fast.pictures.batches import check_placed
 from rlr_fast.prediction.arrivals import Arrivals, check_watched
-from rlr_fast.prediction.image_files import ImageFile, own_picture_name, picture_name, picture_place
+from rlr_fast.prediction.image_files import (
+    ImageFile,
+    check_results_folder,
+    own_picture_name,
+    picture_name,
+    picture_place,
+)
 from rlr_fast.prediction.predict import Prediction, Tally, prediction_settings
 from rlr_fast.prediction.results import (
     LINES_FILE,
@@ -78,7 +84,8 @@ def watch(
         What the table holds, when ``stop`` says so or at an interruption (Ctrl+C).
 
     Raises:
-        ValueError: An argument breaks its rule, or ``out`` holds results of other settings.
+        ValueError: An argument breaks its rule, or ``out`` holds results of other settings; or see
+            `rlr_fast.prediction.image_files.check_results_folder`.
         BlockingIOError: Another process works in ``out``.
         OSError: A folder cannot be read, or the results cannot be written.
     """
@@ -89,6 +96,7 @@ def watch(
     maker = RowMaker(model, out, execution, tiles, decider, scale, relative, masks)
     tally = Tally(decider)
     check_watched(folders, settle)
+    check_results_folder(out, folders)
 
     with lock_folder(out):
         rows = []

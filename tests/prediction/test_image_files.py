@@ -27,6 +27,28 @@ def test_small_pictures_of_an_earlier_report_are_not_scored(tmp_path):
     assert [f.path.name for f in files] == ["a.png"]
 
 
+@pytest.mark.parametrize("name", ["pictures", "masks"])
+@pytest.mark.parametrize("path", ["", "line1", "line1/a.png"])
+def test_images_where_pictures_are_written_are_refused(name, path, tmp_path):
+    save_picture(tmp_path / name / "line1/a.png", 1)
+    with pytest.raises(ValueError, match=f"/{name}', where a prediction writes"):
+        find_images([tmp_path / name / path], tmp_path)
+    (tmp_path / "results.csv").touch()  # of an earlier prediction
+    with pytest.raises(ValueError, match=f"/{name}', where a prediction writes"):
+        find_images([tmp_path / name / path], tmp_path)
+
+
+@pytest.mark.parametrize("name", ["pictures", "masks"])
+def test_a_folder_of_no_prediction_is_not_taken_for_one(name, tmp_path):
+    """It would be written into, and its images left out."""
+    save_picture(tmp_path / "a.png", 1)
+    (tmp_path / name).mkdir()
+    assert len(find_images([tmp_path], tmp_path)) == 1
+    save_picture(tmp_path / name / "b.png", 1)
+    with pytest.raises(ValueError, match=f"/{name}' is of no prediction"):
+        find_images([tmp_path], tmp_path)
+
+
 def test_pictures_of_a_prediction_elsewhere_are_left_out_and_told(tmp_path, caplog):
     save_picture(tmp_path / "images/a.png", 1)
     save_picture(tmp_path / "images/maps/pictures/images/a.png", 1)

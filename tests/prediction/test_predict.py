@@ -130,6 +130,15 @@ def test_pictures_of_an_earlier_prediction_are_not_scored(model, tmp_path):
     assert [f.path.name for f in files] == ["a.png"]
 
 
+def test_no_image_is_written_over(model, tmp_path):
+    image = tmp_path / "pictures/line1/a.png"
+    save_picture(image, 1)
+    before = image.read_bytes()
+    with pytest.raises(ValueError, match="pictures' is of no prediction"):
+        predict(model, find_images([image.parent]), tmp_path, (0.0, 1.0))
+    assert image.read_bytes() == before
+
+
 def test_files_of_one_name_do_not_share_a_picture(model, tmp_path):
     for name in ("a/x.png", "b/x.png", "a/x.bmp"):
         save_picture(tmp_path / name, 1)

@@ -58,6 +58,12 @@ def names(folder):
     return [os.path.basename(row["path"]) for row in table(folder)]
 
 
+def test_a_folder_into_which_pictures_are_written_is_not_watched(model, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    with pytest.raises(ValueError, match="where a prediction writes"):
+        start(model, tmp_path / "pictures", out=tmp_path)
+
+
 def arrive(folder, *files):
     def action():
         for place, name in enumerate(files):
