@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import sys
 import tempfile
 import time
@@ -189,8 +190,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
 
     if data is not None:
-        batch = (options.batch or [PRESETS[options.preset].train.batch_size])[0]
-        for cache in ("auto", "none", "auto", "none"):
+        batches = options.batch or [PRESETS[options.preset].train.batch_size]
+        for batch, cache in itertools.product(batches, ("auto", "none", "auto", "none")):
             kept = "features made each epoch" if cache == "none" else "features kept"
             add(
                 f"{options.preset}, {kept}",

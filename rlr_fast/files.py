@@ -56,8 +56,11 @@ def replacing(path: Path) -> Iterator[Path]:
         yield partial
         put_in_place(partial, path)
     except BaseException as error:
-        if isinstance(error, OSError) and error.errno and error.filename is None:
-            error.filename = str(path)  # a full disk names no file
+        if isinstance(error, OSError) and error.errno:
+            if error.filename is None or os.fspath(error.filename) == str(partial):
+                error.filename = str(path)  # a full disk names no file, a rename the other one
+            if error.filename2 is not None:
+                error.filename2 = None
         with contextlib.suppress(OSError):
             partial.unlink()
         raise

@@ -84,6 +84,13 @@ def test_atomic_write_keeps_the_old_file_when_the_new_cannot_be_written(tmp_path
     assert (tmp_path / "a").read_text() == "old"
 
 
+def test_what_stands_in_the_way_of_a_file_is_named(tmp_path):
+    (tmp_path / "a.json").mkdir()
+    with pytest.raises(OSError) as caught:
+        write_atomically(tmp_path / "a.json", "{}")
+    assert caught.value.filename == str(tmp_path / "a.json") and caught.value.filename2 is None
+
+
 def test_a_long_name_can_be_replaced(tmp_path):
     path = tmp_path / ("x" * 251 + ".png")
     with replacing(path) as unfinished:

@@ -26,9 +26,9 @@ from benchmarks.peers.methods import Method
 from benchmarks.peers.transformers import Training
 from rlr_fast.config import InferenceExecution, check_seed, read_level
 from rlr_fast.data import read_dataset
-from rlr_fast.data.images import iterate_images, load_sample_mask
+from rlr_fast.data.images import iterate_images
 from rlr_fast.data.layouts import DataSet, Sample
-from rlr_fast.inference.evaluate import evaluate
+from rlr_fast.inference.evaluate import check_masks, evaluate, ground_truth
 from rlr_fast.inference.metrics import HEADINGS, class_metrics, format_table, mean_metrics
 from rlr_fast.models.backbone import Backbone
 from rlr_fast.models.backbone_weights import BackboneWeightsError
@@ -67,7 +67,7 @@ def measure(method: Method, data: DataSet, size: tuple[int, int]) -> tuple[dict[
             scores.append(score.float().numpy())
             maps.append(score_map.float().numpy())
         seconds += time.perf_counter() - start
-        masks = np.stack([load_sample_mask(sample, size).numpy() for sample in samples])
+        masks = np.stack([ground_truth(sample, size) for sample in samples])
         labels = np.array([sample.is_anomaly for sample in samples])
         classes[name] = class_metrics(np.concatenate(scores), labels, np.concatenate(maps), masks)
     return classes, seconds / sum(map(len, data.test.values()))
@@ -97,11 +97,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     methods: dict[str, Method] = {}
     try:
         check_seed(options.seed)
-        for run in options.run or []:
+        runs = list(dict.fromkeys(options.run or []))
+        for run in runs:
             check_checkpoint(run)
         data = read_dataset(options.root)
         data.require_train()
         data.require_test()
+        check_masks(data)
         levels = [read_level(level) for level in options.levels]
         backbone = Backbone(options.backbone, options.weights, levels, size)
         training = Training(options.steps, options.batch_size)
@@ -130,9 +132,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         classes, image_s = measure(method, data, size)
         facts = dataclasses.asdict(training) if PEERS[name].is_trained else {}
         add(name, PEERS[name].label, classes, fit_s=fit_s, image_s=image_s, **facts)
-    for run in options.run or []:
+    for run in runs:
         model = load_model(run, InferenceExecution())
-        name = f"rlr {run.name}"
+        name = f"rlr {run}"
         start = time.perf_counter()
         found = evaluate(model, data)
         images = sum(map(len, data.test.values()))

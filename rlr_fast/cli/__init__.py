@@ -9,6 +9,7 @@ everything; nothing but `__main__` imports it.
 from __future__ import annotations
 
 import io
+import itertools
 import logging
 import sys
 import warnings
@@ -48,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: list[str]) -> int:
     app = build_app()
     words, _, _ = app.parse_commands(argv)
-    names = [w.partition("=")[0].replace("_", "-") for w in argv if w.startswith("--")]
+    flagged = itertools.takewhile(lambda word: word != "--", argv)
+    names = [w.partition("=")[0].replace("_", "-") for w in flagged if w.startswith("--")]
     meant = [flags.OLDER_NAMES.get(name, name).replace("--no-", "--") for name in names]
     twice = next((name for name in meant if meant.count(name) > 1), None)
     if twice is not None:  # a list of values would be joined, and of two the last would win

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -18,21 +19,24 @@ from rlr_fast.training.run_dir import unfinished
 _log = logging.getLogger(__name__)
 
 
-def check_out(out: Path) -> None:
-    """Refuse a file where results need a folder.
+def check_out(out: Path, *files: str) -> None:
+    """Refuse a file where results need a folder, and a folder where one of ``files`` is written.
 
     Raises:
-        ValueError: ``out`` is a file.
+        ValueError: ``out`` is a file, or one of ``files`` a folder in it.
     """
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out must be a folder, {str(out)!r} is a file")
+    for path in (out / name for name in files):
+        if path.is_dir():
+            raise ValueError(f"{str(path)!r} is a folder, where a file of results belongs")
 
 
 def given_scale(scale: tuple[float, float] | None, checkpoint: Path) -> tuple[float, float]:
     """Return the color scale: the one that was given, or the checkpoint's own.
 
     Raises:
-        ValueError: It is no range, or the checkpoint has none.
+        ValueError: It is no range of finite numbers, or the checkpoint has none.
     """
     if scale is None:
         try:
@@ -40,8 +44,8 @@ def given_scale(scale: tuple[float, float] | None, checkpoint: Path) -> tuple[fl
         except CheckpointError as error:
             raise ValueError(f"{error}; give one by --scale LOW HIGH") from error
     low, high = scale
-    if not low < high:
-        raise ValueError(f"--scale: LOW must be below HIGH, got {low} {high}")
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise ValueError(f"--scale: LOW must be below HIGH, both finite, got {low} {high}")
     return scale
 
 

@@ -24,11 +24,12 @@ def demo(
         out: Folder of data, run and results; a second call goes on where the first was stopped.
         seed: Seed of data and training.
     """
+    from rlr_fast.cli.common import report_failures
     from rlr_fast.data import read_dataset
     from rlr_fast.data.synthetic import make_dataset
     from rlr_fast.files import write_atomically
     from rlr_fast.inference.decisions import Decider
-    from rlr_fast.inference.evaluate import FigureOptions, evaluate
+    from rlr_fast.inference.evaluate import METRICS_FILE, FigureOptions, evaluate
     from rlr_fast.models.rlr import RLRModel
     from rlr_fast.pictures.batches import load_model
     from rlr_fast.prediction.image_files import find_images
@@ -76,7 +77,7 @@ def demo(
             decider=decider,
             progress=bar.update,
         )
-    write_atomically(out / "metrics.json", evaluation.to_json())
+    write_atomically(out / METRICS_FILE, evaluation.to_json())
     pictures = find_images([data_root / data.classes[0] / "test"]).classified(data.classes)
     prediction = predict(
         model, pictures, out / "predictions", scale, scoring, decider=decider, relative=True
@@ -85,11 +86,11 @@ def demo(
         "data": data_root,
         "checkpoint": run,
         "loss curve": run / CURVE_FILE,
-        "metrics": out / "metrics.json",
+        "metrics": out / METRICS_FILE,
         "figures": out / "figures",
         "predictions": prediction.results,
     }
     print(f"{evaluation.table()}\n\nwritten in {time.perf_counter() - start:.0f} s:")
     for name, path in written.items():
         print(f"  {name:12s} {path}")
-    return 0
+    return report_failures([*evaluation.failures, *prediction.failures])

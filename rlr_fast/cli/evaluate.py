@@ -47,7 +47,7 @@ def evaluate(
     )
     from rlr_fast.data import read_dataset
     from rlr_fast.files import file_digest, lock_folder, write_atomically
-    from rlr_fast.inference.evaluate import FigureOptions, evaluate
+    from rlr_fast.inference.evaluate import METRICS_FILE, FigureOptions, evaluate
     from rlr_fast.inference.report import model_facts
     from rlr_fast.models.checkpoint import (
         CONFIG_FILE,
@@ -71,7 +71,11 @@ def evaluate(
             images = read_dataset(data, layout, classes)
             images.require_test()
             tell_unmeasured(images, trained_classes(folder), folder)
-            check_out(out)
+            check_out(out, METRICS_FILE)
+            if scale is not None and not (figures or report):
+                raise ValueError("--scale is of --figures and --report, and neither is given")
+            if per_defect != 1 and not figures:
+                raise ValueError("--per-defect is of --figures, which is not given")
             sheets = colors = None
             if report:
                 check_report(out)
@@ -114,12 +118,14 @@ def evaluate(
             )
             if group.is_main:  # before the report is closed, which may meet a full disk
                 bar.close()
-                weights = file_digest(folder / WEIGHTS_FILE)
-                write_atomically(out / "metrics.json", result.to_json(weights))
-                print(result.table(), flush=True)
+                try:
+                    weights = file_digest(folder / WEIGHTS_FILE)
+                    write_atomically(out / METRICS_FILE, result.to_json(weights))
+                finally:
+                    print(result.table(), flush=True)
         if not group.is_main:
             return 0
-    print(f"\n{out / 'metrics.json'}")
+    print(f"\n{out / METRICS_FILE}")
     if report:
         print(out / REPORT_FILE)
     return report_failures(result.failures)

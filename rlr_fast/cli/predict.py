@@ -112,7 +112,10 @@ def predict(
             # Refuses what is no run before its parts are missed.
             tiles = optional_tiles(tile, overlap, load_config(folder / CONFIG_FILE).tiles)
             tell_unfinished(folder)
-            colors = None if no_pictures and not report else given_scale(scale, folder)
+            drawn = report or not no_pictures
+            if scale is not None and not drawn:
+                raise ValueError("--scale is of the pictures: not with --no-pictures alone")
+            colors = given_scale(scale, folder) if drawn else None
             check_out(out)
             if report:
                 check_report(out)
@@ -186,6 +189,7 @@ def _end(
 ) -> int:
     """Tell what was done; return the exit code."""
     from rlr_fast.cli.common import report_failures
+    from rlr_fast.prediction.predict import DRIFTED
     from rlr_fast.visualization.report import REPORT_FILE
 
     found = ""
@@ -197,8 +201,7 @@ def _end(
         print(result.results.with_name(REPORT_FILE))
     if result.drift:
         print(
-            "rlr-fast: not like the images of the calibration, or full of defects: "
-            f"{', '.join(result.drift)}",
+            f"rlr-fast: {DRIFTED}: {', '.join(result.drift)}",
             file=sys.stderr,
         )
     code = report_failures(result.failures)

@@ -42,6 +42,7 @@ def publish(
     from rlr_fast.cli.common import refuse_unfinished
     from rlr_fast.data.records import read_record
     from rlr_fast.files import file_digest
+    from rlr_fast.inference.evaluate import METRICS_FILE
     from rlr_fast.inference.model_card import (
         PICTURES_FOLDER,
         MeasuredMetrics,
@@ -58,11 +59,13 @@ def publish(
         validate_repo_id(repository)
     except ValueError as error:
         raise ValueError(f"REPOSITORY must be OWNER/NAME, got {repository!r}: {error}") from None
+    if private and out is not None:
+        raise ValueError("--private is of the repository: with --out nothing is uploaded")
     if not license.strip():
         raise ValueError(f"--license must name a license, got {license!r}")
     metrics = None
     if results is not None:
-        path = results / "metrics.json"
+        path = results / METRICS_FILE
         try:
             metrics = dataclasses.asdict(read_record(MeasuredMetrics, path))
         except ValueError as error:

@@ -85,7 +85,7 @@ _ALL = (
         more="Exit code 3: an image is called anomalous (with --fail-on-anomaly).",
         distributed=True,
         less_memory=_SCORING,
-        interrupted="; --resume goes on behind the last image",
+        interrupted="; --resume, or --watch again, goes on behind the last image",
     ),
     Verb(
         "publish",

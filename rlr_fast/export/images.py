@@ -27,21 +27,24 @@ def run_images(run: Path) -> list[Path]:
         TrainingError: The run's record is damaged.
     """
     record = read_run(run)
-    root = None if record is None else Path(record["data"]["root"])
-    if record is None or root is None or not root.is_dir():
-        reason = "it does not say where its images are"
-        if root is not None:
-            here = "" if root.is_absolute() else f", seen from {Path.cwd()}"
-            reason = f"its images are no longer in {root}{here}"
-        raise ValueError(
-            f"{run}: {reason}; name a few images, or a folder, by --images to compare on"
-        )
-    data = read_dataset(root, record["data"]["layout"])
-    return [
-        sample.path
-        for name in data.classes
-        for sample in (*data.train[name], *data.validation.get(name, ()), *data.test[name])
-    ]
+    reason = "it does not say where its images are"
+    if record is not None:
+        root = Path(record["data"]["root"])
+        here = "" if root.is_absolute() else f", seen from {Path.cwd()}"
+        reason = f"its images are no longer in {root}{here}"
+        try:
+            data = read_dataset(root, record["data"]["layout"], record["data"].get("classes"))
+        except ValueError as error:
+            reason += f" ({error})"
+        else:
+            found = [
+                sample.path
+                for name in data.classes
+                for sample in (*data.train[name], *data.validation.get(name, ()), *data.test[name])
+            ]
+            if found:
+                return found
+    raise ValueError(f"{run}: {reason}; name a few images, or a folder, by --images to compare on")
 
 
 def comparison_images(

@@ -39,6 +39,8 @@ from rlr_fast.training.distributed import Processes, processes
 from rlr_fast.visualization import SheetRow, sample_sheet
 from rlr_fast.visualization.report import ReportWriter
 
+METRICS_FILE = "metrics.json"
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -373,7 +375,7 @@ def _score(
                 failures.append(ImageFailure(place, image.error))
                 continue
             try:
-                masks[row] = _mask(samples[place], size)
+                masks[row] = ground_truth(samples[place], size)
             except UnreadableImageError as error:
                 failures.append(ImageFailure(place, error))
                 continue
@@ -417,8 +419,12 @@ def _join(samples: list[Sample], shares: list[_Share]) -> _Scored:
     )
 
 
-def _mask(sample: Sample, size: tuple[int, int]) -> np.ndarray:
-    """Return the ground truth (H, W); without masks nothing is marked, pixel metrics undefined."""
+def ground_truth(sample: Sample, size: tuple[int, int]) -> np.ndarray:
+    """Return the mask (H, W) of a sample; without one nothing is marked, pixel metrics undefined.
+
+    Raises:
+        UnreadableImageError: It cannot be read.
+    """
     if not sample.mask_paths:
         return np.zeros(size, dtype=bool)
     return load_sample_mask(sample, size).numpy()

@@ -16,11 +16,11 @@ from rlr_fast.data import DataSet
 from rlr_fast.data.contents import changed_files, describe_images, file_digests
 from rlr_fast.data.records import read_record
 from rlr_fast.files import lock_folder, write_atomically
+from rlr_fast.inference.evaluate import METRICS_FILE
 from rlr_fast.inference.metrics import HEADINGS
 from rlr_fast.training.run_dir import TrainingError, changed_settings
 
 SETTINGS_FILE = "settings.json"
-METRICS_FILE = "metrics.json"
 RUNS = "runs"
 
 _log = logging.getLogger(__name__)

@@ -36,6 +36,8 @@ from rlr_fast.training.distributed import processes
 from rlr_fast.visualization import Scale
 from rlr_fast.visualization.report import ReportWriter
 
+DRIFTED = "not like the images of the calibration, or full of defects"
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -155,6 +157,8 @@ def predict(
         if progress is not None and done:
             progress(done)
         page = None if report is None else stack.enter_context(report())
+        if page is not None:
+            page.failures = tally.failures  # a report of a stopped prediction has those until then
         maker = RowMaker(model, out, execution, tiles, decider, scale, relative, masks, page)
         first = -(-done // execution.batch_size)
         share = Share(len(files), execution.batch_size, first, group.rank, group.world_size)
@@ -177,13 +181,8 @@ def predict(
             return tally.prediction(out / RESULTS_FILE)
 
         prediction = group.broadcast(finish)
-        if page is not None:
-            page.failures = prediction.failures
-            if prediction.drift:
-                page.notes.append(
-                    "Not like the images of the calibration, or full of defects: "
-                    + ", ".join(prediction.drift)
-                )
+        if page is not None and prediction.drift:
+            page.notes.append(f"{DRIFTED[0].upper()}{DRIFTED[1:]}: {', '.join(prediction.drift)}")
         return prediction
 
 
@@ -229,19 +228,22 @@ class Tally:
 
     Args:
         decider: What they were decided by.
+
+    Attributes:
+        failures: What is wrong with the files that have no score.
     """
 
     def __init__(self, decider: Decider | None) -> None:
         self._decider = decider
         self._scored = 0
-        self._failures: list[str] = []
+        self.failures: list[str] = []
         self._decisions: Counter[str | None] = Counter()
         self._groups: dict[int, tuple[Rule, array[float]]] = {}
 
     def add(self, row: Row) -> None:
         """Count a row."""
         if row["failure"] is not None:
-            self._failures.append(row["failure"])
+            self.failures.append(row["failure"])
             return
         self._scored += 1
         self._decisions[row["decision"]] += 1
@@ -256,7 +258,7 @@ class Tally:
         counts = self._decisions
         return Prediction(
             self._scored,
-            self._failures,
+            self.failures,
             results,
             counts["anomalous"] + counts["normal"],
             counts["anomalous"],

@@ -58,6 +58,10 @@ def test_demo_makes_trains_evaluates_and_predicts(tmp_path, monkeypatch, capsys,
     written = printed.split("written in")[1].splitlines()[1:]
     assert len(written) == 6 and all(Path(line.split()[-1]).exists() for line in written)
     assert {p.name for p in (tmp_path / "figures").iterdir()} == {"washer.png", "wood.png"}
+    shutil.rmtree(tmp_path / "figures")
+    (tmp_path / "figures").touch()
+    assert main(["demo", "--out", str(tmp_path), "--quiet", "--device", "cpu"]) == 1
+    assert "cannot write the figures of washer" in capsys.readouterr().err
 
 
 def test_predict_with_a_corrupt_image_exits_with_1(trained, tmp_path, capsys):
@@ -274,6 +278,14 @@ def test_predict_takes_a_name_that_is_no_text(trained, tmp_path):
             ["train", "DATA", "--out", "OUT", "--image-size", "32", "--image-size", "64"],
             "--image-size is given twice",
         ),
+        ([*PREDICT, "--scale", "0", "inf"], "both finite, got 0.0 inf"),
+        ([*PREDICT, "--scale", "0", "1", "--no-pictures"], "--scale is of the pictures"),
+        (["eval", *PREDICT[1:], "--scale", "0", "1"], "--scale is of --figures and --report"),
+        (["eval", *PREDICT[1:], "--per-defect", "2"], "--per-defect is of --figures"),
+        (
+            ["publish", "RUN", "o/n", "--license", "mit", "--out", "OUT", "--private"],
+            "--private is of the repository",
+        ),
         (["demp"], "demo"),
     ],
     ids=lambda value: " ".join(value[2:])[:40] if isinstance(value, list) else None,
@@ -281,6 +293,19 @@ def test_predict_takes_a_name_that_is_no_text(trained, tmp_path):
 def test_a_users_mistake_is_one_message_and_exit_code_2(argv, message, trained, tmp_path, capsys):
     places = {"DATA": trained / "data", "RUN": trained / "run", "OUT": tmp_path / "out"}
     assert message in refused(capsys, *(places.get(word, word) for word in argv))
+
+
+def test_after_two_dashes_come_paths(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    argv = ("predict", "--checkpoint", trained / "run", "--out", "maps", "--quiet", "--", "--out")
+    assert "there is no file or folder '--out'" in refused(capsys, *argv)
+
+
+def test_metrics_that_cannot_be_written_are_told_before_the_work(trained, tmp_path, capsys):
+    (tmp_path / "metrics.json").mkdir()
+    argv = ("eval", trained / "data", "--checkpoint", trained / "run", "--out", tmp_path)
+    assert "metrics.json' is a folder, where a file" in refused(capsys, *argv)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.json"]
 
 
 def test_checkpoint_cut_by_a_byte_is_told(trained, tmp_path, capsys):

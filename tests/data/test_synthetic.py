@@ -13,13 +13,15 @@ from rlr_fast.data import read_dataset
 from rlr_fast.data.synthetic import CLASS_NAMES, DEFECT_KINDS, make, make_dataset, render_sample
 from rlr_fast.data.synthetic.noise import Stream, smooth
 from rlr_fast.data.synthetic.render import PRODUCTS
+from rlr_fast.files import LOCK_FILE
 
 SMALL = dict(size=48, train_per_class=2, good_per_class=1, defects_per_kind=1)
 CASES = [(name, kind) for name in CLASS_NAMES for kind in PRODUCTS[name].kinds]
 
 
 def contents(root: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+    files = (p for p in root.rglob("*") if p.is_file() and p.name != LOCK_FILE)
+    return {str(p.relative_to(root)): p.read_bytes() for p in files}
 
 
 def forbid_rendering(monkeypatch):
@@ -57,6 +59,20 @@ def test_seed_changes_every_picture(tmp_path):
         for seed in (0, 1)
     ]
     assert all(sets[0][path] != sets[1][path] for path in sets[0] if "ground_truth" not in path)
+
+
+def test_a_second_command_does_not_write_into_the_same_set(tmp_path):
+    second = []
+
+    def meet(done, total):
+        with pytest.raises(BlockingIOError, match="another process works in"):
+            make_dataset(tmp_path / "set", **few)
+        second.append(done)
+
+    few = {"size": 32, "train_per_class": 2, "classes": ["wood"]}
+    make_dataset(tmp_path / "set", **few, progress=meet)
+    assert second
+    assert make_dataset(tmp_path / "set", **few) == tmp_path / "set"
 
 
 def test_stream_does_not_use_salted_hash():

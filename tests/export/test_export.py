@@ -24,7 +24,7 @@ from rlr_fast.export import export as module
 from rlr_fast.export.compare import compare, model_outputs
 from rlr_fast.export.formats import halve
 from rlr_fast.export.graph import ExportGraph, describe
-from rlr_fast.export.images import comparison_images
+from rlr_fast.export.images import comparison_images, run_images
 from rlr_fast.export.runtimes import Runtime, openvino_model
 from rlr_fast.files import LOCK_FILE
 from rlr_fast.inference.calibrate import calibrate
@@ -565,7 +565,22 @@ def test_images_that_are_gone_are_asked_for(folder, tmp_path, capsys):
     assert "does not say where its images are" in refused(capsys, *argv)
     record = {"model": {}, "recipe": {}, "data": {"root": "/nowhere", "layout": "mvtec"}}
     (tmp_path / "run/run.json").write_text(json.dumps(record))
-    assert "its images are no longer in /nowhere; name a few images" in refused(capsys, *argv)
+    assert "its images are no longer in /nowhere (" in refused(capsys, *argv)
+    (tmp_path / "data/bolt/train/good").mkdir(parents=True)  # folders without their images
+    record["data"]["root"] = str(tmp_path / "data")
+    (tmp_path / "run/run.json").write_text(json.dumps(record))
+    told = refused(capsys, *argv)
+    assert f"no longer in {tmp_path}/data" in told and "name a few images" in told
+
+
+def test_images_of_other_classes_than_the_runs_are_not_compared(folder, tmp_path):
+    shutil.copytree(folder / "bare", tmp_path / "run")
+    data = make_tree(tmp_path / "data")
+    about = {"root": str(data), "layout": "mvtec", "classes": ["bolt"]}
+    record = {"model": {}, "recipe": {}, "data": about}
+    (tmp_path / "run/run.json").write_text(json.dumps(record))
+    found = run_images(tmp_path / "run")
+    assert found and all(path.is_relative_to(data / "bolt") for path in found)
 
 
 @pytest.mark.parametrize(

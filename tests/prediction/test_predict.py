@@ -26,6 +26,7 @@ from rlr_fast.prediction.predict import predict
 from rlr_fast.prediction.results import COLUMNS
 from rlr_fast.training.calibration import Calibration, ClassScores
 from rlr_fast.visualization import prediction_picture
+from rlr_fast.visualization.report import ReportWriter
 
 
 @pytest.fixture
@@ -264,6 +265,24 @@ def test_an_interruption_loses_neither_rows_nor_pictures(model, five, tmp_path):
     assert len(rows(tmp_path / "out/results.csv")) == 5
     assert len(list((tmp_path / "out/pictures").rglob("*.png"))) == 4
     assert not [t for t in threading.enumerate() if t.name.startswith(("writer", "images"))]
+
+
+def test_a_report_of_a_stopped_prediction_has_its_failures(model, five, tmp_path):
+    files = list(five)
+    files[0].path.write_bytes(b"no image")
+    pages = []
+
+    def report():
+        pages.append(ReportWriter(tmp_path / "out", "prediction", (0.0, 1.0), {}))
+        return pages[0]
+
+    def stop(count):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        predict(model, files, tmp_path / "out", None, report=report, progress=stop)
+    [told] = pages[0].failures
+    assert str(files[0].path) in told
 
 
 def test_the_model_goes_on_while_a_picture_is_written(model, five, tmp_path, monkeypatch):

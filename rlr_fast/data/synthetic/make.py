@@ -15,7 +15,7 @@ from PIL import Image
 
 from rlr_fast.data.synthetic.render import PRODUCTS, render_sample
 from rlr_fast.data.threads import map_ahead
-from rlr_fast.files import put_in_place, replacing, write_atomically
+from rlr_fast.files import lock_folder, put_in_place, replacing, write_atomically
 
 CLASS_NAMES: tuple[str, ...] = tuple(sorted(PRODUCTS))
 
@@ -84,6 +84,7 @@ def make_dataset(
     Raises:
         ValueError: an argument breaks its rule, or ``root`` holds anything else than this set.
         NotADirectoryError: ``root`` is a file.
+        BlockingIOError: another process makes a set in ``root``.
     """
     shape = _shape(size)
     seed = _count("seed", seed)
@@ -107,8 +108,21 @@ def make_dataset(
     folder = Path(root)
     if _is_complete(folder, manifest, pictures):
         return folder
+    with lock_folder(folder):
+        if not _is_complete(folder, manifest, pictures):  # another process may have been first
+            _write(folder, manifest, pictures, workers, progress)
+    return folder
 
-    folder.mkdir(parents=True, exist_ok=True)
+
+def _write(
+    folder: Path,
+    manifest: dict[str, Any],
+    pictures: list[_Picture],
+    workers: int | None,
+    progress: Callable[[int, int], object] | None,
+) -> None:
+    """Write all pictures and what they were made by."""
+    height, width = manifest["size"]
     # While pictures are missing only the unfinished name exists; the rename at the end is atomic.
     (folder / _MANIFEST).unlink(missing_ok=True)
     write_atomically(folder / _UNFINISHED, json.dumps(manifest, indent=1) + "\n")
@@ -117,7 +131,12 @@ def make_dataset(
 
     def write(picture: _Picture) -> None:
         sample = render_sample(
-            picture.class_name, picture.split, picture.kind, picture.index, size=shape, seed=seed
+            picture.class_name,
+            picture.split,
+            picture.kind,
+            picture.index,
+            size=(height, width),
+            seed=manifest["seed"],
         )
         _save(sample.image, folder / picture.path())
         if picture.kind != "good":
@@ -130,7 +149,6 @@ def make_dataset(
         if progress is not None:
             progress(done, len(pictures))
     put_in_place(folder / _UNFINISHED, folder / _MANIFEST)
-    return folder
 
 
 def _pictures(
