@@ -16,7 +16,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from rlr_fast.config import Level, level_groups
-from rlr_fast.models.backbone_weights import no_weights, refuse_untrained, weight_options
+from rlr_fast.models.backbone_weights import no_weights, refuse_missing, weight_options
 
 _RANDOM_SEED = 0
 
@@ -66,12 +66,13 @@ class Backbone(nn.Module):
         self.groups = level_groups(out_indices)
         self.indices = tuple(level for group in self.groups for level in group)
         with _quiet_builder(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_RANDOM_SEED)  # "random" weights are the same in every process
+            # "random" weights are the same in every process, and a GPU's generator is left alone.
+            torch.default_generator.manual_seed(_RANDOM_SEED)
             self.network = _create(name, weights, self.indices, image_size)
             if weights not in ("timm", "package", "random"):
-                torch.manual_seed(_RANDOM_SEED)
-                untrained = _create(name, "random", self.indices, image_size)
-                refuse_untrained(name, weights, self.network, untrained)
+                torch.default_generator.manual_seed(_RANDOM_SEED)
+                other = _create(name, weights, self.indices, image_size, other_values=True)
+                refuse_missing(name, weights, self.network, other)
         # A third faster than contiguous at 256 px on a CPU; on a GPU the layout of tensor cores.
         self.network.requires_grad_(False).eval().to(memory_format=torch.channels_last)
         data = resolve_model_data_config(self.network)
@@ -159,7 +160,11 @@ def neighborhood_mean(maps: Tensor, p: int) -> Tensor:
 
 
 def _create(
-    name: str, weights: str, out_indices: tuple[int, ...], size: tuple[int, int]
+    name: str,
+    weights: str,
+    out_indices: tuple[int, ...],
+    size: tuple[int, int],
+    other_values: bool = False,
 ) -> nn.Module:
     architecture = name.split(".")[0]
     if not timm.is_model(architecture):
@@ -168,7 +173,7 @@ def _create(
         )
     # timm's "getter" drops all that follows the last level; a few networks lack it.
     options = {"features_only": True, "feature_cls": "getter", "out_indices": out_indices}
-    options |= weight_options(name, weights)
+    options |= weight_options(name, weights, other_values)
     try:
         network = _build(name, size, options)
     except (AssertionError, IndexError) as error:

@@ -23,8 +23,13 @@ class BackboneWeightsError(RuntimeError):
     """The pretrained weights cannot be had; the message says what was tried and what to do."""
 
 
-def weight_options(name: str, weights: str) -> dict[str, Any]:
+def weight_options(name: str, weights: str, other_values: bool = False) -> dict[str, Any]:
     """Return what `timm.create_model` is told of the weights.
+
+    Args:
+        name: The network.
+        weights: See `rlr_fast.models.backbone.Backbone`.
+        other_values: Give every number of a file another value, see `refuse_missing`.
 
     Raises:
         BackboneWeightsError: They cannot be had.
@@ -39,6 +44,8 @@ def weight_options(name: str, weights: str) -> dict[str, Any]:
         return {"pretrained": True}
     packaged = weights == "package"
     state = _package_weights(name) if packaged else _file_weights(name, Path(weights))
+    if other_values:
+        state = {k: 1 - 2 * v if v.is_floating_point() else v for k, v in state.items()}
     return {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": state}}
 
 
@@ -160,13 +167,23 @@ def no_weights(name: str, tried: str) -> BackboneWeightsError:
     )
 
 
-def refuse_untrained(name: str, weights: str, network: nn.Module, untrained: nn.Module) -> None:
-    """Refuse a file that left tensors as they were drawn: timm takes what fits and goes on."""
-    initial = untrained.state_dict()
+def refuse_missing(name: str, weights: str, network: nn.Module, other: nn.Module) -> None:
+    """Refuse a file that has no values for some tensors: timm takes what fits and goes on.
+
+    Args:
+        name: The network's name.
+        weights: The file.
+        network: With the file's values.
+        other: Started alike, with other values for every number of the file.
+
+    Raises:
+        BackboneWeightsError: A tensor of floating point is the same in both.
+    """
+    others = other.state_dict()
     missing = [
         key
         for key, value in network.state_dict().items()
-        if value.numel() > 1 and torch.equal(value, initial[key]) and value.unique().numel() > 1
+        if value.is_floating_point() and torch.equal(value, others[key])
     ]
     if missing:
         raise no_weights(

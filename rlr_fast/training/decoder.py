@@ -59,7 +59,7 @@ def train_decoder(
     samples = [sample for group in data.train.values() for sample in group]
     device = model.device
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         decoder = decoder_for(model).to(device)
     failures: dict[int, ImageFailure] = {}
     for batch in iterate_images(samples, model.config.image_size, batch_size, workers):

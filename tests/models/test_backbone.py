@@ -246,6 +246,24 @@ def test_a_file_that_leaves_tensors_random_is_refused(kept, tmp_path):
         Backbone(LITE, str(tmp_path / "part.safetensors"), (1,), (32, 32))
 
 
+@pytest.mark.parametrize("lost", ["running_", ".bn1.", "bias"])
+def test_a_file_without_what_starts_as_a_constant_is_refused(lost, tmp_path):
+    """Ones and zeros of a normalization would pass for values that were learned."""
+    network = timm.create_model(LITE)
+    torch.save(network.state_dict(), tmp_path / "whole.pth")
+    Backbone(LITE, str(tmp_path / "whole.pth"), (1,), (32, 32))
+    torch.save(
+        {k: v for k, v in network.state_dict().items() if lost not in k}, tmp_path / "part.pth"
+    )
+    with pytest.raises(BackboneWeightsError, match=r"no values for \d+ tensors, such as"):
+        Backbone(LITE, str(tmp_path / "part.pth"), (1,), (32, 32))
+
+
+def test_the_generators_of_a_gpu_are_left_alone(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", None)
+    Backbone(LITE, "random", (1,), (32, 32))
+
+
 def test_weights_of_another_network_do_not_fit(tmp_path):
     torch.save(timm.create_model("resnet10t").state_dict(), tmp_path / "weights.pth")
     with pytest.raises(BackboneWeightsError, match="do not fit"):
