@@ -76,7 +76,7 @@ def local_cross_attention(
         backend: ``"auto"`` takes the fastest path that runs here; any other is honored or refused.
 
     Returns:
-        (B, h, N, d) in the query's dtype, or in autocast's dtype where autocast is on.
+        (B, h, N, d) in the query's dtype, or in autocast's where that is on (but float64 stays).
 
     Raises:
         ValueError: An argument breaks a rule above; the message names it.
@@ -111,7 +111,7 @@ def masked_learnable_key_attention(
         backend: ``"auto"`` takes the fastest path that runs here; any other is honored or refused.
 
     Returns:
-        (B, h, N, d) in the query's dtype, or in autocast's dtype where autocast is on.
+        (B, h, N, d) in the query's dtype, or in autocast's where that is on (but float64 stays).
 
     Raises:
         ValueError: An argument breaks a rule above; the message names it.

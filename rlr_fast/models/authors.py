@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rlr_fast.config import Window
-from rlr_fast.functional import Backend, window_pair
+from rlr_fast.functional import Backend, require_head_width, unsupported_reason, window_pair
 from rlr_fast.models.reconstructor import Reconstructor
 
 _WINDOW_OF_GRID = {64: 11, 32: 7, 16: 5}
@@ -50,10 +50,17 @@ def load_reconstructors(
         backend: Backend of the attention operators.
 
     Raises:
-        ValueError: The file is not such a checkpoint, a grid is not square, or the rule has no
-            window for a grid and ``windows`` gives none.
+        ValueError: The file is not such a checkpoint, a grid is not square, ``heads`` does not
+            divide a width, there is no such backend, or the rule has no window for a grid and
+            ``windows`` gives none.
+        BackendError: The requested backend has no operator for the width of a head.
     """
+    unsupported_reason(backend, "cpu")  # refuses a name that is no backend
+    if not isinstance(heads, int) or heads < 1:
+        raise ValueError(f"heads must be a positive integer, got {heads=}")
     entries = _read(Path(path))
+    if windows is not None and not isinstance(windows, Sequence):
+        raise ValueError(f"windows must have one value per level, got {windows=}")
     if windows is not None and len(windows) != len(entries):
         raise ValueError(f"windows must have one value per level ({len(entries)}), got {windows=}")
     levels = nn.ModuleList()
@@ -72,6 +79,11 @@ def load_reconstructors(
             raise ValueError(
                 f"windows must be given: the authors have no rule for a grid of {side}"
             )
+        if hidden % heads:
+            raise ValueError(
+                f"heads must divide the width {hidden} of level {j} of {path}, got {heads=}"
+            )
+        require_head_width(backend, hidden // heads)
         blocks = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
         build = partial(
             Reconstructor,

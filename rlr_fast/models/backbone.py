@@ -62,6 +62,7 @@ class Backbone(nn.Module):
         image_size: tuple[int, int] = (256, 256),
     ) -> None:
         super().__init__()
+        self.training = False
         self.name, self.weights, self.image_size = name, weights, image_size
         self.groups = level_groups(out_indices)
         self.indices = tuple(level for group in self.groups for level in group)

@@ -79,8 +79,8 @@ class RLRBlock(nn.Module):
 
     The branches are configurable for the paper's Table 3: α weighs those whose values come from the
     reference (``lca``, ``cross``), and ``residual`` adds ``Y`` inside the first LayerNorm. The
-    paper's pair of branches runs as one: one matrix product in, one out (unless a module of theirs
-    was replaced or has hooks).
+    paper's pair of branches runs as one: one matrix product in, one out (unless a module of theirs,
+    or its ``forward``, was replaced, or has hooks).
 
     The supplement's variants: learned fusion (eq. 17) has ``θ₁·MLKA + θ₂·LCA`` instead, with a pair
     of parameters ``theta`` per block; θ₁ weighs the branches that α does not. The paper gives no
@@ -103,6 +103,7 @@ class RLRBlock(nn.Module):
     Raises:
         ValueError: There is no such branch or fusion, or learned fusion has not both a branch that
             θ₁ weighs and one that θ₂ weighs.
+        BackendError: The backend has no operator for the width of a head.
     """
 
     def __init__(
@@ -213,9 +214,11 @@ def _each(reference: Tensor) -> list[Tensor]:
 
 
 def _are_plain(attention: nn.ModuleDict) -> bool:
-    """Return whether parameters say all: no hook and no foreign module, such as an adapter."""
+    """Return whether parameters say all: no hook, and nothing foreign such as an adapter."""
     branches: list[Any] = list(attention.values())
+    if any(type(module) not in _BRANCHES.values() for module in branches):
+        return False
     linear = [module.out_proj for module in branches]
-    return all(type(module) is nn.Linear for module in linear) and not any(
-        table for module in (*branches, *linear) for table in hooks(module)
+    return all(type(module) is nn.Linear and module.bias is not None for module in linear) and all(
+        "forward" not in vars(module) and not any(hooks(module)) for module in (*branches, *linear)
     )

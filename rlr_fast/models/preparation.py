@@ -23,8 +23,8 @@ def hooks(module: nn.Module) -> list[dict[int, Any]]:
 class Snapshot:
     """State of modules at one moment, to tell later whether it is still the same.
 
-    It sees what was replaced, added hooks, and changes in place, except those that leave no trace:
-    ``parameter.data.copy_(…)``, and the step of a fused optimizer.
+    It sees what was replaced, added or removed, and changes in place, except those that leave no
+    trace: ``parameter.data.copy_(…)``, the step of a fused optimizer, and plain attributes.
 
     Args:
         modules: Their own parameters, buffers, children and hooks count, not those of children.
@@ -32,14 +32,15 @@ class Snapshot:
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         modules = list(modules)
-        self._places = [
-            (table, name, value)
+        self._tables: list[Any] = [
+            table
             for module in modules
-            for table in (module._parameters, module._buffers, module._modules)
-            for name, value in table.items()
+            for table in (module._parameters, module._buffers, module._modules, *hooks(module))
         ]
-        self._hooks = [table for module in modules for table in hooks(module)]
-        self._hook_counts = list(map(len, self._hooks))
+        self._lengths = list(map(len, self._tables))
+        self._places = [
+            (table, name, value) for table in self._tables for name, value in table.items()
+        ]
         self._tensors = [value for _, _, value in self._places if isinstance(value, Tensor)]
         # Aliases hold the memory, so that nothing else can come to lie at its address.
         self._aliases = [tensor.detach() for tensor in self._tensors]
@@ -49,7 +50,7 @@ class Snapshot:
         """Return whether nothing has changed since."""
         return (
             all(table.get(name) is value for table, name, value in self._places)
-            and list(map(len, self._hooks)) == self._hook_counts
+            and list(map(len, self._tables)) == self._lengths
             and self._read_versions() == self._versions
             and all(
                 tensor.data_ptr() == alias.data_ptr()

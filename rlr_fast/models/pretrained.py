@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rlr_fast.config import RLRConfig
 from rlr_fast.files import write_atomically, write_tensors
-from rlr_fast.functional import Backend
+from rlr_fast.functional import DTYPES, Backend
 from rlr_fast.models.backbone import Backbone
 from rlr_fast.models.checkpoint import (
     CONFIG_FILE,
@@ -75,6 +75,11 @@ class Pretrained(
             CheckpointError: The tensors are not this model's, or not finite.
         """
         for name, tensor in state.items():
+            known = tensor.dtype in DTYPES or not (
+                tensor.is_floating_point() or tensor.is_complex()
+            )
+            if not known:
+                raise CheckpointError(f"{name} is of {tensor.dtype}, which no weights are of")
             if not tensor.isfinite().all():
                 raise CheckpointError(f"the weights must be finite, and {name} is not")
         ours = {name: tensor.shape for name, tensor in self.checkpoint_state().items()}
@@ -131,6 +136,7 @@ class Pretrained(
         Raises:
             CheckpointError: A file is missing or damaged, or was trained on other backbone weights.
             BackboneWeightsError: The backbone's weights cannot be had.
+            BackendError: The backend has no operator for the width of a head.
             TypeError: There is no such option.
         """
         hub = ("revision", "token", "cache_dir", "force_download", "local_files_only")

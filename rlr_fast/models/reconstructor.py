@@ -87,8 +87,9 @@ class Reconstructor(nn.Module):
     Each call prepares the reference for itself, unless `prepare_for_inference` has done so before.
 
     Raises:
-        ValueError: ``attention``, ``fusion`` and ``references`` do not fit together, or ``patch``
-            does not divide ``grid``.
+        ValueError: ``attention``, ``fusion`` and ``references`` do not fit together, ``hidden`` is
+            not a multiple of 4, or ``patch`` does not divide ``grid``.
+        BackendError: The backend has no operator for the width of a head.
 
     Attributes:
         reference: The learnable reference (N, C); (K, N, C) where there are several.
@@ -116,6 +117,8 @@ class Reconstructor(nn.Module):
     ) -> None:
         super().__init__()
         check_branches(attention, fusion, references)
+        if hidden % 4:
+            raise ValueError(f"hidden must be a multiple of 4, got {hidden=}")
         if patch < 1 or grid[0] % patch or grid[1] % patch:
             raise ValueError(
                 f"patches must divide the height and width of their level's grid, got a patch of "
@@ -210,8 +213,9 @@ class Reconstructor(nn.Module):
         follow), a move to another device or dtype, weights loaded, replaced or changed in place,
         replaced modules, new hooks. Then calls prepare for themselves until this is called again.
         It writes into the same memory, so that a CUDA graph that reads it sees the new values.
-        Two changes leave no trace, and only this (or `eval`) makes them seen:
-        ``parameter.data.copy_(…)``, and a fused optimizer's step that no call came before.
+        What leaves no trace, only this (or `eval`) makes seen: ``parameter.data.copy_(…)``, a
+        write through ``numpy()``, a fused optimizer's step that no call came before, and another
+        ``forward`` or plain attribute of a module, such as ``block.weights``.
 
         Compiled code cannot look for changes. It takes the preparation up where `RLRModel`
         looks before it calls (``model.compile()``) and where it holds the weights themselves
@@ -271,12 +275,16 @@ class Reconstructor(nn.Module):
         if prepared is None or not prepared.valid:
             return
         if torch.is_grad_enabled() or not prepared.snapshot.holds():
-            self._prepared = prepared._replace(valid=False)
+            self.end_preparation()
+
+    def end_preparation(self) -> None:
+        """Let calls prepare for themselves, until `prepare_for_inference` is called again."""
+        if self._prepared is not None:
+            self._prepared = self._prepared._replace(valid=False)
 
     def train(self, mode: bool = True) -> Reconstructor:
         """Set the mode as `torch.nn.Module.train` does; end the preparation."""
-        if self._prepared is not None:
-            self._prepared = self._prepared._replace(valid=False)
+        self.end_preparation()
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Reconstructor:
@@ -320,7 +328,15 @@ class Reconstructor(nn.Module):
         """Return every module that `_prepare_blocks` reads."""
         blocks = cast("list[RLRBlock]", list(self.blocks))
         attention = [module for block in blocks for module in block.attention.modules()]
-        return [self, *self.reference_in.modules(), self.blocks, *blocks, *attention]
+        own = [self, *blocks]
+        # What computes their own parameters, where there is any: `torch.nn.utils.parametrize`.
+        made_by = [
+            module
+            for owner in own
+            if "parametrizations" in owner._modules
+            for module in cast(nn.Module, owner.parametrizations).modules()
+        ]
+        return [*own, *self.reference_in.modules(), self.blocks, *attention, *made_by]
 
 
 def _tensors(blocks: list[Tensor | PreparedBlock]) -> list[Tensor]:
@@ -335,7 +351,10 @@ def _are_alike(kept: list[Tensor | PreparedBlock], new: list[Tensor | PreparedBl
     """Return whether the new blocks can be written into the memory of those kept."""
 
     def layout(blocks: list[Tensor | PreparedBlock]) -> list[Any]:
-        kinds = [b.reference.path if isinstance(b, PreparedBlock) else None for b in blocks]
+        kinds: list[Any] = [
+            (b.reference.path, b.reference.backend) if isinstance(b, PreparedBlock) else None
+            for b in blocks
+        ]
         return kinds + [(t.shape, t.dtype, t.device) for t in _tensors(blocks)]
 
     return layout(kept) == layout(new)

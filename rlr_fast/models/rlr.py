@@ -58,6 +58,7 @@ class RLRModel(Pretrained):
         TypeError: ``config`` is something else.
         ValueError: The configuration does not fit the backbone.
         BackboneWeightsError: The backbone's weights cannot be had.
+        BackendError: The backend has no operator for the width of a head.
     """
 
     def __init__(self, config: RLRConfig | None = None, backend: Backend = "auto") -> None:
@@ -163,7 +164,8 @@ class RLRModel(Pretrained):
         for module in modules:
             if hasattr(module, "backend"):  # the model, its blocks and their attention
                 module.backend = backend
-        self.train(self.training)  # what was prepared was for the other
+        for level in self._reconstructors():
+            level.end_preparation()  # it was for the other
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Let training compute each block again in backward: less memory, the same gradients."""
@@ -180,8 +182,8 @@ class RLRModel(Pretrained):
     def prepare_for_inference(self) -> RLRModel:
         """Compute now, for later calls, what depends on no image; return the model.
 
-        See `Reconstructor.prepare_for_inference`. Scoring (`rlr_fast.inference.score_batches`, and
-        so evaluation and prediction) calls it where it is needed.
+        See `Reconstructor.prepare_for_inference`. `rlr_fast.pictures.batches.score_batches`, and so
+        evaluation and prediction, call it where it is needed.
 
         Raises:
             RuntimeError: A CUDA graph is being captured, or code is being compiled.
@@ -258,7 +260,11 @@ class RLRModel(Pretrained):
 
         Args:
             tokens: [(B, N_j, C_j)] as from `tokens`.
+
+        Raises:
+            ValueError: They are not one a level, or of another shape.
         """
+        self._require_levels("tokens", tokens)
         reconstructed = []
         for j in range(len(self.levels)):
             _, rebuilt = self._reconstruct_level(j, tokens[j])
@@ -300,7 +306,13 @@ class RLRModel(Pretrained):
         Args:
             tokens: See `distances`.
             noise: See `distances`.
+
+        Raises:
+            ValueError: They are not one a level, or of another shape.
         """
+        self._require_levels("tokens", tokens)
+        if noise is not None:
+            self._require_levels("noise", noise)
         pairs = []
         for j in range(len(self.levels)):
             original, rebuilt = self._reconstruct_level(
@@ -319,6 +331,13 @@ class RLRModel(Pretrained):
             return self.distances(tokens)
         pairs = zip(self.uncertainty, self.compare(tokens), strict=True)
         return [uncertainty(rebuilt) * distances for uncertainty, (rebuilt, distances) in pairs]
+
+    def _require_levels(self, name: str, tensors: Sequence[Tensor]) -> None:
+        if len(tensors) != len(self.levels):
+            raise ValueError(
+                f"{name} must be one tensor for each of {len(self.levels)} levels, "
+                f"got {len(tensors)}"
+            )
 
     def _reconstruct_level(
         self, j: int, tokens: Tensor, noise: Tensor | None = None

@@ -32,9 +32,20 @@ def distance(reconstructed: Tensor, original: Tensor, backend: Backend = "dense"
         (B, N), in float32 or wider.
 
     Raises:
+        ValueError: The two are not of one shape (B, N, C), or not on one device.
         BackendError: The requested backend cannot run here.
         RuntimeError: The kernel has neither forward-mode nor second derivatives.
     """
+    if reconstructed.dim() != 3 or reconstructed.shape != original.shape:
+        raise ValueError(
+            "reconstructed and original must be of one shape (B, N, C), got "
+            f"{tuple(reconstructed.shape)} and {tuple(original.shape)}"
+        )
+    if reconstructed.device != original.device:
+        raise ValueError(
+            "reconstructed and original must be on one device, got "
+            f"{reconstructed.device} and {original.device}"
+        )
     if resolve_backend(backend, reconstructed.device) == "triton":
         refuse_forward_mode(reconstructed, original)
         return kernels.token_distance(reconstructed, original)
@@ -79,6 +90,7 @@ def smooth(values: NDArray[Any], smoothing: float, size: int, axis: int) -> NDAr
         return values
     sigma = smoothing * size / 256
     smoothed: NDArray[Any]
+    values = values if np.issubdtype(values.dtype, np.floating) else values.astype(np.float64)
     if sigma <= _WIDE or values.shape[axis] <= size:
         smoothed = gaussian_filter1d(values, sigma, axis=axis, mode="reflect")
     else:  # its time does not grow with sigma: mirrored borders are those of the cosine transform

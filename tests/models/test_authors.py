@@ -185,6 +185,20 @@ def test_a_backbone_with_other_levels_is_refused(checkpoint):
         RLRModel.from_authors(checkpoint, config)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"heads": 0}, "heads must be a positive integer"),
+        ({"heads": 3}, "heads must divide the width"),
+        ({"windows": 5}, "windows must have one value per level"),
+        ({"backend": "cuda"}, "backend must be one of"),
+    ],
+)
+def test_a_wrong_argument_is_not_the_files_fault(checkpoint, options, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        load_reconstructors(checkpoint, **options)
+
+
 def test_a_grid_without_a_rule_asks_for_windows(tmp_path):
     torch.save({"state_dict": [authors_level(8, 16, 12)]}, tmp_path / "a.pth")
     with pytest.raises(ValueError, match="no rule for a grid of 12"):

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from rlr_fast.models.attention import LocalCrossAttention
 from rlr_fast.models.block import PreparedBlock, RLRBlock
 from rlr_fast.models.reconstructor import Reconstructor, sincos_positions
 
@@ -203,6 +204,46 @@ def test_a_replaced_or_watched_module_is_not_passed_by():
     assert not torch.allclose(changed, expected)
     block.attention["lca"].out_proj = plain
     assert torch.equal(level(tokens), expected)
+
+
+class Louder(LocalCrossAttention):
+    def forward(self, *args):
+        return super().forward(*args) + 1
+
+
+def make_louder(block):
+    block.attention["lca"].__class__ = Louder
+
+
+def replace_forward(block):
+    out_proj = block.attention["mlka"].out_proj
+    out_proj.forward = lambda x: torch.nn.functional.linear(x, 2 * out_proj.weight)
+
+
+def replace_the_branchs_forward(block):
+    branch = block.attention["lca"]
+    branch.forward = lambda *args: type(branch).forward(branch, *args) + 1
+
+
+def replace_by_a_map_without_bias(block):
+    block.attention["mlka"].out_proj = torch.nn.Linear(16, 16, bias=False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [make_louder, replace_forward, replace_the_branchs_forward, replace_by_a_map_without_bias],
+)
+def test_what_is_foreign_is_not_passed_by(change):
+    level = Reconstructor(6, 16, 2, GRID, WINDOW, blocks=1).eval()
+    tokens = torch.randn(2, 20, 6)
+    before = level(tokens)
+    change(level.blocks[0])
+    changed = level(tokens)
+    assert not torch.allclose(changed, before)
+    reference = level.reference_in(level.reference) + level.positions
+    y = level.token_in(tokens) + level.positions
+    assert level.blocks[0].prepare(reference) is reference
+    assert torch.equal(level.token_out(level.norm(level.blocks[0](y, reference))), changed)
 
 
 @pytest.mark.parametrize("variant", [{}, VARIANT], ids=["default", "variant"])

@@ -413,6 +413,35 @@ def test_training_compiles_without_a_graph_break(small, backend, variant, device
         torch.testing.assert_close(actual, expected)
 
 
+def test_tokens_are_of_every_level(small):
+    model = RLRModel(small).eval()
+    tokens = model.tokens(torch.rand(1, 3, *small.image_size))
+    for wrong in ([*tokens, tokens[0]], tokens[:-1]):
+        for function in (model.compare, model.reconstruct, model.predict_tokens):
+            with pytest.raises(
+                ValueError, match=r"tokens must be one tensor for each of \d levels"
+            ):
+                function(wrong)
+    with pytest.raises(ValueError, match="noise must be one tensor for each"):
+        model.distances(tokens, tokens[:-1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e5m2, torch.complex64])
+def test_weights_of_a_strange_dtype_are_refused(small, dtype):
+    model = RLRModel(small)
+    state = {name: value.to(dtype) for name, value in model.checkpoint_state().items()}
+    with pytest.raises(CheckpointError, match=str(dtype)):
+        model.load_checkpoint_state(state)
+
+
+def test_another_backend_leaves_the_mode_of_every_level(small):
+    model = RLRModel(small).train()
+    model.levels[0].eval()
+    model.set_backend("dense")
+    assert [level.training for level in model.levels] == [False, *[True] * (len(model.levels) - 1)]
+    assert not model.backbone.training
+
+
 def test_another_backend_gives_the_same_scores_and_ends_a_preparation(small):
     model = RLRModel(small, backend="tiled").eval()
     images = torch.randint(256, (2, 3, *small.image_size), dtype=torch.uint8)

@@ -142,6 +142,14 @@ def replace_map(level):
     level.reference_in = nn.Linear(6, 32)
 
 
+def add_a_parameter(level):
+    level.blocks[1].theta = nn.Parameter(torch.tensor([1.0, 3.0]))
+
+
+def append_a_block(level):
+    level.blocks.append(make_level().blocks[0])
+
+
 def parametrize(level):
     parametrizations.weight_norm(level.blocks[0].attention["lca"], "in_proj_weight")
     level.blocks[0].attention["lca"].parametrizations.in_proj_weight.original0.mul_(2)
@@ -184,8 +192,8 @@ CHANGES = STEPS | {
     for change in (
         load, load_a_part, load_by_assignment, change_in_inference_mode, change_a_bias,
         change_positions, replace_data, set_from_a_vector, replace_parameter, replace_module,
-        replace_branch, replace_block, replace_map, parametrize, hook, train_and_return,
-        change_data_then_eval, move,
+        replace_branch, replace_block, replace_map, add_a_parameter, append_a_block, parametrize,
+        hook, train_and_return, change_data_then_eval, move,
     )
 }  # fmt: skip
 CASES = [pytest.param(change, {}, id=name) for name, change in CHANGES.items()]
@@ -218,6 +226,38 @@ def test_a_removed_hook_ends_the_preparation(tokens):
     handle.remove()
     assert not level.is_prepared()
     assert not torch.equal(level(tokens), before)
+
+
+@torch.no_grad()
+def test_a_hook_in_the_place_of_another_ends_the_preparation(tokens):
+    level = make_level()
+    handle = level.reference_in.register_forward_hook(lambda *a: 2 * a[-1])
+    level.prepare_for_inference()
+    handle.remove()
+    level.reference_in.register_forward_hook(lambda *a: 3 * a[-1])
+    assert torch.equal(level(tokens), unprepared(level, tokens))
+
+
+@torch.no_grad()
+def test_a_change_of_a_parametrized_reference_ends_the_preparation(tokens):
+    level = make_level()
+    parametrizations.weight_norm(level, "reference")
+    level.prepare_for_inference()
+    before = level(tokens)
+    level.parametrizations.reference.original0.mul_(2)
+    assert not level.is_prepared()
+    assert not torch.equal(level(tokens), before)
+
+
+@torch.no_grad()
+def test_a_preparation_for_another_backend_is_not_kept(tokens):
+    """Else a refusal would follow the rule of the backend before."""
+    level = make_level(backend="auto").prepare_for_inference()
+    for block in level.blocks:
+        block.backend = "tiled"
+    level.end_preparation()
+    level.prepare_for_inference()
+    assert {block.reference.backend for block in level._prepared.blocks} == {"tiled"}
 
 
 @torch.no_grad()

@@ -32,6 +32,20 @@ def test_distance_of_bf16_tokens_is_taken_in_float32():
     assert torch.equal(distance(rec, org), distance(rec.float(), org.float()))
 
 
+@pytest.mark.parametrize("backend", ["dense", "triton"])
+def test_distance_is_of_tokens_of_one_shape(backend):
+    tokens = torch.randn(2, 3, 4)
+    for other in (tokens[:1], tokens[:, :2], tokens[..., :2], tokens[0]):
+        with pytest.raises(ValueError, match=r"must be of one shape \(B, N, C\), got"):
+            distance(tokens, other, backend)
+
+
+def test_whole_numbers_are_smoothed_as_they_are():
+    values = np.full(64, 28)
+    for sigma in (2.0, 16.0):
+        np.testing.assert_allclose(smooth(values, sigma, 256, 0), 28)
+
+
 def test_perturbation_scales_with_the_tokens_norm_over_channels():
     tokens, noise = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
     expected = tokens + noise * tokens.norm(dim=-1, keepdim=True) / 8 * 4

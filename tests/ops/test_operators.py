@@ -343,6 +343,40 @@ def test_empty_batch(operator):
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
+def test_empty_batch_with_keys_of_its_own(operator):
+    """Whose grid is cut into groups of tiles."""
+    grid, window = (64, 64), 21
+    query, key, value = (torch.randn(0, 1, 4096, 8, requires_grad=True) for _ in range(3))
+    output = operator(query, key, value, grid, window, backend="tiled")
+    output.sum().backward()
+    assert output.shape == key.grad.shape == (0, 1, 4096, 8)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_no_scale_shows_a_hidden_key(operator):
+    inputs = make_inputs((6, 7), dtype=torch.float32)[:3]
+    found, expected = (
+        operator(*inputs, (6, 7), 3, scale=1e30, backend=b) for b in ("tiled", "dense")
+    )
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_transforms_of_torch_take_any_grid(operator):
+    """Grids of one call, of kept and of many masks, and of bands of rows."""
+    for grid, window, batch in (((6, 5), 3, 2), ((40, 40), 5, 1), ((64, 64), 21, 8)):
+        tokens = grid[0] * grid[1]
+        query, key = torch.randn(batch, 1, tokens, 4), torch.randn(1, tokens, 4)
+
+        def loss(query, key=key, grid=grid, window=window):
+            return operator(query, key, key, grid, window, backend="tiled").square().sum()
+
+        leaf = query.clone().requires_grad_()
+        loss(leaf).backward()
+        torch.testing.assert_close(torch.func.grad(loss)(query), leaf.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
 def test_mask_first_made_in_inference_mode_serves_training(operator):
     masks._kept_mask.cache_clear()
     inputs = make_inputs((6, 5))

@@ -88,7 +88,9 @@ def _tiled_local(
     scores = batch * tile_y * tile_x * halo_y * halo_x  # of a tile
     groups = [_Group(slice(0, tiles_y))]
     if known and tiles_y * tiles_x * scores > masks.MASK_ENTRIES:
-        groups = _groups(tiling[0], HALO_ENTRIES // (heads * tiles_x * halo_y * halo_x * width))
+        groups = _groups(
+            tiling[0], HALO_ENTRIES // max(1, heads * tiles_x * halo_y * halo_x * width)
+        )
     cut = queries.split([g.rows.stop - g.rows.start for g in groups], dim=2)
     outputs = []
     for (rows, like), part in zip(groups, cut, strict=True):

@@ -101,8 +101,9 @@ def near(position: Tensor, key: Tensor, side: int) -> Tensor:
 
 
 def _hidden(dtype: torch.dtype) -> float:
-    # Finite: a row without keys, or of padding, must not give NaN. Twice this must fit the dtype.
-    return -3e4 if dtype == torch.float16 else -1e30
+    # Finite: a row without keys, or of padding, must not give NaN. Twice this and a score must fit
+    # the dtype, and no score may come near it.
+    return -3e4 if dtype == torch.float16 else torch.finfo(dtype).min / 4
 
 
 def attend(
@@ -156,9 +157,11 @@ def _kept_mask(geometry: Mask, dtype: torch.dtype, device: torch.device) -> Tens
 
 
 def has_storage(tensor: Tensor) -> bool:
-    """Return whether a tensor has memory of its own, and is not traced."""
-    traced = torch.compiler.is_compiling() or type(tensor.detach()) is not Tensor
-    return not traced and tensor.device.type != "meta"
+    """Return whether a tensor has memory of its own, and is not traced or transformed."""
+    # What `torch.func` transforms is a plain tensor by its type.
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return type(tensor.detach()) is Tensor and tensor.device.type != "meta"
 
 
 @contextlib.contextmanager
