@@ -96,7 +96,10 @@ class Backbone(nn.Module):
         return self._fingerprint
 
     def _forget_fingerprint(self, state: dict[str, Any], prefix: str, *_: Any) -> None:
-        if any(name.startswith(prefix) for name in state):  # a checkpoint of ours has none of it
+        own = {f"{prefix}network.{name}": v for name, v in self.network.state_dict().items()}
+        # A checkpoint of ours has none of it, and the same weights may come in another precision.
+        loaded = ((state[name], value) for name, value in own.items() if name in state)
+        if not all(torch.equal(new.to(old), old) for new, old in loaded):
             self._fingerprint = None
 
     def _probe(self) -> list[Tensor]:

@@ -305,6 +305,15 @@ def test_weights_that_do_not_fit_leave_the_model_as_it_was(model):
         assert torch.equal(model.checkpoint_state()[name], before)
 
 
+def test_the_same_backbone_in_another_precision_keeps_its_fingerprint(small, tmp_path):
+    model = RLRModel(small)
+    fingerprint, state = model.backbone.fingerprint, copy.deepcopy(model.state_dict())
+    model.half().load_state_dict(state)
+    assert model.backbone.fingerprint == fingerprint
+    model.save_pretrained(tmp_path)
+    RLRModel.from_pretrained(tmp_path)
+
+
 def test_the_fingerprint_is_that_of_the_backbone_that_was_loaded(small, images, tmp_path):
     model = RLRModel(small).eval()
     fingerprint = model.backbone.fingerprint
