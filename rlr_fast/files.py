@@ -57,10 +57,9 @@ def replacing(path: Path) -> Iterator[Path]:
         put_in_place(partial, path)
     except BaseException as error:
         if isinstance(error, OSError) and error.errno:
-            if error.filename is None or os.fspath(error.filename) == str(partial):
-                error.filename = str(path)  # a full disk names no file, a rename the other one
-            if error.filename2 is not None:
-                error.filename2 = None
+            # A full disk names no file, and a rename that fails the hidden one, too.
+            if error.filename is None or str(error.filename) == str(partial):
+                error.filename, error.filename2 = str(path), None
         with contextlib.suppress(OSError):
             partial.unlink()
         raise

@@ -66,7 +66,8 @@ class Backbone(nn.Module):
         self.name, self.weights, self.image_size = name, weights, image_size
         self.groups = level_groups(out_indices)
         self.indices = tuple(level for group in self.groups for level in group)
-        with _quiet_builder(), torch.random.fork_rng(devices=[]):
+        device = torch.get_default_device()
+        with _quiet_builder(), torch.random.fork_rng(devices=[]), torch.device("cpu"):
             # "random" weights are the same in every process, and a GPU's generator is left alone.
             torch.default_generator.manual_seed(_RANDOM_SEED)
             self.network = _create(name, weights, self.indices, image_size)
@@ -75,7 +76,7 @@ class Backbone(nn.Module):
                 other = _create(name, weights, self.indices, image_size, other_values=True)
                 refuse_missing(name, weights, self.network, other)
         # A third faster than contiguous at 256 px on a CPU; on a GPU the layout of tensor cores.
-        self.network.requires_grad_(False).eval().to(memory_format=torch.channels_last)
+        self.network.requires_grad_(False).eval().to(memory_format=torch.channels_last).to(device)
         data = resolve_model_data_config(self.network)
         for key in ("mean", "std"):
             value = torch.tensor(data[key]).view(3, 1, 1)
