@@ -56,10 +56,9 @@ def replacing(path: Path) -> Iterator[Path]:
         yield partial
         put_in_place(partial, path)
     except BaseException as error:
-        if isinstance(error, OSError) and error.errno:
-            # A full disk names no file, and a rename that fails the hidden one, too.
-            if error.filename is None or str(error.filename) == str(partial):
-                error.filename, error.filename2 = str(path), None
+        other = (None, partial, str(partial))  # of a full disk, and of a rename that fails
+        if isinstance(error, OSError) and error.errno and error.filename in other:
+            error.filename, error.filename2 = str(path), None
         with contextlib.suppress(OSError):
             partial.unlink()
         raise
