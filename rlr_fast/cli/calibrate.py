@@ -18,7 +18,9 @@ def calibrate(
     data: Annotated[Path, Parameter(help="Data set, or folder of normal images.")],
     /,
     *,
-    checkpoint: flags.Checkpoint,
+    checkpoint: Annotated[
+        str, Parameter(help="Folder of a run, into which the calibration is written.")
+    ],
     split: Literal["train", "test"] | None = None,
     category: flags.Class | None = None,
     tile: flags.Sides | None = None,

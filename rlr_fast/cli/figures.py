@@ -29,7 +29,7 @@ def figures(
     """Make reconstructed features visible: a sheet per class.
 
     Args:
-        checkpoint: Folder of a run; those of two runs stand side by side.
+        checkpoint: Folder of a run, or OWNER/NAME on the hub; two runs stand side by side.
         decoder: File written by decoder train: also paint the features as pictures.
         level: Level of out_indices whose features are shown; by default the first.
         per_defect: Samples of each defect in a sheet.

@@ -49,7 +49,7 @@ def describe(config: RLRConfig | None, device: torch.device) -> tuple[dict[str, 
         if name != "auto"
     }
     values["auto"] = resolve_backend("auto", device)
-    values["compile"] = "off; --compile of train, eval and predict turns it on"
+    values["compile"] = "off; --compile of train, eval, calibrate and predict turns it on"
     text = _text(values)
     if config is not None:
         values["model"] = _model(config)
@@ -160,7 +160,8 @@ def info(
     """Show versions, devices and backends; with a preset, a run or settings, the model they give.
 
     Args:
-        checkpoint: Folder of a run whose model is described, in place of a preset's.
+        checkpoint: Folder of a run, or OWNER/NAME on the hub, whose model is described, in place of
+            a preset's.
         as_json: Write JSON.
     """
     from rlr_fast.models.checkpoint import CONFIG_FILE, fetch_checkpoint, load_config
