@@ -97,8 +97,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     methods: dict[str, Method] = {}
     try:
         check_seed(options.seed)
-        runs = list(dict.fromkeys(options.run or []))
-        for run in runs:
+        runs = {run.name: run for run in options.run or []}
+        if len(runs) < len(options.run or []):
+            raise ValueError(
+                "--run: folders must have names of their own, by which rows are called"
+            )
+        for run in runs.values():
             check_checkpoint(run)
         data = read_dataset(options.root)
         data.require_train()
@@ -132,9 +136,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         classes, image_s = measure(method, data, size)
         facts = dataclasses.asdict(training) if PEERS[name].is_trained else {}
         add(name, PEERS[name].label, classes, fit_s=fit_s, image_s=image_s, **facts)
-    for run in runs:
+    for folder, run in runs.items():
         model = load_model(run, InferenceExecution())
-        name = f"rlr {run}"
+        name = f"rlr {folder}"
         start = time.perf_counter()
         found = evaluate(model, data)
         images = sum(map(len, data.test.values()))

@@ -52,6 +52,7 @@ def make(name, steps, backbone=None):
         (["--backbone", VIT, "--peer", "inp-former"], "InpFormer: needs 8 levels, such as"),
         (["--batch-size", "0"], "batch_size: must be at least 1, got 0"),
         (["--seed", "-1"], "seed must be"),
+        (["--run", "a/run", "--run", "b/run"], "--run: folders must have names of their own"),
         (["--record", "a/b"], "argument --record: must be letters, digits, '_', '-' or '.', or a"),
         (
             ["--record", f"{__file__}/a.json"],
@@ -66,6 +67,7 @@ def make(name, steps, backbone=None):
         "two-levels",
         "no-batch",
         "seed",
+        "runs-of-one-name",
         "record",
         "record-below-a-file",
     ],
