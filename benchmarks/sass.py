@@ -308,18 +308,6 @@ def loops(code: Sequence[Instruction]) -> list[Loop]:
     ]
 
 
-def main_loop(code: Sequence[Instruction], opcode: str = "MUFU.EX2") -> Loop:
-    """The innermost loop with the most instructions whose opcode begins with ``opcode``."""
-
-    def hits(loop: Loop) -> int:
-        return sum(f"{i.opcode}.".startswith(f"{opcode}.") for i in loop.instructions)
-
-    best = max((loop for loop in loops(code) if loop.innermost), key=hits, default=None)
-    if best is None or not hits(best):
-        raise ValueError(f"no innermost loop has a {opcode}")
-    return best
-
-
 def count(code: Sequence[Instruction]) -> Counts:
     """Issue slots, every instruction but NOP, and instructions by kind."""
     kinds = Counter(i.kind for i in code if i.base != "NOP")
