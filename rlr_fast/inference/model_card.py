@@ -104,6 +104,8 @@ def write_published(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out must be a new or an empty folder, and {str(out)!r} is neither")
     _check_protocol((metrics or {}).get("protocol", {}), config)
+    if source == "random":
+        _log.warning("the backbone is of random numbers, which are for tests; the card says so")
     calibration = read_calibration(run)
     try:
         model = RLRModel.from_pretrained(run, backbone_weights=source)
@@ -146,6 +148,11 @@ def _check_protocol(protocol: Mapping[str, Any], config: RLRConfig) -> None:
                 f"metrics must be of the model's own scores, and were measured with {name} "
                 f"{protocol.get(name)}; the model has {ours.get(name)}"
             )
+
+
+def _untrained(config: RLRConfig) -> str:
+    random = config.backbone_weights == "random"
+    return ", **untrained, of random numbers: a model for tests, of no use elsewhere**" * random
 
 
 def _precision(facts: Mapping[str, Any]) -> str:
@@ -193,7 +200,7 @@ def model_card(
         "## What it detects",
         f"One model for {_counted(classes)}. It marks what differs from the normal images of these "
         f"classes; of other products it knows nothing. {what} resized to {height} × {width} "
-        f"pixels. Backbone: {config.backbone}.",
+        f"pixels. Backbone: {config.backbone}{_untrained(config)}.",
         "## Load it",
         _LOAD.format(repository=repository),
     ]

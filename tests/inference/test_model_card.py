@@ -115,6 +115,12 @@ def test_metrics_of_a_models_own_tiles_are_its_own(tmp_path):
     assert "tiles of 32 × 32" in (out / "README.md").read_text()
 
 
+def test_an_untrained_backbone_is_told(run, tmp_path, caplog):
+    write_published(run / "run", tmp_path, "me/parts", license="mit")
+    assert "the backbone is of random numbers" in caplog.text
+    assert "**untrained, of random numbers" in (tmp_path / "README.md").read_text()
+
+
 def test_backbone_weights_that_others_do_not_have_are_refused(run, tmp_path):
     shutil.copytree(run / "run", tmp_path / "run")
     config = json.loads((tmp_path / "run/config.json").read_text())
