@@ -14,12 +14,15 @@ pytest.importorskip("anomalib", reason="the extra 'anomalib' is not installed")
 from anomalib.deploy import CompressionType, OpenVINOInferencer, TorchInferencer
 from anomalib.engine import Engine
 from anomalib.metrics import AUROC, Evaluator
+from anomalib.pre_processing import PreProcessor
 from conftest import SMALL, make_tree
+from lightning.pytorch.callbacks import Callback
 from PIL import Image
 from sklearn.metrics import roc_auc_score
+from torchvision.transforms.v2 import CenterCrop, Compose, Normalize, Resize
 
 from rlr_fast import RLRModel, TrainConfig
-from rlr_fast.config import TrainExecution
+from rlr_fast.config import PRESETS, TrainExecution
 from rlr_fast.data import load_image, load_sample_mask, read_dataset
 from rlr_fast.integrations.anomalib import MultiCategory, Rlr
 from rlr_fast.training.train import train
@@ -167,6 +170,36 @@ def test_a_checkpoint_of_the_engine_is_loaded_safely_and_scores_the_same(trained
     torch.testing.assert_close(loaded.rlr.eval()(images).score, expected.score)
 
 
+def test_a_training_that_is_gone_on_with_ends_as_one_that_was_not_stopped(trained, tmp_path):
+    class Keep(Callback):
+        def on_train_epoch_end(self, trainer, _):
+            if trainer.current_epoch == 0:
+                trainer.save_checkpoint(tmp_path / "first.ckpt")
+
+    root, _, _ = trained
+    recipe = dataclasses.replace(RECIPE, schedule="cosine")
+    whole, second = module(recipe), module(recipe)
+    engine = Engine(default_root_dir=tmp_path / "whole", callbacks=[Keep()], **QUIET)
+    engine.fit(whole, datamodule=data(root / "data"))
+    engine = Engine(default_root_dir=tmp_path / "second", **QUIET)
+    engine.fit(second, datamodule=data(root / "data"), ckpt_path=tmp_path / "first.ckpt")
+    expected = whole.rlr.checkpoint_state()
+    for name, value in second.rlr.checkpoint_state().items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=0, msg=name)
+
+
+def test_what_was_loaded_is_fitted_to_new_images_as_what_is_new(trained, tmp_path):
+    path = trained[2].trainer.checkpoint_callback.best_model_path
+    loaded = Rlr.load_from_checkpoint(path, visualizer=False, weights_only=True)
+    make_tree(tmp_path / "data", ("nut",), train=7)
+    Engine(default_root_dir=tmp_path, **QUIET).fit(loaded, datamodule=data(tmp_path / "data"))
+    new = module()
+    Engine(default_root_dir=tmp_path, **QUIET).fit(new, datamodule=data(tmp_path / "data"))
+    for one, other in zip(loaded.rlr.standardize, new.rlr.standardize, strict=True):
+        torch.testing.assert_close(one.mean, other.mean)
+        torch.testing.assert_close(one.std, other.std)
+
+
 def test_a_run_of_ours_is_scored_as_it_is(trained, ours):
     root, _, _ = trained
     rlr = Rlr.from_run(root / "ours", visualizer=False).eval()
@@ -230,6 +263,45 @@ def test_batches_that_are_not_those_of_the_recipe_are_refused(trained, tmp_path)
     engine = Engine(default_root_dir=tmp_path, **QUIET)
     with pytest.raises(ValueError, match="train_batch_size must be that of the recipe, 4, got 3"):
         engine.fit(module(), datamodule=MultiCategory(root / "data", train_batch_size=3))
+
+
+def test_all_normal_images_are_trained_on_where_the_test_has_none(tmp_path):
+    make_tree(tmp_path, ("bolt", "cloth"))
+    for category in ("bolt", "cloth"):
+        shutil.rmtree(tmp_path / category / "test/good")
+    module = data(tmp_path)
+    module.setup()
+    assert len(module.train_data) == 10 and len(module.test_data) == 4
+
+
+def test_pictures_of_all_classes_are_written(trained, tmp_path):
+    root, _, _ = trained
+    rlr = Rlr.from_run(root / "ours", backbone_weights="random")
+    engine = Engine(default_root_dir=tmp_path, **QUIET)
+    engine.validate(rlr, datamodule=data(root / "data"), verbose=False)
+    engine.test(rlr, datamodule=data(root / "data"), verbose=False)
+    assert len(list(tmp_path.rglob("*.png"))) == 8
+
+
+def test_a_pre_processor_that_crops_is_one_for_the_scales_too(trained, tmp_path):
+    root, _, _ = trained
+    crop = PreProcessor(Compose([Resize((56, 72)), CenterCrop(CONFIG.image_size)]))
+    Engine(default_root_dir=tmp_path, **QUIET).fit(
+        module(pre_processor=crop), datamodule=data(root / "data")
+    )
+
+
+def test_a_pre_processor_of_other_images_than_the_models_is_refused():
+    with pytest.raises(ValueError, match="pre_processor must make images of 48 x 64 pixels"):
+        module(pre_processor=PreProcessor(Resize((64, 64))))
+    normalize = Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    with pytest.raises(ValueError, match=r"must leave pixels in \[0, 1\].* -2.12 to 2.64"):
+        module(pre_processor=PreProcessor(Compose([Resize(CONFIG.image_size), normalize])))
+
+
+def test_levels_are_replaced_as_the_command_does():
+    rlr = Rlr("accurate", {"out_indices": [3], "patches": [1], "backbone_weights": "random"})
+    assert rlr.config.hidden == PRESETS["accurate"].model.hidden[:1]
 
 
 def test_a_preset_that_does_not_exist_is_refused():

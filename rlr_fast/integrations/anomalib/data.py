@@ -116,6 +116,11 @@ class MultiCategory(AnomalibDataModule):
         )
         self.root, self.layout, self.classes = Path(root), layout, classes
 
+    @property
+    def name(self) -> str:
+        """The root's folder name, below which anomalib keeps the folders of pictures it writes."""
+        return self.root.resolve().name
+
     def _setup(self, _stage: str | None = None) -> None:
         data = read_dataset(self.root, self.layout, self.classes)
         data.require_train()
@@ -123,6 +128,9 @@ class MultiCategory(AnomalibDataModule):
         check_masks(data)
         self.train_data = MultiCategoryDataset(data.train, "train", data.has_masks)
         self.test_data = MultiCategoryDataset(data.test, "test", data.has_masks)
+
+    def _create_test_split(self) -> None:
+        """Leave all training images to training, also where no test image is normal."""
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the training images, in the order of ``rlr-fast train`` with the same seed."""

@@ -15,7 +15,7 @@ from anomalib.deploy import CompressionType
 from anomalib.models.components import AnomalibModule
 from anomalib.pre_processing import PreProcessor
 from torch import Tensor, nn
-from torchvision.transforms.v2 import Resize
+from torchvision.transforms.v2 import Resize, Transform
 
 from rlr_fast.config import PRESETS, RLRConfig, TrainConfig, from_dict, suggest
 from rlr_fast.data.images import ImageFailure
@@ -64,13 +64,15 @@ class Rlr(AnomalibModule):
         model: Fields of `RLRConfig` that differ.
         recipe: Fields of `TrainConfig` that differ. The Engine trains for its ``epochs``; the data
             module's ``train_batch_size`` must be its ``batch_size``.
-        pre_processor: See anomalib; by default images are resized to the model's image size.
+        pre_processor: See anomalib; by default images are resized to the model's image size. Pixels
+            must stay in [0, 1]: the model normalizes by itself.
         post_processor: See anomalib.
         evaluator: See anomalib.
         visualizer: See anomalib.
 
     Raises:
-        ValueError: There is no such preset, or a field breaks its rule.
+        ValueError: There is no such preset, a field breaks its rule, or the pre-processor makes
+            images of another size or range.
         BackboneWeightsError: The backbone's weights cannot be had.
     """
 
@@ -88,10 +90,11 @@ class Rlr(AnomalibModule):
             raise ValueError(f"preset: there is no {preset!r}; {suggest(preset, PRESETS)}")
         start = PRESETS[preset]
         # Before the base class asks for the pre-processor.
-        self.config = RLRConfig.from_dict(start.model.to_dict() | (model or {}))
+        self.config = from_dict(RLRConfig, model or {}, start.model)
         self.config.require_whole("anomalib")
         self.recipe = from_dict(TrainConfig, recipe or {}, start.train)
         super().__init__(pre_processor, post_processor, evaluator, visualizer)
+        _check_transform(self.transform, self.config.image_size)
         torch.manual_seed(self.recipe.seed)
         self.model = Inference(RLRModel(self.config))
         self.automatic_optimization = False
@@ -100,20 +103,24 @@ class Rlr(AnomalibModule):
         self._optimizer_states: list[dict[str, Any]] | None = None
 
     @classmethod
-    def from_run(cls, run: str | Path, **options: Any) -> Rlr:
+    def from_run(cls, run: str | Path, backbone_weights: str | None = None, **options: Any) -> Rlr:
         """Return the model of a run, to test, predict or export.
 
         Args:
             run: Folder of a run, or name of a repository on the hub.
+            backbone_weights: Where to take the backbone's weights from now, if not from where
+                training did.
             options: Of anomalib: pre_processor and the like.
 
         Raises:
-            CheckpointError: A file is missing or damaged.
+            CheckpointError: A file is missing or damaged, or the backbone's weights are not those
+                that training had.
+            BackboneWeightsError: The backbone's weights cannot be had.
             TrainingError: The run's record is damaged.
         """
         folder = fetch_checkpoint(run)
         tell_unfinished(folder)
-        rlr: RLRModel = RLRModel.from_pretrained(folder)
+        rlr: RLRModel = RLRModel.from_pretrained(folder, backbone_weights=backbone_weights)
         module = cls(model=rlr.config.to_dict(), **options)
         module.model.rlr.load_checkpoint_state(rlr.checkpoint_state())
         return module
@@ -128,6 +135,11 @@ class Rlr(AnomalibModule):
         """Return what resizes images to the model's image size; the model normalizes by itself."""
         size = image_size or self.config.image_size
         return PreProcessor(transform=Resize(size, antialias=True))
+
+    @property
+    def transform(self) -> Transform | None:
+        """What the pre-processor does to images, if it does anything."""
+        return getattr(self.pre_processor, "transform", None)
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:
@@ -197,15 +209,17 @@ class Rlr(AnomalibModule):
             )
         if self.trainer.world_size > 1:
             raise ValueError("anomalib trains RLR in one process; torchrun ... rlr-fast in several")
-        features = _DatasetFeatures(self.rlr, loader.dataset)
+        features = _DatasetFeatures(self, loader.dataset)
         self._steps = Steps(self.rlr, self.recipe, [len(features)], Processes())
-        if self._optimizer_states is not None:
+        # What was loaded is gone on from if the Engine goes on from it, and starts anew otherwise.
+        if self.trainer.ckpt_path is not None and self._optimizer_states is not None:
             for optimizer, state in zip(
                 self._steps.optimizers, self._optimizer_states, strict=True
             ):
                 optimizer.load_state_dict(state)
         else:
             fit_scales(self.rlr, features, Processes())
+        self._optimizer_states = None
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Take a step.
@@ -234,7 +248,7 @@ class Rlr(AnomalibModule):
         taken = self.current_epoch * self._steps.per_epoch + batch_idx + 1
         self._left = self.recipe.epochs * self._steps.per_epoch - taken
         if self._left == 0 and score_is_fitted(self.rlr.config, self.recipe):
-            features = _DatasetFeatures(self.rlr, self.trainer.train_dataloader.dataset)
+            features = _DatasetFeatures(self, self.trainer.train_dataloader.dataset)
             fit_score(self.rlr, self.recipe, features, Processes())
 
     def on_train_end(self) -> None:
@@ -285,8 +299,8 @@ class Rlr(AnomalibModule):
 class _DatasetFeatures:
     """Features of the images of one of anomalib's data sets, see `rlr_fast.training.features`."""
 
-    def __init__(self, rlr: RLRModel, dataset: AnomalibDataset) -> None:
-        self._rlr, self._dataset = rlr, dataset
+    def __init__(self, module: Rlr, dataset: AnomalibDataset) -> None:
+        self._rlr, self._transform, self._dataset = module.rlr, module.transform, dataset
         self.failures: list[ImageFailure] = []  # anomalib reads all or raises
 
     def __len__(self) -> int:
@@ -296,7 +310,32 @@ class _DatasetFeatures:
         """Yield the tokens [(B, N_j, C_j)], float32 on ``device``, of each group of rows (B,)."""
         for group in rows:
             images = torch.stack([self._dataset[int(i)].image for i in group])
+            if self._transform is not None:
+                images = self._transform(images)
             yield _features(self._rlr, images.to(device))
+
+
+def _check_transform(transform: Transform | None, size: tuple[int, int]) -> None:
+    """Refuse what makes other images than the model takes out of those that it takes.
+
+    Raises:
+        ValueError: Another size, or pixels beyond [0, 1].
+    """
+    if transform is None:
+        return
+    black_and_white = torch.stack([torch.zeros(3, *size), torch.ones(3, *size)])
+    made = transform(black_and_white)
+    if made.shape[-2:] != size:
+        raise ValueError(
+            f"pre_processor must make images of {size[0]} x {size[1]} pixels, the model's image "
+            f"size, got {made.shape[-2]} x {made.shape[-1]}"
+        )
+    low, high = float(made.min()), float(made.max())
+    if low < -1e-3 or high > 1 + 1e-3:
+        raise ValueError(
+            "pre_processor must leave pixels in [0, 1], because the model normalizes by itself; "
+            f"it makes {low:.3g} to {high:.3g} of them"
+        )
 
 
 def _features(rlr: RLRModel, images: Tensor) -> list[Tensor]:
