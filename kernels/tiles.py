@@ -196,21 +196,24 @@ def fits(problem: Problem, tiles: Tiles) -> bool:
 def shared_memory(problem: Problem, tiles: HaloTiles) -> int:
     """Return a bound of the bytes of shared memory that a program of LCA takes.
 
-    Counted are the operands of its matrix products; a share is added for what goes between warps,
-    which is more where they share few rows.
+    Counted are the operands of its matrix products, and beside them, which is not there at once,
+    the rows that are loaded ahead or a share for what goes between warps. The share is more where
+    these have few rows.
     """
     width, queries = problem.width, tiles.queries
     parts = tiles.parts(problem.geometry)
     numbers = 2 * sum(parts) * width + queries * width
+    ahead = (tiles.stages - 1) * queries * width
     if problem.kernel == "halo_backward":
+        ahead *= 2
         numbers += queries * width + queries * max(parts)
         if width == queries == 16:
             numbers += sum(parts) * width  # the keys once more, see the kernel
     # A product of float32 holds both halves of its operands.
-    numbers *= 1 if problem.dtype.itemsize == 2 else 2
-    numbers += 16 * (queries + sum(parts))  # positions and bias
+    halves = 1 if problem.dtype.itemsize == 2 else 2
+    numbers = halves * numbers + 16 * (queries + sum(parts))  # positions and bias
     share = 1.3 if queries < 32 else 1.15
-    return round(share * numbers * problem.dtype.itemsize)
+    return round(max(share * numbers, numbers + halves * ahead) * problem.dtype.itemsize)
 
 
 def tensor_memory(problem: Problem, tiles: HaloTiles) -> int:

@@ -91,6 +91,7 @@ cases = (
     ("mlka-forward", Shape((9, 9), 64, (5, 5)), "bf16", 90),
     ("mlka-forward", Shape((16, 16), 32, (11, 11)), "bf16", 90),
     ("mlka-backward-key", Shape((32, 32), 32, (7, 7)), "bf16", 80),
+    ("lca-forward", Shape((16, 16), 128, (7, 7), batch=4), "bf16", 86),
 )
 rows = [survey.compile_task(survey.Task(k, s, 0, t, a)) for k, s, t, a in cases]
 print(json.dumps([f"{row['kernel']} sm_{row['arch']}: {survey.refusal(row)}" for row in rows
