@@ -64,11 +64,14 @@ def choose(problem: Problem) -> Any:
     return next((tiles for tiles in candidates(problem) if tiles not in refused), None)
 
 
-def refuse(problem: Problem, reason: str) -> None:
+def refuse(problem: Problem, tiles: Tiles, reason: str) -> None:
     """Take smaller tiles for a problem from now on."""
-    tiles = choose(problem)
-    _REFUSED.setdefault(problem, {})[tiles] = reason
+    struck = _REFUSED.setdefault(problem, {})
+    known = tiles in struck
+    struck[tiles] = reason
     choose.cache_clear()
+    if known:  # of another thread
+        return
     warnings.warn(f"{problem}: {tiles} are refused ({reason})", RuntimeWarning, stacklevel=2)
 
 
@@ -90,7 +93,7 @@ def with_smaller_tiles(launcher: Callable[..., R]) -> Callable[..., R]:
             except LaunchRefused as error:
                 if error.problem is None or error.problem.kernel in _FORCED:
                     raise
-                refuse(error.problem, str(error))
+                refuse(error.problem, error.tiles, str(error))
 
     return launch
 

@@ -216,17 +216,22 @@ class Launch:
     options: dict[str, int]
 
 
+# What a pass of the compiler that fails says, in a RuntimeError.
+_PASS_FAILED = "PassManager::run failed"
+
+
 class LaunchRefused(RuntimeError):
     """The compiler or the GPU refuses a kernel, and nothing of it has run.
 
     Attributes:
         problem: What its tiles were chosen for, a `rlr_fast.kernels.tiles.Problem`; ``None`` where
             there are no others to choose from.
+        tiles: Those that are refused.
     """
 
-    def __init__(self, reason: str, problem: Any = None) -> None:
+    def __init__(self, reason: str, problem: Any = None, tiles: Any = None) -> None:
         super().__init__(reason)
-        self.problem = problem
+        self.problem, self.tiles = problem, tiles
 
 
 class _Instead(threading.local):
@@ -264,6 +269,7 @@ def launch(
     programs: int,
     *arguments: Any,
     problem: Any = None,
+    tiles: Any = None,
     warps: int = 4,
     stages: int = 2,
     registers: int = 0,
@@ -276,6 +282,7 @@ def launch(
         programs: How many.
         arguments: Of the kernel.
         problem: What the tiles were chosen for, see `rlr_fast.kernels._choice.choose`.
+        tiles: Those that were chosen.
         warps: Warps a program.
         stages: Depth of the software pipeline.
         registers: Most registers a thread; 0 is no limit.
@@ -298,10 +305,12 @@ def launch(
             (_compile if _INSTEAD.compiles else _start)(made)
     except InterpreterError:  # a mistake in a kernel
         raise
-    except TritonError as error:
+    except (TritonError, RuntimeError) as error:
+        if not isinstance(error, TritonError) and _PASS_FAILED not in str(error):
+            raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = f"{kernel.__name__}: {lines[0] if lines else type(error).__name__}"
-        raise LaunchRefused(reason, problem) from error
+        raise LaunchRefused(reason, problem, tiles) from error
 
 
 def _start(made: Launch) -> None:

@@ -21,7 +21,7 @@ from rlr_fast.kernels import _choice, _launch, lca, mlka
 from rlr_fast.kernels._launch import Geometry, LaunchRefused
 from rlr_fast.kernels.tiles import FEW_IMAGES
 
-# One at a time: a refusal strikes the tiles that are chosen then.
+# One at a time, so that no two threads compile the same.
 _TRIAL = threading.Lock()
 
 

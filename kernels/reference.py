@@ -1,11 +1,12 @@
 """Preparation of a reference's keys, once for all images.
 
-    key' = scale · log2 e · (key - mean over the tokens of a head),   bound_h = max_n |key'_n|
+    key' = scale · log2 e · (key - center),   bound_h = max_n |key'_n|
 
-A constant added to all keys changes no softmax, so scores q · key' are in log2 units and as small
-as they can be: rounding shrinks, and |q| · bound limits every score. The gradient needs no
-correction for the mean, because the gradients of a softmax's scores sum to 0 over the keys:
-d key = scale · log2 e · d key'.
+A constant added to all keys changes no softmax. The center is the mean over the tokens of a head,
+so that scores q · key', in log2 units, are small: rounding shrinks, and |q| · bound limits every
+score. Where a few huge keys decide the mean, it is 0: their share in the mean would be rounded into
+every other key. The gradient needs no correction for the center, because the gradients of a
+softmax's scores sum to 0 over the keys: d key = scale · log2 e · d key'.
 """
 
 from __future__ import annotations
@@ -24,11 +25,24 @@ _STAGES = tl.constexpr(3)
 
 
 @triton.jit
+def _squares(tile):
+    """Return the squared norms of rows.
+
+    Products are rounded before any is added, see `distance._sum_of_products`: fused with the
+    addition, threads that hold one row would hold two norms.
+    """
+    return tl.sum(tl.fma(tile, tile, tl.zeros_like(tile)), 1)
+
+
+@triton.jit
 def prepare_kernel(
     key, prepared, bound, stride_h, stride_n, N, factor,
     D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One head per program: its mean, then its keys and their largest norm.
+    """One head per program: its center, then its keys and their largest norm.
+
+    The mean is taken for what all keys have in common unless it is twice as long as the usual key,
+    whose length is the mean of the keys' with the exponent ½, on which a few have little weight.
 
     Tiles are loaded ahead: a program is alone on its multiprocessor, where nothing else would hide
     the way to memory. More programs per head would need a second launch for the mean.
@@ -40,22 +54,28 @@ def prepare_kernel(
     key += i_h * stride_h
     prepared += i_h * N * D
     total = tl.zeros((BLOCK, D), ACC)
+    roots = tl.zeros((BLOCK,), ACC)
     for start in tl.range(0, N, BLOCK, num_stages=_STAGES):
         rows = (start + offs).to(tl.int64)
         inside = (rows < N)[:, None]
-        total += tl.load(key + rows[:, None] * stride_n + columns, mask=inside, other=0.0).to(ACC)
+        tile = tl.load(key + rows[:, None] * stride_n + columns, mask=inside, other=0.0).to(ACC)
+        total += tile
+        roots += tl.sqrt(tl.sqrt(_squares(tile)))
     mean = tl.sum(total, 0) / N
+    usual = tl.sum(roots, 0) / N
+    usual *= usual
+    length = tl.sqrt(tl.sum(_squares(mean[None, :]), 0))
+    # Neither holds of NaN and of infinity, which stay with their keys.
+    center = tl.where((length <= 2 * usual) & (length < float("inf")), mean, 0.0)
     largest = tl.zeros((BLOCK,), ACC)
     for start in tl.range(0, N, BLOCK, num_stages=_STAGES):
         rows = (start + offs).to(tl.int64)
         inside = (rows < N)[:, None]
         tile = tl.load(key + rows[:, None] * stride_n + columns, mask=inside, other=0.0).to(ACC)
-        tile = ((tile - mean[None, :]) * factor).to(prepared.dtype.element_ty)
+        tile = ((tile - center[None, :]) * factor).to(prepared.dtype.element_ty)
         tl.store(prepared + rows[:, None] * D + columns, tile, mask=inside)
         tile = tl.where(inside, tile.to(ACC), 0.0)
-        # Products that are rounded before any is added, see `distance._sum_of_products`: fused with
-        # the addition, threads that hold one row would hold two norms.
-        largest = tl.maximum(largest, tl.sum(tl.fma(tile, tile, tl.zeros_like(tile)), 1))
+        largest = tl.maximum(largest, _squares(tile))
     tl.store(bound + i_h, tl.sqrt(tl.max(largest, 0)))
 
 
@@ -95,7 +115,7 @@ _prepare.register_autograd(_backward, setup_context=_setup_context)
 
 
 def prepare_key(key: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Center and scale the keys (h, N, d) of a reference.
+    """Center and scale the keys (h, N, d) of a reference, see the module's equation.
 
     Args:
         key: (h, N, d), of any strides.

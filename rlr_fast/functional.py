@@ -205,7 +205,7 @@ def prepare_reference(
     path = _path(backend, keys[None], (keys, value))
     if path != "triton":
         return PreparedReference(keys, value, None, path, backend)
-    refuse_forward_mode(projected)
+    refuse_transforms(projected)
     prepared, bound = kernels.prepare_key(keys, keys.shape[2] ** -0.5)
     return PreparedReference(prepared, value, bound, path, backend)
 
@@ -251,7 +251,7 @@ def block_attention(
     path: Backend = reference.path  # type: ignore[assignment]
     scale = None
     if reference.bound is not None:
-        refuse_forward_mode(projected, reference.keys, reference.value)
+        refuse_transforms(projected, reference.keys, reference.value)
         tensors = (projected, reference.keys, reference.value)
         reason = _refusal("mlka", query, value, tensors, grid, window)
         reason = reason or _refusal("lca", local, reference.value, tensors, grid, window)
@@ -360,7 +360,7 @@ def _apply(
     path = _path(backend, query, shared)
     window = _clipped(window_pair(window), (height, width))
     if path == "triton":
-        refuse_forward_mode(query, key, value)
+        refuse_transforms(query, key, value)
         name, tensors = "lca" if paths is _LCA else "mlka", (query, key, value)
         reason = _refusal(name, query, value, tensors, (height, width), window)
         if reason is not None:
@@ -384,17 +384,23 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return None
 
 
-def refuse_forward_mode(*tensors: Tensor) -> None:
-    """Refuse tangents, which the kernels' ops would drop without a word.
+def refuse_transforms(*tensors: Tensor) -> None:
+    """Refuse tangents, which the kernels' ops would drop, and `torch.func`'s gradients of them.
 
     Raises:
-        RuntimeError: A tensor has one.
+        RuntimeError: A tensor has a tangent, or is inside of `torch.func.grad` and its like.
     """
     if torch.compiler.is_compiling():
         return
     if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
         raise RuntimeError(
             "the Triton kernels have no forward-mode derivative; use backend='dense' for that"
+        )
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    if any(level.key() == torch._C._functorch.TransformType.Grad for level in levels):
+        raise RuntimeError(
+            "torch.func does not differentiate the Triton kernels; use torch.autograd, or "
+            "backend='tiled' or 'dense'"
         )
 
 

@@ -238,7 +238,7 @@ def launch_backward(
             backward_kernel, heads * (last - first),
             q, k, v, do, dq, dk, dv,
             q.stride()[:3], k.stride()[:2], v.stride()[:2], do.stride()[:3], dq.stride()[:3],
-            batch, heads, chunk, first, problem=problem, ATOMIC=atomic, **constants,
+            batch, heads, chunk, first, problem=problem, tiles=tile, ATOMIC=atomic, **constants,
         )  # fmt: skip
 
     count = places * chunks

@@ -135,7 +135,8 @@ def launch_forward(
     _launch.launch(
         forward_kernel, heads * places * chunks,
         q, k, v, o, q.stride()[:3], k.stride()[:2], v.stride()[:2], o.stride()[:3],
-        batch, heads, chunk, problem=problem, **constants_of(geometry, tile, width, q.dtype),
+        batch, heads, chunk, problem=problem, tiles=tile,
+        **constants_of(geometry, tile, width, q.dtype),
         # Float16 has no weight of 2**60. Float32's products, and the memory of wider heads, take
         # longer than the powers. Float64 tests in the interpreter what bfloat16 does on a GPU.
         TRY_WITHOUT_MAXIMUM=q.dtype in (torch.bfloat16, torch.float64) and width <= 32,

@@ -330,7 +330,7 @@ def launch_backward(
         _launch.launch(
             backward_query_kernel, cdiv(tokens, their.queries) * batch * heads,
             q, k, v, o, do, lse, delta, dq, *strides, dq.stride()[:3], batch, heads,
-            BLOCK_M=their.queries, BLOCK_N=their.keys, problem=of_queries,
+            BLOCK_M=their.queries, BLOCK_N=their.keys, problem=of_queries, tiles=their,
             **constants, **their.options(),
         )  # fmt: skip
     _launch.launch(
@@ -338,7 +338,7 @@ def launch_backward(
         q, k, v, o if delta is None else None, do, lse, delta, dq_buffer, parts[0], dv_buffer,
         *strides, dq_buffer.stride()[:3], dv_buffer.stride()[:3], batch, heads, chunk,
         BLOCK_M=tile.queries, BLOCK_N=tile.keys, BLOCKS=tile.blocks, SHARED_VALUE=shared,
-        DQ=mode, problem=problem, **constants, **tile.options(),
+        DQ=mode, problem=problem, tiles=tile, **constants, **tile.options(),
     )  # fmt: skip
     if mode == "add":
         dq.copy_(dq_buffer)

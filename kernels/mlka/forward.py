@@ -168,7 +168,7 @@ def launch_forward(
         **geometry.constants(), D=width, BLOCK_M=tile.queries, BLOCK_N=tile.keys, INSIDE=inside,
         # Weights of 2**±80 fit bfloat16 and float32, not float16.
         CERTIFIED=q.dtype != torch.float16, FMA_EXP2_EIGHTHS=_fma_exp2_eighths(tile, q.dtype),
-        PRECISION=_launch.precision(q.dtype), problem=problem, **tile.options(),
+        PRECISION=_launch.precision(q.dtype), problem=problem, tiles=tile, **tile.options(),
     )  # fmt: skip
     return lse
 

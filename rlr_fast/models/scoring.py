@@ -14,7 +14,7 @@ from scipy.ndimage import gaussian_filter1d
 from torch import Tensor, nn
 
 from rlr_fast.config import per_level
-from rlr_fast.functional import Backend, kernels, refuse_forward_mode, resolve_backend
+from rlr_fast.functional import Backend, kernels, refuse_transforms, resolve_backend
 
 
 def distance(reconstructed: Tensor, original: Tensor, backend: Backend = "dense") -> Tensor:
@@ -34,7 +34,8 @@ def distance(reconstructed: Tensor, original: Tensor, backend: Backend = "dense"
     Raises:
         ValueError: The two are not of one shape (B, N, C), or not on one device.
         BackendError: The requested backend cannot run here.
-        RuntimeError: The kernel has neither forward-mode nor second derivatives.
+        RuntimeError: The kernel has neither forward-mode nor second derivatives, nor those of
+            `torch.func`.
     """
     if reconstructed.dim() != 3 or reconstructed.shape != original.shape:
         raise ValueError(
@@ -47,7 +48,7 @@ def distance(reconstructed: Tensor, original: Tensor, backend: Backend = "dense"
             f"{reconstructed.device} and {original.device}"
         )
     if resolve_backend(backend, reconstructed.device) == "triton":
-        refuse_forward_mode(reconstructed, original)
+        refuse_transforms(reconstructed, original)
         return kernels.token_distance(reconstructed, original)
     dtype = torch.promote_types(
         torch.promote_types(reconstructed.dtype, original.dtype), torch.float32

@@ -14,7 +14,6 @@ import pytest
 import torch
 from attention_cases import DEVICE, EXACT, LCA, MLKA, OPERATORS, make_inputs, results
 from torch import Tensor
-from triton.errors import TritonError
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from rlr_fast import functional
@@ -33,7 +32,7 @@ def refuse(monkeypatch) -> Iterator[Callable[..., list[Launch]]]:
     """Make a GPU of the interpreter that refuses launches; return a list of those refused."""
     start = _launch._start
 
-    def install(refuses: Callable[[Launch], bool], error: TritonError = TOO_LARGE) -> list[Launch]:
+    def install(refuses: Callable[[Launch], bool], error: Exception = TOO_LARGE) -> list[Launch]:
         seen: list[Launch] = []
 
         def check(made: Launch) -> None:
@@ -107,6 +106,7 @@ def halo_backward(made: Launch) -> bool:
         pytest.param(halo_backward, TOO_LARGE, id="halo-backward"),
         pytest.param(is_halo, TOO_LARGE, id="halo"),
         pytest.param(is_halo, PTXASError("it raised SIGSEGV"), id="halo-by-ptxas"),
+        pytest.param(is_halo, RuntimeError("PassManager::run failed"), id="halo-by-a-pass"),
     ],
 )
 def test_lca_takes_what_the_gpu_takes(refuse, refuses, error):
@@ -127,6 +127,25 @@ def test_mlka_takes_what_the_gpu_takes(refuse):
     assert times > 0
     assert_equal_definition(MLKA, inputs)
     assert len(refused) == times
+
+
+def test_other_errors_are_no_refusals(refuse):
+    refuse(is_halo, RuntimeError("CUDA error: an illegal memory access was encountered"))
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        LCA(*make_inputs(LCA, GRID)[:3], GRID, WINDOW, backend="triton")
+
+
+def test_what_is_struck_is_what_was_refused(refuse):
+    """Another thread may have gone on to smaller tiles since."""
+    refuse(has_many_rows)
+    problem = Problem("halo_forward", Geometry.of(GRID, WINDOW), 16, True, EXACT, Target.of(90))
+    first, second = candidates(problem)[:2]
+    with pytest.warns(RuntimeWarning, match="are refused"):
+        _choice.refuse(problem, first, "too large")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _choice.refuse(problem, first, "too large")
+    assert _choice.choose(problem) == second
 
 
 def test_refused_tiles_are_told(refuse):

@@ -75,6 +75,20 @@ def test_forward_mode_is_refused(operator):
         attend(forward_ad.make_dual(query, tangent))
 
 
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_gradients_of_torch_func_are_refused_and_its_vmap_is_right(operator):
+    query, key, value, _ = make_inputs(operator, (4, 4))
+
+    def attend(x: Tensor, backend: str = "triton") -> Tensor:
+        return operator(x, key, value, (4, 4), 3, backend=backend)
+
+    with pytest.raises(RuntimeError, match=r"torch\.func does not differentiate.*'tiled'"):
+        torch.func.grad(lambda x: attend(x).sum())(query)
+    many = torch.stack([query, query.flip(0)])
+    expected = torch.func.vmap(lambda x: attend(x, "dense"))(many)
+    torch.testing.assert_close(torch.func.vmap(attend)(many), expected)
+
+
 def test_forward_mode_through_a_block_is_refused():
     projected = torch.randn(42, 96, device=DEVICE)
     tokens = torch.randn(2, 42, 96, device=DEVICE)

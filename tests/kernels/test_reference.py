@@ -41,6 +41,25 @@ def test_keys_are_centered_and_scaled_and_bounded(heads, tokens, width, strided,
     torch.testing.assert_close(bound.double(), largest, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_huge_key_is_not_rounded_into_the_others(dtype):
+    key = torch.randn(2, 64, 16, dtype=torch.float64).to(DEVICE, dtype)
+    key[0, 5, 3] = 6e4
+    prepared, _ = reference.prepare_key(key, 0.3)
+    exact = 0.3 * math.log2(math.e) * key.double()
+    exact[1] -= exact[1].mean(0)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(prepared.double(), exact, rtol=2 * eps, atol=64 * min(eps, 1e-6))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_no_number_stays_with_its_key(value):
+    key = torch.randn(2, 20, 16, device=DEVICE)
+    key[1, 7, 2] = value
+    prepared, _ = reference.prepare_key(key, 0.3)
+    assert (~prepared.isfinite()).nonzero().tolist() == [[1, 7, 2]]
+
+
 def test_the_same_keys_give_the_same_bits():
     key = torch.randn(2, 700, 64, device=DEVICE)
     first, second = (reference.prepare_key(key, 0.3) for _ in range(2))

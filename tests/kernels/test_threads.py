@@ -30,7 +30,7 @@ def test_another_thread_launches_meanwhile(state, attend):
 
 
 def test_one_thread_tries_at_a_time(monkeypatch):
-    """A refusal strikes the tiles that are chosen at that moment, which must be its own."""
+    """So that no two compile the same."""
     passes, inside, met = _trial.launch_passes, [], []
 
     def slow(*arguments):
