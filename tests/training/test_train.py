@@ -11,20 +11,24 @@ import numpy as np
 import pytest
 import torch
 from conftest import BRIEF, SMALL
+from PIL import Image
 from sklearn.decomposition import PCA
 from training_cases import run, same, weights
 
 from rlr_fast import RLRModel
 from rlr_fast.data import load_image
 from rlr_fast.training import run_dir
+from rlr_fast.training import train as training
 from rlr_fast.training.distributed import Processes
 from rlr_fast.training.feature_cache import cached_features
 from rlr_fast.training.run_dir import TrainingError
 from rlr_fast.training.steps import Steps, number_seed
 from rlr_fast.training.trainer import Trainer
+from rlr_fast.visualization import loss_curve
 
 
-def test_loss_falls_and_the_run_folder_is_complete(dataset, tmp_path):
+def test_loss_falls_and_the_run_folder_is_complete(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "loss_curve", loss_curve)
     recipe = dataclasses.replace(BRIEF, epochs=15)
     result = run(dataset, tmp_path / "run", tmp_path, recipe=recipe)
     assert result.history[-1]["loss"] < 0.8 * result.history[0]["loss"]
@@ -38,6 +42,8 @@ def test_loss_falls_and_the_run_folder_is_complete(dataset, tmp_path):
         "loss.png",
         "calibration.json",
     } <= names
+    with Image.open(tmp_path / "run/loss.png") as curve:
+        assert curve.width == 1200
     assert any(name.startswith("events.out.tfevents") for name in names)
     assert not any("partial" in name for name in names)
     record = json.loads((tmp_path / "run/run.json").read_text())
