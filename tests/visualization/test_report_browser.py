@@ -24,6 +24,13 @@ COUNTS = "[...document.querySelectorAll('#counts dd')].map((e) => [e.dataset.cou
 SLIDER = "document.querySelector('#slider')"
 NOW = f"return Number({SLIDER}.getAttribute('aria-valuenow'))"
 TILES = "[...document.querySelectorAll('.tile')]"
+MARKS = """return [...document.querySelectorAll(".own-limit")].map((line) => {
+    const [low, high] = ["min", "max"].map((end) =>
+        Number(document.querySelector("#slider").getAttribute("aria-value" + end)));
+    return low + ((Number(line.getAttribute("x1")) - 44) / (708 - 44)) * (high - low);
+})"""
+TYPE = """const field = document.querySelector("#threshold");
+    field.value = arguments[0]; field.dispatchEvent(new Event("input"));"""
 
 
 @pytest.fixture(scope="module")
@@ -105,13 +112,20 @@ def test_keys_move_the_threshold_and_all_is_counted_again(show):
     ]
     assert browser.run(f"return {SLIDER}.getAttribute('aria-label')") == "Threshold of bolt"
     browser.run(f"{SLIDER}.focus()")
-    before = start
-    for key in ["left"] * 12 + ["page up", "right", "home", "end", "page up"]:
+    ends = [
+        browser.run(f"return Number({SLIDER}.getAttribute('aria-value{end}'))")
+        for end in ("min", "max")
+    ]
+    step = (ends[1] - ends[0]) / 200
+    moves = {"left": -step, "right": step, "page up": 10 * step, "page down": -10 * step}
+    value = start
+    for key in ["left"] * 12 + ["page up", "right", "home", "left", "end", "page down", "end"]:
         browser.press(key)
+        wanted = dict(zip(("home", "end"), ends, strict=True)).get(key)
+        wanted = min(max(value + moves[key], ends[0]), ends[1]) if wanted is None else wanted
         value = browser.run(NOW)
-        assert (value > before) == (key in ("right", "page up", "end")) or value == before
+        assert value == pytest.approx(wanted)
         assert counts(browser) == expected(rows, {"bolt": value})
-        before = value
     browser.click("#reset")
     assert browser.run(NOW) == start
 
@@ -149,10 +163,8 @@ def test_a_typed_threshold_counts_scores_above_it_alone(show):
     rows = [image(f"{i}.png", "bolt", s, defect=d) for i, (s, d) in enumerate(
         [(1.0, "good"), (1.5, "good"), (1.5, "hole"), (2.0, "hole")])]  # fmt: skip
     browser = show(rows)
-    script = """const field = document.querySelector("#threshold");
-        field.value = arguments[0]; field.dispatchEvent(new Event("input"));"""
     for value in (1.5, 1.4999999, 2.0, 0.5):
-        browser.run(script, value)
+        browser.run(TYPE, value)
         assert counts(browser) == expected(rows, {"bolt": value})
 
 
@@ -182,6 +194,42 @@ def test_each_class_has_its_threshold_and_they_are_copied_as_yaml(show):
     browser.run(f"{SLIDER}.focus()")
     browser.press("right")
     assert counts(browser) == expected(rows, dict.fromkeys(starts, browser.run(NOW)))
+
+
+def test_marks_show_the_thresholds_of_classes_where_they_are_now(show):
+    rows = labeled(60)
+    browser = show(rows)
+    starts = {
+        name: max(r.score for r in rows if r.category == name and r.defect == "good")
+        for name in ("bolt", "cloth")
+    }
+    assert sorted(browser.run(MARKS)) == pytest.approx(sorted(starts.values()))
+    choose(browser, "#class-choice", "cloth")
+    browser.run(TYPE, 0.25)
+    assert browser.run(MARKS) == []
+    choose(browser, "#class-choice", "all classes")
+    assert sorted(browser.run(MARKS)) == pytest.approx([0.25, starts["bolt"]])
+    browser.run(TYPE, 14)  # of all, and beyond all scores
+    assert browser.run(MARKS) == []
+    choose(browser, "#class-choice", "cloth")
+    assert browser.run(NOW) == 14
+    assert browser.run(f"return Number({SLIDER}.getAttribute('aria-valuemax'))") > 14
+
+
+def test_a_threshold_of_all_classes_is_told_as_one(browser, tmp_path):
+    rows = labeled(60)
+    with ReportWriter(tmp_path, "evaluation", SCALE, {}, alpha=0.05) as report:
+        for i, row in enumerate(rows):
+            report.add(i, row)
+        for name in ("bolt", "cloth"):
+            report.set_threshold(name, 1.3, True)
+    browser.open(tmp_path / "report.html")
+    browser.settle()
+    basis = browser.run("return document.querySelector('#basis').textContent")
+    assert basis == "One threshold for all classes."
+    assert browser.run("return document.querySelector('#threshold').valueAsNumber") == 1.3
+    assert browser.run("return document.querySelector('#roc .point') !== null")
+    assert browser.complaints() == []
 
 
 def test_calibrated_thresholds_are_where_the_page_starts(browser, tmp_path):
@@ -311,6 +359,31 @@ def test_keys_switch_the_view_of_all_and_of_an_opened_image(show):
     browser.run("document.querySelector('#text-filter').focus()")
     browser.press("4")
     assert browser.run(views) == ["2"], "a digit that is typed is text"
+
+
+def test_the_focus_stays_where_the_window_changes_its_width(show):
+    browser = show(labeled(40))
+    browser.run(f"{TILES}[0].focus({{preventScroll: true}})")
+    browser.press("right")
+    focused = "return document.activeElement.dataset.id"
+    before = browser.run(focused)
+    widths = f"return {TILES}[0].style.width"
+    width = browser.run(widths)
+    browser.run("document.querySelector('#grid').style.width = '690px';"
+                "dispatchEvent(new Event('resize'))")  # fmt: skip
+    browser.settle()
+    assert browser.run(widths) != width
+    assert browser.run(focused) == before is not None
+    browser.run("document.querySelector('#grid').style.width = ''")
+
+
+def test_paper_says_how_many_images_it_leaves_out(show):
+    browser = show(labeled(70))
+    browser.run("dispatchEvent(new Event('beforeprint'))")
+    told = "return document.querySelector('#printed').textContent"
+    assert browser.run(f"return {TILES}.length") == 60
+    assert browser.run(told) == "The first 60 of 70 images."
+    browser.run("dispatchEvent(new Event('afterprint'))")
 
 
 def test_maps_are_painted_in_the_colors_of_the_heat_maps(show):

@@ -20,6 +20,7 @@ class Histogram {
     this.root = root;
     this.onMove = onMove;
     this.bars = svg("g", { role: "img" }, root);
+    this.marks = svg("g", {}, root);
     this.slider = svg(
       "g",
       { id: "slider", role: "slider", tabindex: 0, "aria-orientation": "horizontal" },
@@ -46,7 +47,7 @@ class Histogram {
     return PLOT.left + Math.min(1, Math.max(0, part)) * (PLOT.right - PLOT.left);
   }
 
-  // Draw the bars of rows; `limits` are thresholds that must lie within.
+  // Draw the bars of rows; `limits` are thresholds that lie within, too.
   draw(rows, limits, title) {
     const values = [...rows.map((row) => row.score), ...limits];
     const low = values.reduce((a, b) => Math.min(a, b), Infinity);
@@ -80,15 +81,22 @@ class Histogram {
     }
     const middle = { x: (PLOT.left + PLOT.right) / 2, y: PLOT.bottom + 34, "text-anchor": "middle" };
     svg("text", middle, this.bars, "image score (higher is more anomalous)");
-    for (const limit of limits.length > 1 ? limits : []) {
-      const x = this.x(limit);
-      svg("line", { class: "own-limit", x1: x, x2: x, y1: PLOT.bottom - 8, y2: PLOT.bottom + 4 }, this.bars);
-    }
   }
 
-  // Put the line at a threshold; `each` where every class has its own, and this is their median.
-  set(value, name, each) {
+  // Whether a threshold lies within what is drawn.
+  holds(value) {
+    return this.low <= value && value <= this.high;
+  }
+
+  // Put the line at a threshold; where classes have their own, `own`, this is their median.
+  set(value, name, own) {
+    const each = own.length > 0;
     this.value = value;
+    this.marks.replaceChildren();
+    for (const limit of own) {
+      const x = this.x(limit);
+      svg("line", { class: "own-limit", x1: x, x2: x, y1: PLOT.bottom - 8, y2: PLOT.bottom + 4 }, this.marks);
+    }
     const x = this.x(value);
     this.slider.classList.toggle("each", each);
     this.line.setAttribute("x1", x);

@@ -137,6 +137,10 @@ class Gallery {
 
   print(on) {
     this.printing = on;
+    const left = this.rows.length > PRINTED;
+    document.getElementById("printed").textContent = left
+      ? `The first ${PRINTED} of ${this.rows.length} images.`
+      : "";
     this.clear();
     this.render();
   }
@@ -145,6 +149,7 @@ class Gallery {
     const all = this.root.clientWidth + TILE.gap;
     this.columns = Math.max(1, Math.floor(all / (TILE.width + TILE.gap)));
     const width = this.printing ? TILE.width : Math.floor(all / this.columns) - TILE.gap;
+    const focused = this.root.contains(document.activeElement);
     if (width !== this.width) this.clear(); // their pictures have another size
     this.width = width;
     const step = width - TILE.border + TILE.caption + TILE.gap;
@@ -173,6 +178,9 @@ class Gallery {
       }
       const x = (place % this.columns) * (width + TILE.gap);
       tile.style.transform = `translate(${x}px,${Math.floor(place / this.columns) * step}px)`;
+    }
+    if (focused && !this.root.contains(document.activeElement)) {
+      this.tiles.get(this.active)?.focus({ preventScroll: true });
     }
   }
 

@@ -66,6 +66,9 @@ function showHead() {
   }
 }
 
+// In the order of the other lists of classes: an object has names that are numbers first.
+const byClass = (values) => Object.entries(values).sort(([a], [b]) => (a < b ? -1 : 1));
+
 function showMetrics() {
   if (!data.metrics) return;
   byId("metrics").hidden = false;
@@ -74,7 +77,7 @@ function showMetrics() {
     name,
     ...Object.keys(headings).map((key) => (values[key] === null ? "–" : (100 * values[key]).toFixed(1))),
   ];
-  const lines = Object.entries(classes).map(([name, values]) => line(name, values));
+  const lines = byClass(classes).map(([name, values]) => line(name, values));
   fill(byId("metrics-table"), ["class", ...Object.values(headings)], [...lines, line("mean", mean)], true);
   if (!data.decisions) return;
   byId("decisions").hidden = false;
@@ -90,7 +93,7 @@ function showMetrics() {
   fill(
     byId("decisions-table"),
     ["class", "threshold", "false alarms", "misses"],
-    [...Object.entries(data.decisions.classes).map(([name, counts]) => errors(name, counts)), errors("in all", all)],
+    [...byClass(data.decisions.classes).map(([name, counts]) => errors(name, counts)), errors("in all", all)],
     true,
   );
 }

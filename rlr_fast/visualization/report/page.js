@@ -63,7 +63,8 @@ function setThreshold(value) {
     common = null;
     thresholds.set(state.category, value);
   }
-  showCounts();
+  if (histogram.holds(value)) showCounts();
+  else showScores();
   later();
 }
 
@@ -83,10 +84,10 @@ const PR = ["recall", "precision"];
 function showScores() {
   const all = state.category === ALL;
   const chosen = rows.filter((row) => all || row.category === state.category);
-  const limits = all ? [...starts.values()].map((start) => start.value) : [starts.get(state.category).value];
-  if (!all) limits.push(thresholds.get(state.category));
+  const of = all ? categories : [state.category];
+  const limits = of.flatMap((category) => [starts.get(category).value, thresholds.get(category)]);
   const title = `Scores of ${nameOf(state.category)}: ${chosen.length} images`;
-  histogram.draw(chosen, all ? limits : limits.slice(0, 1), title);
+  histogram.draw(chosen, limits, title);
   const caption = byId("histogram-caption");
   caption.replaceChildren(title);
   if (labeled) {
@@ -107,9 +108,10 @@ function showScores() {
 
 function showCounts() {
   const all = state.category === ALL;
-  const each = all && common === null && categories.length > 1;
+  const own = new Set(all && common === null ? thresholds.values() : []);
+  const each = own.size > 1; // one may hold for all, as one that is calibrated on all does
   const value = all ? middle() : thresholds.get(state.category);
-  histogram.set(value, nameOf(state.category), each);
+  histogram.set(value, nameOf(state.category), each ? [...own] : []);
   const field = byId("threshold");
   if (document.activeElement !== field) field.value = each ? "" : value;
   field.placeholder = each ? "each its own" : "";
