@@ -25,7 +25,7 @@ from rlr_fast.visualization.heat_maps import (
     paint,
     read_image,
 )
-from rlr_fast.visualization.sheets import centered, fitted_size, truth_panel
+from rlr_fast.visualization.sheets import centered, check_scores, fitted_size, truth_panel
 
 _RULE = (190, 190, 190)
 
@@ -106,6 +106,7 @@ def comparison_sheet(
         views = [row.decoded, *(view.decoded for view in row.runs)]
         if len(row.runs) != len(runs) or any((view is not None) != decoded for view in views):
             raise ValueError("rows must have a view per run, all decoded or none of them")
+    check_scores(view.score for row in rows for view in row.runs)
 
     ending = ["decoded"] if decoded else []
     names = [one_line(name) for name, _ in runs]

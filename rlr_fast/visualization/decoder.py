@@ -144,10 +144,12 @@ def check_decoder_file(path: Path) -> None:
     if path.suffix != ".safetensors" or path.is_dir():
         raise ValueError(f"a decoder is a file named *.safetensors, got {str(path)!r}")
     history = path.with_suffix(HISTORY_SUFFIX)
+    if history.is_dir():
+        raise ValueError(f"the loss is written to {str(history)!r}, which is a folder")
     if path.exists():
         if _META not in read_weights(path)[1]:
             raise ValueError(f"{str(path)!r} holds something else than a decoder; choose another")
-    elif history.exists() or history.is_dir():
+    elif history.exists():
         raise ValueError(
             f"the loss would be written over {str(history)!r}, which belongs to no decoder; choose "
             f"another name than {path.name!r}"

@@ -46,9 +46,11 @@ def check_runs(runs: Sequence[Run], level: Level | None) -> int:
         The place of the level in ``out_indices``.
 
     Raises:
-        ValueError: The runs' features differ, two have one name, there is no such level, or a model
-            has tiles or fewer than three components.
+        ValueError: There is no run, the runs' features differ, two have one name, there is no such
+            level, or a model has tiles or fewer than three components.
     """
+    if not runs:
+        raise ValueError("runs must hold at least one, got none")
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
         raise ValueError(f"runs must have different names, got {', '.join(names)}")
@@ -106,7 +108,8 @@ def reconstruction_sheets(
         out: Folder of the sheets, ``CLASS.png``.
         decoder: Paints original and reconstructed features as pictures; on the same device.
         level: The level whose features are shown, one of ``out_indices``; None for the first.
-        per_defect: Images of each kind of defect, and of ``good``; the first that can be read.
+        per_defect: Images of each kind of defect, and of ``good``, at least 1; the first that can
+            be read.
         workers: Threads that decode images.
         progress: Called with the number of images done since the last call.
 
@@ -114,11 +117,14 @@ def reconstruction_sheets(
         The sheets, and the files that could not be read and were left out.
 
     Raises:
-        ValueError: See `check_runs`; or a class has no test images, or none that can be read, or a
-            mask has another size than its image; found before any sheet is written.
+        ValueError: See `check_runs`; ``per_defect`` breaks its rule; or a class has no test images,
+            or none that can be read, or a mask has another size than its image; found before any
+            sheet is written.
         OSError: A sheet cannot be written.
     """
     place = check_runs(runs, level)
+    if per_defect < 1:
+        raise ValueError(f"per_defect must be at least 1, got {per_defect}")
     data.require_test()
     for run in runs:
         run.model.eval().prepare_for_inference()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,6 +90,7 @@ def sample_sheet(
     if panel_size < 64:
         raise ValueError(f"panel_size must be at least 64, got {panel_size=}")
 
+    check_scores(row.score for row in rows)
     strips = [_panels(row, scale, panel_size) for row in rows]
     columns = math.ceil(len(rows) / _ROWS_PER_COLUMN)
     per_column = math.ceil(len(rows) / columns)
@@ -156,6 +157,17 @@ def sample_sheet(
     draw.line((start - 2 * gap, legend_y, start, legend_y), _OUTLINE, max(2, panel_size // 96))
     with replacing(Path(path)) as unfinished:
         sheet.save(unfinished)
+
+
+def check_scores(scores: Iterable[float]) -> None:
+    """Refuse image scores that are no numbers.
+
+    Raises:
+        ValueError: One is NaN or infinite.
+    """
+    for score in scores:
+        if not math.isfinite(score):
+            raise ValueError(f"score must be a finite number, got {score}")
 
 
 def _panels(row: SheetRow, scale: Scale, size: int) -> list[Image.Image]:

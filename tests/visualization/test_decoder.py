@@ -139,6 +139,10 @@ def test_places_for_a_decoder(model, dataset, tmp_path):
     assert not file.parent.exists()
     save_decoder(trained(model, dataset, epochs=1), model, file)
     check_decoder_file(file)
+    file.with_suffix(".jsonl").unlink()
+    file.with_suffix(".jsonl").mkdir()
+    with pytest.raises(ValueError, match=r"written to .*d\.jsonl', which is a folder"):
+        check_decoder_file(file)
     model.save_pretrained(tmp_path / "run")
     with pytest.raises(ValueError, match="something else than a decoder"):
         check_decoder_file(tmp_path / "run/model.safetensors")

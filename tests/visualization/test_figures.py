@@ -310,6 +310,7 @@ def test_long_captions_leave_the_panels_their_place(tmp_path):
     [
         pytest.param([], {}, "^rows must hold", id="no-row"),
         pytest.param([sample()], {"panel_size": 8}, "^panel_size", id="illegible"),
+        pytest.param([sample(score=math.nan)], {}, "^score must be a finite", id="no-number"),
         pytest.param(
             [sample(mask=np.zeros((96, 96), np.uint8))], {}, "^mask must be bool", id="0-255-mask"
         ),
@@ -361,7 +362,7 @@ def test_constant_tokens_have_one_color():
     assert (colors == colors[0, 0]).all()
 
 
-def comparison(runs=2, decoded=True, defect="crack", mask=None):
+def comparison(runs=2, decoded=True, defect="crack", mask=None, score=0.5):
     def flat(*color, size=8):
         return np.full((size, size, 3), color, np.uint8)
 
@@ -374,7 +375,7 @@ def comparison(runs=2, decoded=True, defect="crack", mask=None):
         runs=[
             RunView(
                 score_map=np.full((8, 8), 1.0 + r, np.float32),
-                score=0.5,
+                score=score,
                 features=flat(50, 150, 60 + r),
                 decoded=flat(150, 50, 60 + r) if decoded else None,
             )
@@ -469,6 +470,7 @@ def test_names_with_breaks_are_drawn(tmp_path):
         pytest.param([], "^rows must hold", id="no-row"),
         pytest.param([comparison(1)], "a view per run", id="a-run-too-few"),
         pytest.param([comparison(), comparison(decoded=False)], "all decoded", id="some-decoded"),
+        pytest.param([comparison(score=math.inf)], "^score must be a finite", id="no-number"),
     ],
 )
 def test_comparison_refuses_uneven_rows(rows, message, tmp_path):
