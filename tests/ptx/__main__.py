@@ -47,7 +47,7 @@ def run_cases(options: argparse.Namespace) -> Iterator[Row]:
             for name, case in CASES.items():
                 if not applies(case, dtype) or not _wanted(name, options.case):
                     continue
-                if options.choice and name not in CHOICE[dtype]:
+                if options.choice and name not in CHOICE[arch].get(dtype, ()):
                     continue
                 about = {"name": name, "arch": arch, "dtype": dtype}
                 yield about | _judged(case, arch, dtype)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ptx.cases import ARCHES, CHOICE
+from tests.ptx.cases import ARCHES, CHOICE, DTYPES
 
 ROOT = Path(__file__).resolve().parents[2]
 triton = pytest.importorskip("triton", reason="compiling the kernels needs Triton")
@@ -29,8 +29,8 @@ _KNOWN = (
 EXAMPLES = ("softmax", "columns", "tuples", "matmul-100x72x80-ta", "matmul-64x32x128-tb")
 CASES = [
     pytest.param(arch, dtype, name, id=f"sm_{arch}-{dtype}-{name}")
-    for arch in ARCHES
-    for dtype, names in CHOICE.items()
+    for arch, by_dtype in CHOICE.items()
+    for dtype, names in by_dtype.items()
     for name in names
 ]
 
@@ -100,7 +100,7 @@ def test_planted_bugs_are_noticed(rows):
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_the_machine_is_right_about_small_kernels(rows, name):
     found = {key[:2]: row for key, row in rows.items() if key[2] == name}
-    assert len(found) == len(ARCHES) * len(CHOICE)
+    assert len(found) == len(ARCHES) * len(DTYPES)
     assert [f"sm_{arch} {dtype}" for (arch, dtype), row in found.items() if not row["ok"]] == []
 
 
