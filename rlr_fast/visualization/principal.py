@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.decomposition import PCA
 from torch import Tensor
 
 _CLIPPED = 0.01  # share of the tokens beyond each end of a color's range
@@ -31,6 +30,9 @@ class PrincipalColors:
             )
         if not torch.isfinite(tokens).all():
             raise ValueError("tokens must be finite, got NaN or infinite values")
+        # It takes a second to import, for which whoever draws anything else would wait.
+        from sklearn.decomposition import PCA
+
         # The covariance is small where the tokens are many; this solver also fixes the signs.
         self._pca = PCA(3, svd_solver="covariance_eigh")
         with np.errstate(invalid="ignore"):  # constant tokens have no shares of variance

@@ -563,6 +563,9 @@ def test_loss_curve_refuses_incomplete_history(history, message, tmp_path):
         loss_curve(history, tmp_path / "loss.png")
 
 
-def test_figures_need_no_pyplot():
-    code = "import sys, rlr_fast.visualization; sys.exit('matplotlib.pyplot' in sys.modules)"
+def test_figures_need_no_pyplot_and_await_no_scikit_learn():
+    code = (
+        "import sys, rlr_fast.visualization; "
+        "sys.exit(bool({'matplotlib.pyplot', 'sklearn'} & sys.modules.keys()))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
