@@ -27,9 +27,9 @@ def survey(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory) -> dict[str, Any]:
-    """One kernel of each kind in float32, the default precision, for a GPU of little memory."""
+    """Kernels of six kinds in float32, the default precision, for a GPU of little memory."""
     folder = tmp_path_factory.mktemp("survey")
-    done = survey(folder, "--arch", "86", "--dtype", "fp32", "--sample", "12", "--jobs", "2")
+    done = survey(folder, "--arch", "86", "--dtype", "fp32", "--sample", "6", "--jobs", "2")
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
     return {"folder": folder, "rows": rows, "printed": done.stdout}
@@ -38,19 +38,19 @@ def sample(tmp_path_factory) -> dict[str, Any]:
 def test_a_sample_of_the_survey_compiles_and_fits(sample):
     (record,) = json.loads((sample["folder"] / "record.json").read_text()).values()
     (group,) = record["groups"]
-    assert record["kernels"] == 12 < record["of"]
-    assert (group["arch"], group["dtype"], group["kernels"]) == (86, "fp32", 12)
+    assert record["kernels"] == 6 < record["of"]
+    assert (group["arch"], group["dtype"], group["kernels"]) == (86, "fp32", 6)
     assert group["refused"] == []
     assert 0 < group["shared"] <= group["shared_most"] == 101376
-    assert len({row["kernel"] for row in sample["rows"]}) == 12  # as different as can be
+    assert len({row["kernel"] for row in sample["rows"]}) == 6  # as different as can be
 
 
 def test_a_survey_that_was_stopped_goes_on(sample):
     rows = sample["folder"] / "rows.jsonl"
     lines = rows.read_text().splitlines(keepends=True)
     rows.write_text("".join(lines[:-1]) + lines[-1][:20])  # killed while it wrote
-    done = survey(sample["folder"], "--arch", "86", "--dtype", "fp32", "--sample", "12")
-    assert "12 chosen, 11 known" in done.stdout
+    done = survey(sample["folder"], "--arch", "86", "--dtype", "fp32", "--sample", "6")
+    assert "6 chosen, 5 known" in done.stdout
     assert done.returncode == 0, done.stdout + done.stderr
 
 
