@@ -26,11 +26,19 @@ if missing or not paths:
     sys.exit(f"no image: {missing}; the classes are {', '.join(about['classes'])}")
 
 for path in paths:
-    image = Image.open(path)
+    try:
+        image = Image.open(path)
+        image.load()
+    except OSError as error:
+        print(f"{path}: {error}", file=sys.stderr)
+        continue
     if about["tile"] and list(image.size) != about["tile"][::-1]:
         sys.exit(f"{path}: the file takes tiles of {about['tile']} (height, width), not pictures")
-    if image.mode not in ("RGB", "L"):
-        sys.exit(f"{path}: pixels of mode {image.mode}; docs/data.md says how they are converted")
+    if image.mode not in ("RGB", "L") or "transparency" in image.info:
+        clear = " and a clear color" if "transparency" in image.info else ""
+        sys.exit(
+            f"{path}: pixels of mode {image.mode}{clear}; docs/data.md says what becomes of them"
+        )
     if image.size != (width, height):
         if about["input_size"] != about["image_size"]:
             sys.exit(f"{path}: {image.size} pixels, and the file takes {width} x {height}")

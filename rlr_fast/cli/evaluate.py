@@ -43,6 +43,7 @@ def evaluate(
         given_decider,
         given_scale,
         report_failures,
+        tell_earlier,
         tell_unmeasured,
     )
     from rlr_fast.data import read_dataset
@@ -86,6 +87,7 @@ def evaluate(
             model = load_model(folder, how, backbone_weights)
             decider = None
             if group.is_main:
+                tell_earlier(out, report_html=report, figures=figures)
                 decider = given_decider(
                     folder,
                     scoring_identity(model, how.precision, tiles),

@@ -75,6 +75,7 @@ def predict(
         check_out,
         given_decider,
         given_scale,
+        tell_earlier,
     )
     from rlr_fast.config import optional_tiles
     from rlr_fast.data.check import counted
@@ -128,6 +129,8 @@ def predict(
                 files = files.classified(known) if category is None else files.of_class(category)
             categories = set(known) if category is None else {category}
             model = load_model(folder, how, backbone_weights)
+            if group.is_main and not (resume or watch):
+                tell_earlier(out, report_html=report)
             decider = given_decider(
                 folder,
                 scoring_identity(model, how.precision, tiles),

@@ -16,7 +16,8 @@ kind             severity  meaning
 ``empty-mask``   warning   a mask marks nothing, as stored or once resized
 ``lossy-mask``   warning   a mask is a JPEG file, whose noise around edges counts as anomaly
 ``orphan-mask``  warning   a mask in the ground truth belongs to no image
-``not-read``     warning   images in the folder of a class that the layout has no use for
+``not-read``     warning   images in the folder of a class that the layout has no use for, and
+                           pictures in files of a kind that is not read
 ``dark``         warning   all 16-bit images of a class use 12 bits or fewer: read nearly black
 ``leak``         warning   an image to test on is, byte for byte, one to train or validate on, or
                            one to validate on is one to train on
@@ -60,6 +61,23 @@ _SHOWN_OF_A_KIND = 5
 # What folders of a class are called, whatever the layout calls its normal images.
 _FOLDERS = ("train", "test", "validation", "ground_truth")
 _TWELVE_BITS = 4096
+# Suffixes of pictures that other programs write, and `IMAGE_SUFFIXES` lacks.
+_OTHER_PICTURES = frozenset(
+    {
+        ".avif",
+        ".dng",
+        ".exr",
+        ".heic",
+        ".heif",
+        ".jp2",
+        ".jxl",
+        ".pbm",
+        ".pgm",
+        ".ppm",
+        ".psd",
+        ".tga",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -336,6 +354,7 @@ def _check_unused(name: str, samples: list[Sample], data: DataSet) -> Iterable[P
     used = {str(path) for sample in samples for path in (sample.path, *sample.mask_paths)}
     truth = ("Data", "Masks") if data.layout == "visa" else ("ground_truth",)
     for part, images in _image_tree(folder):
+        yield from _check_kinds(name, part)
         unused = [path for path in images if str(path) not in used]
         parts = part.relative_to(folder).parts
         if not unused or parts[:2] == ("ground_truth", normal_folder(data.layout)):
@@ -349,6 +368,16 @@ def _check_unused(name: str, samples: list[Sample], data: DataSet) -> Iterable[P
             hint = next(filter(None, (_meant(folder, known) for folder in parts)), "")
             message = f"layout {data.layout} has no use for {count} in it{hint}"
             yield Problem("not-read", name, part, message)
+
+
+def _check_kinds(name: str, folder: Path) -> Iterable[Problem]:
+    """Yield the pictures right in a folder whose files are of a kind that is not read."""
+    suffixes = [Path(file).suffix.lower() for file in os.listdir(folder) if file[0] != "."]
+    found = [suffix for suffix in suffixes if suffix in _OTHER_PICTURES]
+    if found:
+        kinds = ", ".join(sorted(set(found)))
+        message = f"{counted(len(found), 'file')} of {kinds} in it, which are not read"
+        yield Problem("not-read", name, folder, message)
 
 
 def _meant(folder: str, known: list[str]) -> str:

@@ -105,14 +105,18 @@ class Scorer:
         failures = np.full(rows, None, dtype=object)
         maps: dict[int, NDArray[np.float32]] = {}
         if source == "path":
-            paths = [Path(os.fsdecode(path)) for path in np.asarray(batch["path"])]
+            column = list(np.asarray(batch["path"]))
+            places = [i for i, x in enumerate(column) if isinstance(x, (str, bytes, os.PathLike))]
+            for i in set(range(rows)).difference(places):  # None and NaN of a table
+                failures[i] = f"row {i}: no path, but {column[i]!r}"
+            paths = [Path(os.fsdecode(column[i])) for i in places]
             for outcomes in score_files(model, paths, self.execution, model.config.tiles):
                 for outcome in outcomes:
                     if isinstance(outcome, ImageFailure):
-                        failures[outcome.index] = str(outcome.error)
+                        failures[places[outcome.index]] = str(outcome.error)
                     else:
-                        scores[outcome.index] = outcome.score
-                        maps[outcome.index] = outcome.score_map.numpy()
+                        scores[places[outcome.index]] = outcome.score
+                        maps[places[outcome.index]] = outcome.score_map.numpy()
         else:
             for index, found in self._arrays(model, batch["image"], rows):
                 if isinstance(found, str):

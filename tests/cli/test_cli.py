@@ -141,6 +141,21 @@ def test_eval_writes_a_report_of_its_own_figures(trained, calibrated, tmp_path, 
         assert (tmp_path / "out" / row[2]).resolve() == Path(row[1]).resolve()
 
 
+@pytest.mark.parametrize("verb", ["predict", "eval"])
+def test_what_an_earlier_command_left_is_told(verb, trained, tmp_path, capsys, caplog):
+    (tmp_path / "report.html").touch()
+    (tmp_path / "figures").mkdir()
+    argv = [verb, str(trained / "data"), "--checkpoint", str(trained / "run"), "--quiet"]
+    argv += ["--out", str(tmp_path)]
+    assert main(argv) == 0
+    said = capsys.readouterr().err + caplog.text
+    assert f"{tmp_path / 'report.html'} stays there, and is of an earlier command" in said
+    assert ("figures stays there" in said) == (verb == "eval")
+    caplog.clear()
+    assert main([*argv, "--report", "--no-pictures" if verb == "predict" else "--figures"]) == 0
+    assert "stays there" not in capsys.readouterr().err + caplog.text
+
+
 def test_predict_writes_a_report_of_its_table(trained, calibrated, tmp_path, capsys):
     out, data = tmp_path / "out", str(trained / "data/bolt/test")
     argv = ["predict", data, "--out", str(out), "--quiet", "--report", "--no-pictures"]

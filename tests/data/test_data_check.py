@@ -194,6 +194,14 @@ def test_orphan_masks_and_unread_images_are_warnings(root, pictures):
     assert "2 images" in next(p.message for p in report.problems if p.kind == "not-read")
 
 
+def test_pictures_of_a_kind_that_is_not_read_are_counted(root):
+    for name in ("a.heic", "b.JP2", ".c.jp2", "notes.txt"):
+        (root / "nut/train/good" / name).write_bytes(b"picture")
+    report = check_dataset(root)
+    assert kinds(report) == [("warning", "not-read", "nut", "good")]
+    assert report.problems[0].message == "2 files of .heic, .jp2 in it, which are not read"
+
+
 @pytest.mark.parametrize(
     ("wrong", "right"),
     [("train/goood", "train/good"), ("trian/good", "train/good"), ("test/Good", "test/good")],

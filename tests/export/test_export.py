@@ -146,10 +146,16 @@ def test_the_example_reproduces_a_prediction_without_the_package(onnx_file, fold
 
 
 def test_the_example_refuses_what_it_would_score_otherwise(onnx_file, folder, tmp_path):
-    Image.new("RGBA", (64, 48)).save(tmp_path / "clear.png")
-    command = [sys.executable, str(EXAMPLE), str(onnx_file), str(tmp_path / "clear.png")]
-    done = subprocess.run(command, capture_output=True, text=True, env={})
-    assert done.returncode == 1 and "pixels of mode RGBA" in done.stderr
+    Image.new("RGBA", (64, 48)).save(tmp_path / "rgba.png")
+    Image.new("RGB", (64, 48)).save(tmp_path / "rgb.png", transparency=(0, 0, 0))
+    (tmp_path / "text.png").write_text("text")
+    for name, told in (("rgba", "mode RGBA;"), ("rgb", "mode RGB and a clear color;")):
+        files = [str(tmp_path / f"{file}.png") for file in ("text", name)]
+        command = [sys.executable, str(EXAMPLE), str(onnx_file), *files]
+        done = subprocess.run(command, capture_output=True, text=True, env={})
+        lines = done.stderr.splitlines()
+        assert done.returncode == 1 and len(lines) == 2
+        assert "cannot identify image" in lines[0] and f"pixels of {told}" in lines[1]
 
 
 @pytest.mark.parametrize(

@@ -163,6 +163,19 @@ def test_a_missing_class_of_pandas_and_a_path_of_bytes_are_known(run, files):
         assert given[name].tolist() == plain[name].tolist() and None not in given[name]
 
 
+@pytest.mark.parametrize("nothing", [None, math.nan])
+def test_a_row_without_a_path_is_a_failure_of_its_own(run, files, nothing):
+    scorer = Scorer(run, CPU, maps=True)
+    whole = scorer({"path": [str(path) for path in files[:2]]})
+    paths = np.array([nothing, str(files[0]), nothing, str(files[1])], dtype=object)
+    given = scorer({"path": paths})
+    assert given["score"][[1, 3]].tolist() == whole["score"].tolist()
+    np.testing.assert_array_equal(given["score_map"][[1, 3]], whole["score_map"])
+    assert np.isnan(given["score"][[0, 2]]).all()
+    assert given["failure"].tolist() == [f"row 0: no path, but {nothing}", None,
+                                         f"row 2: no path, but {nothing}", None]  # fmt: skip
+
+
 def test_a_run_that_was_stopped_before_its_end_is_told(run, caplog):
     Scorer(run)
     assert not caplog.records
