@@ -32,15 +32,15 @@ def check_out(out: Path, *files: str) -> None:
             raise ValueError(f"{str(path)!r} is a folder, where a file of results belongs")
 
 
-def tell_earlier(out: Path, **written: bool) -> None:
+def tell_earlier(out: Path, written: Mapping[str, bool]) -> None:
     """Tell what an earlier command left in ``out`` and this one, which does not write it, leaves.
 
     Args:
         out: Folder of the results.
-        written: By name with ``_`` for ``.``, whether this command writes it.
+        written: Whether this command writes it, by name.
     """
-    for name in (name.replace("_", ".") for name, new in written.items() if not new):
-        if (out / name).exists():
+    for name, new in written.items():
+        if not new and (out / name).exists():
             _log.warning("%s stays there, and is of an earlier command", out / name)
 
 

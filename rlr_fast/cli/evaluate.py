@@ -87,7 +87,7 @@ def evaluate(
             model = load_model(folder, how, backbone_weights)
             decider = None
             if group.is_main:
-                tell_earlier(out, report_html=report, figures=figures)
+                tell_earlier(out, {REPORT_FILE: report, "figures": figures})
                 decider = given_decider(
                     folder,
                     scoring_identity(model, how.precision, tiles),

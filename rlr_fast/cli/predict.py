@@ -90,7 +90,7 @@ def predict(
     from rlr_fast.training.distributed import processes
     from rlr_fast.training.progress import progress_bar
     from rlr_fast.training.run_dir import tell_unfinished
-    from rlr_fast.visualization.report import ReportWriter, check_report
+    from rlr_fast.visualization.report import REPORT_FILE, ReportWriter, check_report
 
     with processes() as group:
         with group.together():
@@ -130,7 +130,7 @@ def predict(
             categories = set(known) if category is None else {category}
             model = load_model(folder, how, backbone_weights)
             if group.is_main and not (resume or watch):
-                tell_earlier(out, report_html=report)
+                tell_earlier(out, {REPORT_FILE: report})
             decider = given_decider(
                 folder,
                 scoring_identity(model, how.precision, tiles),
