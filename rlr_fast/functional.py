@@ -81,6 +81,7 @@ def local_cross_attention(
     Raises:
         ValueError: An argument breaks a rule above; the message names it.
         BackendError: The requested backend cannot run here.
+        RuntimeError: A derivative that the Triton kernels lack: see `refuse_transforms`.
     """
     return _apply(_LCA, query, key, value, grid, window, scale, backend)
 
@@ -116,6 +117,7 @@ def masked_learnable_key_attention(
     Raises:
         ValueError: An argument breaks a rule above; the message names it.
         BackendError: The requested backend cannot run here.
+        RuntimeError: A derivative that the Triton kernels lack: see `refuse_transforms`.
     """
     return _apply(_MLKA, query, key, value, grid, window, scale, backend)
 
@@ -191,6 +193,7 @@ def prepare_reference(
     Raises:
         ValueError: Another shape, or there is no such backend.
         BackendError: The requested backend cannot run here.
+        RuntimeError: A derivative that the Triton kernels lack: see `refuse_transforms`.
     """
     if not isinstance(heads, int) or heads < 1:
         raise ValueError(f"heads must be a positive integer, got {heads=}")
@@ -231,6 +234,7 @@ def block_attention(
         ValueError: ``projected`` has another shape, dtype or device than ``reference`` asks for, or
             ``grid`` or ``window`` breaks its rule.
         BackendError: The GPU refuses the kernels that the reference was prepared for by request.
+        RuntimeError: A derivative that the Triton kernels lack: see `refuse_transforms`.
     """
     heads, tokens, width = reference.value.shape
     kind = (reference.value.dtype, reference.value.device)

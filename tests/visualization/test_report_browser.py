@@ -90,6 +90,15 @@ def expected(rows, limits):
     }
 
 
+def highest_normal(rows):
+    """Return where the thresholds of classes start that no calibration set."""
+    good = [row for row in rows if row.defect == "good"]
+    return {
+        name: max(row.score for row in good if row.category == name)
+        for name in {row.category: None for row in rows}
+    }
+
+
 def counts(browser):
     return dict(browser.run(f"return {COUNTS}"))
 
@@ -173,10 +182,7 @@ def test_each_class_has_its_threshold_and_they_are_copied_as_yaml(show):
     names = dict(zip(("bolt", "cloth"), ('a: "b" # \u2028', "cloth"), strict=True))
     rows = [image(str(r.path), names[r.category], r.score, defect=r.defect) for r in rows]
     browser = show(rows)
-    starts = {
-        name: max(r.score for r in rows if r.category == name and r.defect == "good")
-        for name in names.values()
-    }
+    starts = highest_normal(rows)
     assert counts(browser) == expected(rows, starts)
     choose(browser, "#class-choice", "cloth")
     browser.run(f"{SLIDER}.focus()")
@@ -199,10 +205,7 @@ def test_each_class_has_its_threshold_and_they_are_copied_as_yaml(show):
 def test_marks_show_the_thresholds_of_classes_where_they_are_now(show):
     rows = labeled(60)
     browser = show(rows)
-    starts = {
-        name: max(r.score for r in rows if r.category == name and r.defect == "good")
-        for name in ("bolt", "cloth")
-    }
+    starts = highest_normal(rows)
     assert sorted(browser.run(MARKS)) == pytest.approx(sorted(starts.values()))
     choose(browser, "#class-choice", "cloth")
     browser.run(TYPE, 0.25)
@@ -274,10 +277,7 @@ def test_without_calibration_nothing_is_promised(show):
 def test_filters_and_orders_show_the_right_tiles(show):
     rows = labeled(30)
     browser = show(rows)
-    limits = {
-        name: max(r.score for r in rows if r.category == name and r.defect == "good")
-        for name in ("bolt", "cloth")
-    }
+    limits = highest_normal(rows)
     choose(browser, "#class-choice", "cloth")
     browser.run(f"{SLIDER}.focus()")
     browser.press("page down", "page down")
