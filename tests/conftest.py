@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from gpu import DEVICE, ON_GPU
+from interpreter import spare_lookups
 from PIL import Image
 
 if not ON_GPU:
@@ -24,7 +25,10 @@ from rlr_fast import RLRConfig, TrainConfig
 from rlr_fast.data import DataSet, read_dataset
 from rlr_fast.training import train as _training
 
-collect_ignore_glob = [] if importlib.util.find_spec("triton") else ["kernels/*"]
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+collect_ignore_glob = [] if HAS_TRITON else ["kernels/*"]
+if HAS_TRITON and not ON_GPU:
+    spare_lookups()
 
 
 # A short training takes less time than the picture of its loss, which one test of training draws.
