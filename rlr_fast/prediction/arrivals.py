@@ -3,17 +3,46 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from rlr_fast.data import list_images
 from rlr_fast.data.layouts import subfolders
 from rlr_fast.prediction.image_files import image_folders
 
-# A folder in which something changed less than this many seconds ago is listed again: clocks of
-# file systems are coarse, so a second change may show the same time.
+# Clocks of file systems are coarse, so a second change may show the same time: a folder is listed
+# again this many seconds after its time of change was first seen.
 _COARSE = 3.0
+
+
+@dataclass(frozen=True)
+class _Listing:
+    """What was in a folder when it was listed.
+
+    Attributes:
+        changed: The folder's time of change, of the clock of its file system.
+        since: When that was seen first, by the clock here.
+        at: When the folder was listed.
+        subfolders: Their names.
+    """
+
+    changed: int
+    since: float
+    at: float
+    subfolders: Collection[str]
+
+    def holds(self, changed: int, now: float) -> bool:
+        """Return whether the folder, with this time of change, need not be listed now."""
+        if changed != self.changed:
+            return False
+        if self.at - self.since > _COARSE:
+            return True
+        # Where the two clocks agree on a change just now, another would not wait for the end.
+        recent = abs(time.time() - changed / 1e9) <= _COARSE
+        return not recent and now - self.since <= _COARSE
 
 
 def check_watched(folders: Sequence[Path], settle: float) -> None:
@@ -56,11 +85,10 @@ class Arrivals:
     ) -> None:
         check_watched(folders, settle)
         self._folders, self._out, self._settle, self._clock = folders, out, settle, clock
-        self._done = set(done)
+        self._done = {os.path.abspath(path) for path in done}
         # Path → size, time of the last change, and since when both are known.
         self._waiting: dict[Path, tuple[int, int, float]] = {}
-        # Folder → its time of change when it was listed, and its subfolders.
-        self._listed: dict[Path, tuple[int, Collection[str]]] = {}
+        self._listed: dict[Path, _Listing] = {}
 
     def poll(self) -> list[Path]:
         """Return the files that are complete now, by the time of their last change.
@@ -85,7 +113,7 @@ class Arrivals:
             elif now - since >= self._settle:
                 ready.append((changed, path))
                 del self._waiting[path]
-                self._done.add(str(path))
+                self._done.add(os.path.abspath(path))
         return [path for _, path in sorted(ready)]
 
     def _list(self, folder: Path) -> None:
@@ -94,21 +122,16 @@ class Arrivals:
             changed = folder.stat().st_mtime_ns
         except FileNotFoundError:
             return
-        if self._listed.get(folder, (None,))[0] == changed:
+        known, now = self._listed.get(folder), self._clock()
+        if known is not None and known.holds(changed, now):
             return
         for path in list_images(folder):
-            if path not in self._waiting and str(path) not in self._done:
-                self._waiting[path] = -1, -1, self._clock()
-        if time.time() - changed / 1e9 > _COARSE:
-            self._listed[folder] = changed, tuple(subfolders(folder))
-        else:
-            self._listed.pop(folder, None)
+            if path not in self._waiting and os.path.abspath(path) not in self._done:
+                self._waiting[path] = -1, -1, now
+        since = known.since if known is not None and known.changed == changed else now
+        self._listed[folder] = _Listing(changed, since, now, tuple(subfolders(folder)))
 
     def _subfolders(self, folder: Path) -> Collection[str]:
-        """Return the names of a folder's subfolders, as they were listed if nothing changed."""
+        """Return the names of a folder's subfolders, as they were listed."""
         known = self._listed.get(folder)
-        try:
-            changed = folder.stat().st_mtime_ns
-        except FileNotFoundError:
-            return ()
-        return known[1] if known is not None and known[0] == changed else subfolders(folder)
+        return () if known is None else known.subfolders

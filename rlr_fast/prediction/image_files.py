@@ -18,6 +18,7 @@ from rlr_fast.data.layouts import IMAGE_SUFFIXES, find_class, holds_masks, subfo
 from rlr_fast.visualization.report import REPORT_FOLDER
 
 RESULTS_FILE = "results.csv"
+LINES_FILE = "results.jsonl"
 PICTURES_FOLDER = "pictures"
 MASKS_FOLDER = "masks"
 
@@ -175,12 +176,17 @@ def check_results_folder(out: Path, paths: Sequence[str | Path] = ()) -> None:
                     f"{str(path)!r} lies in {str(out / name)!r}, where a prediction writes: give "
                     "another folder for its results"
                 )
-        is_ours = name == REPORT_FOLDER or (out / RESULTS_FILE).is_file()
+        is_ours = name == REPORT_FOLDER or _holds_prediction(out)
         if not is_ours and written.is_dir() and any(written.iterdir()):
             raise ValueError(
                 f"{str(out / name)!r} is of no prediction, whose {name} would be written there: "
                 "give another folder for its results"
             )
+
+
+def _holds_prediction(folder: Path) -> bool:
+    """Return whether a prediction wrote into a folder, of which somebody may have taken a table."""
+    return any((folder / name).is_file() for name in (RESULTS_FILE, LINES_FILE))
 
 
 def _images(path: Path, out: Path | None) -> Iterator[tuple[Path, Path, list[str]]]:
@@ -224,7 +230,7 @@ def image_folders(
         yield folder
         for name in names(folder):
             what = "masks" if holds_masks(folder / name) else None
-            if name in _WRITTEN and (folder / RESULTS_FILE).is_file():
+            if name in _WRITTEN and _holds_prediction(folder):
                 what = "pictures of an earlier prediction"
             if what is None:
                 yield from walk(folder / name)

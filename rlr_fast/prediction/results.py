@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -12,12 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from rlr_fast.inference.decisions import Decision
 from rlr_fast.pictures.scored_files import ScoredImage
-from rlr_fast.prediction.image_files import RESULTS_FILE, ImageFile
+from rlr_fast.prediction.image_files import LINES_FILE, RESULTS_FILE, ImageFile
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-LINES_FILE = "results.jsonl"
 
 _BOX = ("x", "y", "width", "height")
 COLUMNS = ("path", "score", "class", "p_value", "threshold", "decision", *_BOX, "area", "failure")
@@ -28,8 +27,8 @@ Row = dict[str, Any]
 
 _WORDS = {True: "anomalous", False: "normal", None: None}
 
-# A file's name need not be text; its bytes are kept.
-_TEXT: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape"}
+# A file's name need not be text: its other bytes are escaped, as JSON does it.
+_TEXT: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace"}
 
 
 def image_row(file: ImageFile, image: ScoredImage, decision: Decision | None) -> Row:
@@ -115,7 +114,7 @@ class ResultsWriter:
     """
 
     def __init__(self, out: Path, told: Callable[[Row], object], kept: int = 0) -> None:
-        self._told = told
+        self._told, self._out = told, out
         with contextlib.ExitStack() as stack:
             self._csv = stack.enter_context(open(out / RESULTS_FILE, "w", newline="", **_TEXT))
             self._table = csv.writer(self._csv)
@@ -134,9 +133,17 @@ class ResultsWriter:
         self._told(row)
 
     def flush(self) -> None:
-        """Hand what is written to the system, so that an interruption does not lose it."""
-        self._lines.flush()
-        self._csv.flush()
+        """Hand what is written to the system, so that an interruption does not lose it.
+
+        Raises:
+            OSError: It cannot be written, or a table was removed, moved or replaced meanwhile.
+        """
+        for file, name in ((self._lines, LINES_FILE), (self._csv, RESULTS_FILE)):
+            file.flush()
+            path = self._out / name
+            if not (path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))):
+                what = "removed, moved or replaced while rows were written to it"
+                raise FileNotFoundError(errno.ENOENT, what, str(path))
 
     def __enter__(self) -> Self:
         return self

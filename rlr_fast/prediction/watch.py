@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
@@ -104,6 +105,8 @@ def watch(
         if check_settings(out, settings, resume=(out / SETTINGS_FILE).exists()):
             rows = [(row["path"], end) for row, end in read_rows(out / LINES_FILE)]
         done, kept = [path for path, _ in rows], rows[-1][1] if rows else 0
+        # Files of several folders, now or earlier, may have one name.
+        own = len(folders) > 1 or not all(_lies_in(path, folders[0]) for path in done)
         arrivals = Arrivals(folders, out, done, settle)
         with ResultsWriter(out, tally.add, kept) as table:
             write_settings(out, settings)
@@ -116,7 +119,8 @@ def watch(
 
             def files(paths: Sequence[Path]) -> Iterator[ImageFile]:
                 for path in paths:
-                    file = ImageFile(path, _picture(path, folders), category)
+                    usual = None if own else picture_name(picture_place(path, folders[0]))
+                    file = ImageFile(path, usual or own_picture_name(path), category)
                     try:
                         known = find_class(path, classes) if category is None else category
                     except ValueError as error:
@@ -129,12 +133,10 @@ def watch(
                     ready = arrivals.poll()
                     maker.run(files(ready), write, table.flush)
                     if not ready:
+                        table.flush()  # which sees whether there is a table still
                         time.sleep(_PAUSE)
     return tally.prediction(out / RESULTS_FILE)
 
 
-def _picture(path: Path, folders: Sequence[Path]) -> Path:
-    """Return the name of a file's picture, as a prediction gives it; of several folders its own."""
-    if len(folders) > 1:  # two may have files of one name
-        return own_picture_name(path)
-    return picture_name(picture_place(path, folders[0]))
+def _lies_in(path: str, folder: Path) -> bool:
+    return Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder))

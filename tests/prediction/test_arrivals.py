@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+from pathlib import Path
 
 import pytest
 
@@ -96,13 +98,39 @@ def test_a_folder_without_changes_is_not_listed_again(folder, tmp_path, clock, m
     write(folder / "a.png")
     os.utime(folder, (100, 100))
     arrivals = Arrivals([folder], tmp_path / "out", settle=0, clock=clock)
-    for _ in range(5):
+    for clock.now in (0, 1, 2, 4, 5):  # once more when a change in the same second would be over
         arrivals.poll()
-    assert listed == [folder]
+    assert listed == [folder] * 2
+    listed.clear()
     write(folder / "b.png")  # now: the clock of the file system may not tell a further change
     for _ in range(5):
         arrivals.poll()
-    assert len(listed) == 6
+    assert len(listed) == 5
+
+
+@pytest.mark.parametrize("behind", [-30, 0, 30])
+def test_a_file_that_leaves_the_time_of_its_folder_is_told(folder, tmp_path, clock, behind):
+    """A server has its own clock, and stamps of a second: two changes may show one time."""
+    then = int(time.time()) - behind
+    arrivals = Arrivals([folder], tmp_path / "out", settle=0, clock=clock)
+    told = []
+    for name in ("a.png", "b.png"):
+        write(folder / name)
+        for _ in range(2):
+            os.utime(folder, (then, then))
+            told += names(arrivals.poll())
+            clock.now += 0.2
+    for _ in range(20):
+        told += names(arrivals.poll())
+        clock.now += 0.2
+    assert told == ["a.png", "b.png"]
+
+
+def test_a_folder_may_be_named_otherwise(folder, tmp_path, clock, monkeypatch):
+    write(folder / "a.png")
+    monkeypatch.chdir(tmp_path)
+    arrivals = Arrivals([Path("in")], tmp_path / "out", [str(folder / "a.png")], 0, clock)
+    assert [arrivals.poll() for _ in range(3)] == [[]] * 3
 
 
 def test_nothing_is_missed_among_files_that_come_while_it_looks(folder, tmp_path, clock):

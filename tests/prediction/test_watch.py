@@ -166,6 +166,31 @@ def test_two_folders_with_a_name_of_a_file_share_no_picture(model, tmp_path):
     assert len(list((tmp_path / "out/pictures").rglob("*.png"))) == 2
 
 
+def test_another_folder_of_the_name_leaves_the_pictures_of_the_first(model, tmp_path):
+    for seed, name in enumerate(("x/in", "y/in", "x/in")):
+        save_picture(tmp_path / name / f"{seed // 2}.png", seed)
+        watch(model, [tmp_path / name], tmp_path / "out", (0.0, 2.0), settle=0, stop=steps())
+    assert len((tmp_path / "out/results.jsonl").read_text().splitlines()) == 3
+    assert len(list((tmp_path / "out/pictures").rglob("*.png"))) == 3
+
+
+@pytest.mark.parametrize("name", ["results.jsonl", "results.csv"])
+def test_tables_that_are_taken_away_are_told(model, folder, name):
+    def take():
+        (folder.parent / "out" / name).rename(folder.parent / name)
+
+    looks = (lambda: None, lambda: None)
+    with pytest.raises(FileNotFoundError, match="removed, moved or replaced while rows"):
+        start(model, folder, arrive(folder, "a.png"), *looks, take)
+
+
+def test_a_table_that_was_taken_away_is_made_again(model, folder):
+    start(model, folder, arrive(folder, "a.png"))
+    (folder.parent / "out/results.csv").unlink()
+    start(model, folder, arrive(folder, "b.png"))
+    assert len((folder.parent / "out/results.csv").read_text().splitlines()) == 3
+
+
 def test_it_goes_on_with_a_prediction(model, folder, tmp_path):
     from rlr_fast.prediction.image_files import find_images
 
