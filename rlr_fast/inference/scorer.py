@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Iterator, Mapping, Sized
+import threading
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from rlr_fast.config import InferenceExecution
+from rlr_fast.config.rules import require, suggest
 from rlr_fast.data.images import ImageFailure, resize_image
 from rlr_fast.inference.conformal import check_alpha
 from rlr_fast.inference.decisions import CALIBRATE, Decider
@@ -23,17 +26,21 @@ from rlr_fast.pictures.tiling import predict_tiled
 from rlr_fast.training.calibration import read_calibration, scoring_identity, trained_classes
 from rlr_fast.training.run_dir import tell_unfinished
 
+_log = logging.getLogger(__name__)
+
 
 class Scorer:
     """Scores and decides batches: a dict of arrays in, a dict of arrays out.
 
-    It is small and can be pickled: each process that calls it loads the model for itself, once.
+    It is small and can be pickled: each process that calls it loads the model for itself, once,
+    whatever thread is the first.
     Ray Data's ``map_batches`` takes one as it is.
 
     A batch has one of two columns, B rows each: ``path``, of image files, or ``image``, RGB of
     uint8, an array (B, h, w, 3) or B arrays (h, w, 3) of any sizes. A column ``class`` names the
-    class of each, which decides by its own calibration images; without one the only class of the
-    run is taken, or all of them pooled. The columns that come back are
+    class of each, which decides by its own calibration images; where it has None or NaN all are
+    pooled. Without one the only class of the run is taken, or all of them pooled. The columns that
+    come back are
 
     - all of the batch but ``image``,
     - ``score``: (B,) float64, the image scores of ``rlr-fast predict``; NaN for an image that has
@@ -55,7 +62,8 @@ class Scorer:
         backbone_weights: Where to take the backbone's weights from now.
 
     Raises:
-        ValueError: ``alpha`` is out of its range or the run has no calibration.
+        ValueError: An argument is of another kind, ``alpha`` is out of its range, or the run has
+            no calibration.
         CheckpointError: There is no such run, or its calibration is damaged.
         TrainingError: The run's record is damaged.
     """
@@ -70,6 +78,9 @@ class Scorer:
         maps: bool = False,
         backbone_weights: str | None = None,
     ) -> None:
+        require(isinstance(run, (str, Path)), "run", "a folder or a name", run)
+        is_execution = isinstance(execution, InferenceExecution)
+        require(is_execution, "execution", "an InferenceExecution", execution)
         self.run, self.execution, self.maps = str(run), execution, maps
         self.backbone_weights = backbone_weights
         folder = fetch_checkpoint(run)
@@ -77,29 +88,42 @@ class Scorer:
         known = trained_classes(folder)
         self._only = next(iter(known)) if len(known) == 1 else None
         self._decider: Decider | None = None
+        self._classes, self._strange = set(known), set[str]()
         if alpha is not None:
             calibration = read_calibration(folder)
             if calibration is None:
                 raise ValueError(f"{run} has no calibration: {CALIBRATE}")
             self._decider = Decider(calibration, check_alpha(alpha), pool, known)
+            self._classes.update(calibration.classes)
         elif pool:
             raise ValueError("pool decides images and needs alpha, got pool=True and alpha=None")
         self._model: RLRModel | None = None
+        self._loading = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what is pickled: all but the model."""
-        return vars(self) | {"_model": None}
+        """Return what is pickled: all but the model, and the lock of this process."""
+        state = vars(self) | {"_model": None}
+        del state["_loading"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take what was pickled."""
+        vars(self).update(state, _loading=threading.Lock())
 
     def __call__(self, batch: Mapping[str, ArrayLike]) -> dict[str, NDArray[Any]]:
         """Score a batch.
 
         Raises:
             ValueError: The batch has not one of ``path`` and ``image``, columns differ in length,
-                or an image is not RGB of uint8. Or scores would not be those of the calibration.
+                an image is not RGB of uint8, or a class is no name. Or scores would not be those
+                of the calibration.
             CheckpointError: A file of the run is missing or damaged.
             BackboneWeightsError: The backbone's weights cannot be had.
         """
         source, rows = _check(batch)
+        classes = [self._only] * rows
+        if self._decider is not None and "class" in batch:
+            classes = self._named(batch["class"])
         model = self._loaded()
         scores = np.full(rows, np.nan)
         failures = np.full(rows, None, dtype=object)
@@ -126,7 +150,7 @@ class Scorer:
         result = {name: np.asarray(values) for name, values in batch.items() if name != "image"}
         result |= {"score": scores, "failure": failures}
         if self._decider is not None:
-            result |= self._decided(self._decider, scores, maps, batch.get("class"))
+            result |= self._decided(self._decider, scores, maps, classes)
         if self.maps:
             whole = model.config.tiles is None
             shape = (rows, *model.config.image_size) if whole else (rows,)
@@ -137,13 +161,33 @@ class Scorer:
         return result
 
     def _loaded(self) -> RLRModel:
-        if self._model is None:
-            model = load_model(self.run, self.execution, self.backbone_weights).eval()
-            if self._decider is not None:
-                scoring = scoring_identity(model, self.execution.precision, model.config.tiles)
-                self._decider.check_scoring(scoring)
-            self._model = model
-        return self._model
+        with self._loading:
+            if self._model is None:
+                model = load_model(self.run, self.execution, self.backbone_weights).eval()
+                if self._decider is not None:
+                    scoring = scoring_identity(model, self.execution.precision, model.config.tiles)
+                    self._decider.check_scoring(scoring)
+                self._model = model
+            return self._model
+
+    def _named(self, column: ArrayLike) -> list[str | None]:
+        """Return the class of each row, None where there is none; tell one that nobody knows."""
+        names: list[str | None] = []
+        for i, name in enumerate(np.asarray(column).tolist()):
+            if name is None or name != name:  # pandas says NaN
+                names.append(None)
+            elif isinstance(name, (str, bytes)):
+                names.append(os.fsdecode(name))
+            else:
+                raise ValueError(f"class must be a name, got {name!r} in row {i}")
+        strange = {name for name in names if name is not None} - self._classes - self._strange
+        for name in sorted(strange):
+            hint = suggest(name, sorted(self._classes))
+            _log.warning(
+                "%s has no class %r, and does not decide its images; %s", self.run, name, hint
+            )
+        self._strange |= strange
+        return names
 
     def _arrays(
         self, model: RLRModel, images: ArrayLike, rows: int
@@ -177,15 +221,12 @@ class Scorer:
         decider: Decider,
         scores: NDArray[np.float64],
         maps: Mapping[int, NDArray[np.float32]],
-        classes: ArrayLike | None,
+        classes: Sequence[str | None],
     ) -> dict[str, NDArray[Any]]:
-        names = [self._only] * len(scores) if classes is None else list(np.asarray(classes))
         p_value, limit = np.full((2, len(scores)), np.nan)
         anomalous = np.full(len(scores), None, dtype=object)
         for i, score_map in maps.items():
-            # pandas says NaN where there is none
-            has_class = names[i] is not None and names[i] == names[i]
-            rule = decider.rule(str(names[i]) if has_class else None)
+            rule = decider.rule(classes[i])
             if rule is not None:
                 decision = rule.decide(float(scores[i]), score_map)
                 p_value[i], anomalous[i] = decision.p_value, decision.anomalous
@@ -201,6 +242,8 @@ def _finite(
 
 def _check(batch: Mapping[str, ArrayLike]) -> tuple[str, int]:
     """Return the column to score, and the number of rows."""
+    if not isinstance(batch, Mapping):
+        raise ValueError(f"batch must be a dict of columns, got one of {type(batch).__name__}")
     found = [name for name in ("path", "image") if name in batch]
     if len(found) != 1:
         raise ValueError(

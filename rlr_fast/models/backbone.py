@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import hashlib
 import logging
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from rlr_fast.config import Level, level_groups
 from rlr_fast.models.backbone_weights import no_weights, refuse_missing, weight_options
 
 _RANDOM_SEED = 0
+_SEEDED = threading.Lock()  # the generator is that of all threads
 
 
 class _UnlikeSizes(ValueError):
@@ -67,7 +69,7 @@ class Backbone(nn.Module):
         self.groups = level_groups(out_indices)
         self.indices = tuple(level for group in self.groups for level in group)
         device = torch.get_default_device()
-        with _quiet_builder(), torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        with _SEEDED, _quiet_builder(), torch.random.fork_rng(devices=[]), torch.device("cpu"):
             # "random" weights are the same in every process, and a GPU's generator is left alone.
             torch.default_generator.manual_seed(_RANDOM_SEED)
             self.network = _create(name, weights, self.indices, image_size)

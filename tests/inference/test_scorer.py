@@ -6,6 +6,7 @@ import csv
 import math
 import os
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -16,7 +17,9 @@ from PIL import Image
 from rlr_fast import RLRModel, Scorer
 from rlr_fast.config import InferenceExecution
 from rlr_fast.data import load_image
+from rlr_fast.inference import scorer as scorer_module
 from rlr_fast.inference.decisions import Decider
+from rlr_fast.pictures.batches import load_model
 from rlr_fast.prediction.image_files import find_images
 from rlr_fast.prediction.predict import predict
 from rlr_fast.training.calibration import (
@@ -134,12 +137,15 @@ def test_too_few_calibration_images_give_a_p_value_alone(run, files):
         ({"image": np.zeros((1, 3, 4, 4), np.uint8)}, r"image must be \(h, w, 3\) of uint8"),
         ({"path": "one.png"}, "column 'path' of batch must have a value per row, got 'one.png'"),
         ({"path": ["a"], "class": 7}, "column 'class' of batch must have a value per row, got 7"),
+        ({"path": ["a"], "class": [7]}, "class must be a name, got 7 in row 0"),
+        ([np.zeros((4, 4, 3), np.uint8)], "batch must be a dict of columns, got one of list"),
     ],
-    ids=["nothing", "both", "lengths", "dtype", "channels", "one-path", "one-class"],
-)
+    ids=["nothing", "both", "lengths", "dtype", "channels", "one-path", "one-class", "no-name",
+         "no-columns"],
+)  # fmt: skip
 def test_a_wrong_batch_is_refused(run, batch, message):
     with pytest.raises(ValueError, match=message):
-        Scorer(run, CPU)(batch)
+        Scorer(run, CPU, alpha=0.1)(batch)
 
 
 def test_a_wrong_scorer_is_refused_where_it_is_made(run, small, tmp_path):
@@ -152,6 +158,33 @@ def test_a_wrong_scorer_is_refused_where_it_is_made(run, small, tmp_path):
         Scorer(run, alpha="0.05")
     with pytest.raises(ValueError, match="pool decides images and needs alpha"):
         Scorer(run, pool=True)
+    with pytest.raises(ValueError, match="execution must be an InferenceExecution, got exec"):
+        Scorer(run, {"device": "cpu"})
+    with pytest.raises(ValueError, match="run must be a folder or a name, got run=None"):
+        Scorer(None)
+
+
+def test_a_class_that_nobody_knows_is_told_once(run, files, caplog):
+    scorer = Scorer(run, CPU, alpha=0.1)
+    batch = {"path": [str(files[0])] * 3, "class": [b"bolt", "bold", "nan"]}
+    given = [scorer(batch) for _ in range(2)]
+    assert [x is None for x in given[0]["anomalous"]] == [False, True, True]
+    told = [record.getMessage() for record in caplog.records if "no class" in record.getMessage()]
+    assert [line.partition("has ")[2] for line in told] == [
+        "no class 'bold', and does not decide its images; did you mean 'bolt'? known: bolt",
+        "no class 'nan', and does not decide its images; known: bolt",
+    ]
+
+
+def test_threads_load_one_model(run, files, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(
+        scorer_module, "load_model", lambda *args: loaded.append(load_model(*args)) or loaded[-1]
+    )
+    scorer = Scorer(run, CPU)
+    with ThreadPoolExecutor(4) as pool:
+        scores = [x["score"][0] for x in pool.map(scorer, [{"path": [str(files[0])]}] * 4)]
+    assert len(loaded) == 1 and len(set(scores)) == 1
 
 
 def test_a_missing_class_of_pandas_and_a_path_of_bytes_are_known(run, files):
