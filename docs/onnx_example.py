@@ -25,12 +25,14 @@ missing = [path for path in paths if not os.path.exists(path)]
 if missing or not paths:
     sys.exit(f"no image: {missing}; the classes are {', '.join(about['classes'])}")
 
+failed = 0
 for path in paths:
     try:
         image = Image.open(path)
         image.load()
     except OSError as error:
         print(f"{path}: {error}", file=sys.stderr)
+        failed = 1
         continue
     if about["tile"] and list(image.size) != about["tile"][::-1]:
         sys.exit(f"{path}: the file takes tiles of {about['tile']} (height, width), not pictures")
@@ -52,3 +54,4 @@ for path in paths:
         word = "anomalous" if result["anomalous"][0, column] else "normal"
         line += [f"{result['p_value'][0, column]:.6f}", word, f"{marked:.6f}"]
     csv.writer(sys.stdout, lineterminator="\n").writerow(line)
+sys.exit(failed)

@@ -182,7 +182,8 @@ def _told(paths: Sequence[Path]) -> str:
 def _tell(row: Mapping[str, Any]) -> None:
     """Tell what became of a file that was watched for."""
     if row["failure"] is None:
-        print(f"{row['decision'] or 'scored'} {row['score']:.4g} {row['path']}", flush=True)
+        path = row["path"] if row["path"].isprintable() else repr(row["path"])  # in one line
+        print(f"{row['decision'] or 'scored'} {row['score']:.4g} {path}", flush=True)
     else:
         print(f"left out: {row['failure']}", flush=True)
 

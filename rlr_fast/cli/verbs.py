@@ -71,6 +71,7 @@ _ALL = (
         "Measure a trained model on the test images: seven metrics per class, and their means.",
         distributed=True,
         less_memory=_EVALUATION,
+        interrupted="; metrics.json is written behind the last image",
     ),
     Verb(
         "calibrate",
@@ -85,7 +86,7 @@ _ALL = (
         more="Exit code 3: an image is called anomalous (with --fail-on-anomaly).",
         distributed=True,
         less_memory=_SCORING,
-        interrupted="; --resume, or --watch again, goes on behind the last image",
+        interrupted="; --resume (without --report), or --watch again, goes on behind the last one",
     ),
     Verb(
         "publish",

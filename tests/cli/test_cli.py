@@ -16,7 +16,7 @@ from conftest import make_tree
 from gpu import ON_GPU
 from torch._inductor.exc import InductorError
 
-from rlr_fast.cli import main
+from rlr_fast.cli import main, predict
 from rlr_fast.config import PRESETS, Preset
 from rlr_fast.data import synthetic
 from rlr_fast.pictures import batches
@@ -94,6 +94,8 @@ def test_predict_watches_a_folder_until_it_is_interrupted(trained, tmp_path, mon
     printed = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in printed[:2]] == ["scored", "scored"]
     assert printed[2].startswith("2 of 2 images scored: ")
+    predict._tell({"failure": None, "decision": None, "score": 0.5, "path": "in/a\nb.png"})
+    assert capsys.readouterr().out == "scored 0.5 'in/a\\nb.png'\n"
     assert "--settle is of --watch" in refused(capsys, *words, "--settle", "1")
     assert "not with torchrun, --resume or --report" in refused(
         capsys, *words, "--watch", "--report", "--scale", "0", "1"

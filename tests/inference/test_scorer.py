@@ -140,9 +140,11 @@ def test_too_few_calibration_images_give_a_p_value_alone(run, files):
         ({"path": ["a"], "class": [7]}, "class must be a name, got 7 in row 0"),
         ([np.zeros((4, 4, 3), np.uint8)], "batch must be a dict of columns, got one of list"),
     ],
-    ids=["nothing", "both", "lengths", "dtype", "channels", "one-path", "one-class", "no-name",
-         "no-columns"],
-)  # fmt: skip
+    ids=[
+        *("nothing", "both", "lengths", "dtype", "channels"),
+        *("one-path", "one-class", "no-name", "no-columns"),
+    ],
+)
 def test_a_wrong_batch_is_refused(run, batch, message):
     with pytest.raises(ValueError, match=message):
         Scorer(run, CPU, alpha=0.1)(batch)
