@@ -40,7 +40,7 @@ class _Listing:
             return False
         if self.at - self.since > _COARSE:
             return True
-        # Where the two clocks agree on a change just now, another would not wait for the end.
+        # Just after a change, as far as the two clocks agree, the next file need not wait so long.
         recent = abs(time.time() - changed / 1e9) <= _COARSE
         return not recent and now - self.since <= _COARSE
 
