@@ -33,8 +33,7 @@ class Scorer:
     """Scores and decides batches: a dict of arrays in, a dict of arrays out.
 
     It is small and can be pickled: each process that calls it loads the model for itself, once,
-    whatever thread is the first.
-    Ray Data's ``map_batches`` takes one as it is.
+    whatever thread is the first. Ray Data's ``map_batches`` takes one as it is.
 
     A batch has one of two columns, B rows each: ``path``, of image files, or ``image``, RGB of
     uint8, an array (B, h, w, 3) or B arrays (h, w, 3) of any sizes. A column ``class`` names the
