@@ -94,7 +94,8 @@ class PatchCore(_Anomalib):
 def _select(sampler: Any) -> list[int]:
     """Choose anomalib's coreset, from the same random projection and patch."""
     sampler.model.fit(sampler.embedding)
-    features = sampler.model.transform(sampler.embedding)
+    # Distances after the projection P are those after R of P = QR, which has fewer rows.
+    features = sampler.embedding @ torch.linalg.qr(sampler.model.sparse_random_matrix).R.T
     first = int(torch.randint(sampler.n_observations, (1,)))
     return farthest_first(features, sampler.coreset_size, first)
 
