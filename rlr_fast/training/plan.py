@@ -62,9 +62,10 @@ def tell_plan(
 def _few_steps(images: int, steps: int, recipe: TrainConfig) -> str:
     """Say how many epochs of so few images would be enough steps."""
     enough = math.ceil(_FEW_STEPS / math.ceil(images / recipe.batch_size))
+    batch = counted(min(images, recipe.batch_size), "image")
     return (
-        f"{counted(steps, 'step')} of {min(images, recipe.batch_size)} images are few, and a model "
-        f"that hardly learned finds little: --epochs {enough} or more help"
+        f"{counted(steps, 'step')} of {batch} are few, and a model that hardly learned finds "
+        f"little: --epochs {enough} or more help"
     )
 
 
