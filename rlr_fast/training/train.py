@@ -18,6 +18,7 @@ import torch
 
 from rlr_fast.config import RLRConfig, TrainConfig, TrainExecution
 from rlr_fast.data import DataSet, ImageFailure, Sample
+from rlr_fast.data.check import counted
 from rlr_fast.data.contents import describe_images
 from rlr_fast.data.hold_out import hold_out
 from rlr_fast.files import write_atomically
@@ -146,8 +147,8 @@ def train(
             count = len(images.samples)
             if count < group.world_size:
                 raise TrainingError(
-                    f"{count} training images cannot be shared among {group.world_size} processes; "
-                    f"start {count} at most"
+                    f"{counted(count, 'training image')} cannot be shared among "
+                    f"{group.world_size} processes; start {count} at most"
                 )
             record = {
                 "model": config.to_dict(),

@@ -325,7 +325,7 @@ def test_metrics_of_two_processes_are_those_of_one(folder, found):
         ("no cache", "cannot write the feature cache"),
         ("differ", "recipe lr is 0.001 in process 0 and 0.002 in process 1"),
         ("other weights", "digest of the weights is "),
-        ("one image", "1 training images cannot be shared among 2 processes"),
+        ("one image", "1 training image cannot be shared among 2 processes"),
         ("unreadable", "no training image of cloth can be read"),
         ("other model", "digest of the weights is "),
         ("calibrate", "rlr-fast calibrate works in one process; start it without torchrun"),
