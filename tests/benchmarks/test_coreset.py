@@ -1,19 +1,12 @@
-"""PatchCore's coreset, against a pass over all rows for each center, and against anomalib's own."""
+"""PatchCore's coreset, against a pass over all rows for each center."""
 
 from __future__ import annotations
 
-import importlib.util
-
-import numpy as np
 import pytest
 import torch
 
 from benchmarks.peers import coreset
 from benchmarks.peers.coreset import farthest_first
-
-needs_anomalib = pytest.mark.skipif(
-    importlib.util.find_spec("anomalib") is None, reason="the extra 'anomalib' is not installed"
-)
 
 
 def points(count=600, dim=7):
@@ -53,19 +46,3 @@ def test_rows_that_are_equal_come_last():
     chosen = farthest_first(features, 60, first=0)
     assert len(chosen) == 60
     assert len({row % 40 for row in chosen[:40]}) == 40
-
-
-@needs_anomalib
-def test_the_coreset_is_that_of_anomalib(monkeypatch):
-    from anomalib.models.components.sampling.k_center_greedy import KCenterGreedy
-
-    from benchmarks.peers.methods import _select
-
-    monkeypatch.setattr(coreset, "_POOL", 20)
-
-    def select(choose):
-        torch.manual_seed(3)
-        np.random.seed(3)
-        return choose(KCenterGreedy(torch.randn(200, 7), 0.3))
-
-    assert select(_select) == select(KCenterGreedy.select_coreset_idxs)

@@ -1,15 +1,17 @@
-"""The peers: mistakes, and the decoders on a ViT, against anomalib's own trainer."""
+"""The peers: mistakes, and the coreset and the decoders on a ViT against anomalib's own."""
 
 from __future__ import annotations
 
 import importlib.util
 from collections import namedtuple
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_tree
 from torch.utils.data import DataLoader
 
+from benchmarks.peers import coreset
 from benchmarks.peers.__main__ import main
 from benchmarks.peers.catalog import make_peer
 from benchmarks.peers.transformers import Training
@@ -168,3 +170,19 @@ def test_two_runs_of_a_seed_are_equal(tmp_path, capsys):
         told = capsys.readouterr().out.splitlines()
         rows.append([line.split(", ")[1] for line in told if line.startswith("Dinomaly: step")])
     assert rows[0] == rows[1] != rows[2]
+
+
+@needs_anomalib
+def test_the_coreset_is_that_of_anomalib(monkeypatch):
+    from anomalib.models.components.sampling.k_center_greedy import KCenterGreedy
+
+    from benchmarks.peers.methods import _select
+
+    monkeypatch.setattr(coreset, "_POOL", 20)
+
+    def select(choose):
+        torch.manual_seed(3)
+        np.random.seed(3)
+        return choose(KCenterGreedy(torch.randn(200, 7), 0.3))
+
+    assert select(_select) == select(KCenterGreedy.select_coreset_idxs)
