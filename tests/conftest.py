@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from gpu import DEVICE, ON_GPU
-from interpreter import spare_lookups
+from interpreter import quicken
 from PIL import Image
 
 if not ON_GPU:
@@ -28,7 +28,7 @@ from rlr_fast.training import train as _training
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 collect_ignore_glob = [] if HAS_TRITON else ["kernels/*"]
 if HAS_TRITON and not ON_GPU:
-    spare_lookups()
+    quicken()
 
 
 # A short training takes less time than the picture of its loss, which one test of training draws.
