@@ -8,11 +8,11 @@ import hashlib
 import json
 import math
 import os
+import secrets
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -27,14 +27,14 @@ from rlr_fast.data.images import (
 )
 from rlr_fast.data.layouts import Sample
 from rlr_fast.data.records import read_record
-from rlr_fast.data.threads import BackgroundWriter
-from rlr_fast.files import file_digest, put_in_place, write_atomically
+from rlr_fast.data.threads import BackgroundWriter, map_ahead
+from rlr_fast.files import file_digest, put_in_place, readable_digest, write_atomically
 from rlr_fast.memory import available_memory
 from rlr_fast.models.rlr import RLRModel
 
 Placement = Literal["auto", "gpu", "ram", "disk"]
 
-_FORMAT = 1
+_FORMAT = 2
 _META = "meta.json"
 _BATCH = 8
 # A placement may take this share of what is free; the rest is for the model and everybody else.
@@ -92,6 +92,7 @@ def cached_features(
     root: Path | None = None,
     placement: Placement = "auto",
     *,
+    digests: Sequence[str | None] | None = None,
     workers: int | None = None,
     progress: Callable[[int], object] | None = None,
     sharers: int = 1,
@@ -99,17 +100,19 @@ def cached_features(
     """Return the features of ``samples``, computed now or taken from an earlier run.
 
     A cache is known by everything that decides its numbers: backbone and fingerprint of its
-    weights, levels, image size, neighborhood, and path, size and time of change of each file, and
-    which part of it is meant. It
-    appears under its name only when complete, so half a cache is never read. Of several processes
-    each asks for the images of its own share, and keeps a cache of them.
+    weights, levels, image size, neighborhood, and the content of each file, and which part of it is
+    meant. So it serves a copy of the images, wherever they lie. It appears under its name only when
+    complete, so half a cache is never read. Of several processes each asks for the images of its
+    own share, and keeps a cache of them.
 
     Args:
         model: Its backbone and neighborhood give the features, on the device where it lies.
         samples: The images.
         root: Folder of all caches; default `default_cache_root`.
         placement: ``gpu``, ``ram``, ``disk``, or ``auto``: the first of them with room.
-        workers: Threads that decode images.
+        digests: `rlr_fast.files.file_digest` of each sample's file, None of one that cannot be
+            read; by default the files are read for it.
+        workers: Threads that read files and decode images.
         progress: Called with the number of images done since the last call.
         sharers: Processes that divide this machine's memory among them.
 
@@ -122,7 +125,9 @@ def cached_features(
     if placement == "gpu" and device.type != "cuda":
         raise ValueError(f"cache placement 'gpu' needs the model on a GPU, it is on {device}")
     root = default_cache_root() if root is None else root
-    identity = _identity(model, samples)
+    if digests is None:
+        digests = list(map_ahead(readable_digest, (sample.path for sample in samples), workers))
+    identity = _identity(model, samples, digests)
     folder = root / identity["key"][:_NAME_LENGTH]
     meta = _read_meta(folder, identity, _shapes(model))
     if meta is not None and any(_readable(samples[f.index]) for f in meta.failures):
@@ -143,7 +148,8 @@ def cached_features(
                 "needs less"
             ) from error
     failures = [
-        ImageFailure(f.index, UnreadableImageError(f.path, f.reason)) for f in meta.failures
+        ImageFailure(f.index, UnreadableImageError(samples[f.index].path, f.reason))
+        for f in meta.failures
     ]
     count = len(samples) - len(failures)
     levels = [
@@ -182,16 +188,13 @@ def _readable(sample: Sample) -> bool:
     return True
 
 
-def _identity(model: RLRModel, samples: Sequence[Sample]) -> dict[str, Any]:
+def _identity(
+    model: RLRModel, samples: Sequence[Sample], digests: Sequence[str | None]
+) -> dict[str, Any]:
     digest = hashlib.sha256()
-    for sample in samples:
-        try:
-            stat = sample.path.stat()
-            state = f"{stat.st_size} {stat.st_mtime_ns}"
-        except OSError:
-            state = "missing"  # reported as unreadable when its turn comes
+    for sample, content in zip(samples, digests, strict=True):
         part = "" if sample.box is None else f" {sample.box}"
-        digest.update(os.fsencode(f"{sample.path.resolve()}\0{state}{part}\n"))
+        digest.update(f"{content}{part}\n".encode())
     identity: dict[str, Any] = {
         "format": _FORMAT,
         **model.feature_identity(),
@@ -205,21 +208,17 @@ def _identity(model: RLRModel, samples: Sequence[Sample]) -> dict[str, Any]:
 @dataclass(frozen=True)
 class _Failure:
     index: int
-    path: str
     reason: str
 
 
 @dataclass(frozen=True)
 class _Meta:
-    """What a complete cache says of itself; ``levels`` are the tokens and channels of each.
-
-    ``digests`` are those of the levels' files; caches of older versions have none.
-    """
+    """What a complete cache says of itself; of each level tokens and channels, and its digest."""
 
     identity: dict[str, Any]
     levels: list[list[int]]
     failures: list[_Failure]
-    digests: list[str] = field(default_factory=list)
+    digests: list[str]
 
 
 def _read_meta(folder: Path, identity: dict[str, Any], shapes: list[list[int]]) -> _Meta | None:
@@ -238,7 +237,7 @@ def _read_meta(folder: Path, identity: dict[str, Any], shapes: list[list[int]]) 
     if meta.identity != identity:
         raise CacheError(f"{str(folder)!r} holds another cache than its name says; delete it")
     count = identity["files"] - len(meta.failures)
-    is_sound = meta.levels == shapes and len(meta.digests) in (0, len(shapes))
+    is_sound = meta.levels == shapes and len(meta.digests) == len(shapes)
     if not is_sound or not all(0 <= f.index < identity["files"] for f in meta.failures):
         raise CacheError(f"{folder / _META} is damaged; delete {str(folder)!r}")
     for j, (tokens, channels) in enumerate(shapes):
@@ -248,7 +247,7 @@ def _read_meta(folder: Path, identity: dict[str, Any], shapes: list[list[int]]) 
             raise CacheError(
                 f"{str(file)!r} has {size} bytes, not as written; delete {str(folder)!r}"
             )
-        if meta.digests and meta.digests[j] != file_digest(file):
+        if meta.digests[j] != file_digest(file):
             raise CacheError(f"{str(file)!r} is damaged; delete {str(folder)!r}")
     return meta
 
@@ -261,7 +260,8 @@ def _build(
     workers: int | None,
     progress: Callable[[int], object] | None,
 ) -> _Meta:
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    partial = folder.with_name(f".{folder.name}-{secrets.token_hex(8)}")
+    partial.mkdir()  # with the permissions of any folder: a cache may serve several users
     device = model.device
     failures: list[_Failure] = []
     try:
@@ -271,9 +271,7 @@ def _build(
             # One batch is written while the next is computed.
             writer = stack.enter_context(BackgroundWriter(threads=1, jobs=1))
             for batch in iterate_images(samples, model.config.image_size, _BATCH, workers):
-                failures += [
-                    _Failure(f.index, str(f.error.path), f.error.reason) for f in batch.failures
-                ]
+                failures += [_Failure(f.index, f.error.reason) for f in batch.failures]
                 if len(batch.images):
                     levels = model.tokens(batch.images.to(device))
                     stored = [tokens.to(torch.bfloat16).contiguous() for tokens in levels]
@@ -307,7 +305,7 @@ def _append(files: Sequence[BinaryIO], stored: Sequence[Tensor]) -> None:
 def _remove_stale(root: Path) -> None:
     """Remove what killed processes left of any cache: the images may be others by now."""
     for partial in root.glob(f".{'[0-9a-f]' * _NAME_LENGTH}-*"):
-        with contextlib.suppress(FileNotFoundError):  # another process was quicker
+        with contextlib.suppress(OSError):  # another process was quicker, or it is another user's
             # A folder's own time stands still while its files grow.
             written = max(p.stat().st_mtime for p in (partial, *partial.iterdir()))
             if time.time() - written > _STALE_SECONDS:

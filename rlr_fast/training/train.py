@@ -8,7 +8,7 @@ import json
 import logging
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -167,13 +167,17 @@ def train(
                 check_folder(out, record, resume, data)  # another command may have been there
                 tell_other_processes(out, record)
         group.agree(_decisive(record, model))
-        digests: list[str | None] = []
-        with group.together():
-            if group.is_main:
-                tell_plan(model, recipe, data, images, execution.workers, resume, quiet)
-                digests = digest_images([s.path for s in images.pictures], execution.workers)
-                check_trained(out, digests)
-        features, samples, failures = _features(model, images, execution, quiet, progress, group)
+
+        def begin() -> list[str | None]:
+            tell_plan(model, recipe, data, images, execution.workers, resume, quiet)
+            digests = digest_images([s.path for s in images.pictures], execution.workers)
+            check_trained(out, digests)
+            return digests
+
+        digests = group.broadcast(begin)
+        features, samples, failures = _features(
+            model, images, digests, execution, quiet, progress, group
+        )
         fit_scales(model, features, group)
         trainer = Trainer(
             model,
@@ -267,6 +271,7 @@ def _decisive(record: dict[str, Any], model: RLRModel) -> dict[str, Any]:
 def _features(
     model: RLRModel,
     images: TrainingImages,
+    digests: Sequence[str | None],
     execution: TrainExecution,
     quiet: bool,
     progress: Callable[[str, int], object],
@@ -294,6 +299,7 @@ def _features(
                 mine,
                 execution.cache_dir,
                 execution.cache,
+                digests=[digests[i] for i in images.places[processes.rank :: processes.world_size]],
                 workers=threads,
                 progress=done,
                 sharers=processes.local_world_size,
