@@ -23,25 +23,26 @@ class _Listing:
     """What was in a folder when it was listed.
 
     Attributes:
-        changed: The folder's time of change, of the clock of its file system.
+        changed: The folder's times of change, of its names and of its inode, by the clock of its
+            file system. What unpacks an archive sets the first back, but not the second.
         since: When that was seen first, by the clock here.
         at: When the folder was listed.
         subfolders: Their names.
     """
 
-    changed: int
+    changed: tuple[int, int]
     since: float
     at: float
     subfolders: Collection[str]
 
-    def holds(self, changed: int, now: float) -> bool:
-        """Return whether the folder, with this time of change, need not be listed now."""
+    def holds(self, changed: tuple[int, int], now: float) -> bool:
+        """Return whether the folder, with these times of change, need not be listed now."""
         if changed != self.changed:
             return False
         if self.at - self.since > _COARSE:
             return True
         # Just after a change, as far as the two clocks agree, the next file need not wait so long.
-        recent = abs(time.time() - changed / 1e9) <= _COARSE
+        recent = abs(time.time() - max(changed) / 1e9) <= _COARSE
         return not recent and now - self.since <= _COARSE
 
 
@@ -119,7 +120,7 @@ class Arrivals:
     def _list(self, folder: Path) -> None:
         """Look for new files in a folder, if it may have some."""
         try:
-            changed = folder.stat().st_mtime_ns
+            changed = _times_of_change(folder)
         except FileNotFoundError:
             return
         known, now = self._listed.get(folder), self._clock()
@@ -135,3 +136,9 @@ class Arrivals:
         """Return the names of a folder's subfolders, as they were listed."""
         known = self._listed.get(folder)
         return () if known is None else known.subfolders
+
+
+def _times_of_change(folder: Path) -> tuple[int, int]:
+    """Return when a folder's names and when its inode were changed, in nanoseconds."""
+    status = folder.stat()
+    return status.st_mtime_ns, status.st_ctime_ns

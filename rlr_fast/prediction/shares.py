@@ -13,7 +13,8 @@ import itertools
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ SETTINGS_FILE = "prediction.json"
 PARTS_FOLDER = "parts"
 
 _PARTS = "rows-*-*-*.jsonl"
+_FOLDER = "folder"  # the setting that says what the paths in the rows are relative to
 _ANEW = "without --resume or --watch all files are scored anew"
 
 _log = logging.getLogger(__name__)
@@ -146,7 +148,7 @@ def open_results(
             done += 1
         table.flush()
         remove_parts(out)
-        write_settings(out, settings)
+        write_settings(out, settings, (file.path for file in files))
         stack.pop_all()
     return table, done
 
@@ -155,7 +157,8 @@ def check_settings(out: Path, settings: Mapping[str, Any], resume: bool) -> bool
     """Return whether an earlier prediction in a folder goes on; otherwise forget what it was.
 
     Raises:
-        ValueError: It had other settings, or its record is damaged.
+        ValueError: It had other settings, its record is damaged, or its paths are relative to
+            another folder than the present one: they are of other files here.
         OSError: The files cannot be read or removed.
     """
     path = out / SETTINGS_FILE
@@ -166,6 +169,12 @@ def check_settings(out: Path, settings: Mapping[str, Any], resume: bool) -> bool
             raise ValueError(f"{path} is damaged: {error}; {_ANEW}") from None
         if not isinstance(earlier, dict):
             raise ValueError(f"{path} is damaged: it must be an object; {_ANEW}")
+        start = earlier.pop(_FOLDER, None)
+        if start not in (None, os.getcwd()):
+            raise ValueError(
+                f"the paths in {out} are relative to {start!r}: go on there, or choose another "
+                f"--out; {_ANEW}"
+            )
         earlier, now = with_later_settings(earlier), json.loads(json.dumps(settings))
         names = sorted(earlier.keys() | now.keys())
         pairs = [(name, earlier.get(name), now.get(name)) for name in names]
@@ -182,13 +191,20 @@ def check_settings(out: Path, settings: Mapping[str, Any], resume: bool) -> bool
     return False
 
 
-def write_settings(out: Path, settings: Mapping[str, Any]) -> None:
+def write_settings(out: Path, settings: Mapping[str, Any], paths: Iterable[Path]) -> None:
     """Write the record of a prediction, whose earlier rows are gone or its own.
+
+    Args:
+        out: The folder of the results.
+        settings: By name, what decides the rows.
+        paths: Of the rows; where one is relative, the record says to which folder.
 
     Raises:
         OSError: It cannot be written.
     """
-    write_atomically(out / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")
+    start = None if all(path.is_absolute() for path in paths) else os.getcwd()
+    record = {**settings, _FOLDER: start}
+    write_atomically(out / SETTINGS_FILE, json.dumps(record, indent=2) + "\n")
 
 
 def part_rows(out: Path, batch_size: int, files: int, done: int) -> Iterator[Row]:

@@ -109,7 +109,7 @@ def watch(
         own = len(folders) > 1 or not all(_lies_in(path, folders[0]) for path in done)
         arrivals = Arrivals(folders, out, done, settle)
         with ResultsWriter(out, tally.add, kept) as table:
-            write_settings(out, settings)
+            write_settings(out, settings, [*folders, *map(Path, done)])
 
             def write(row: Row) -> None:
                 table.write(row)

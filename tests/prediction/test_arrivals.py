@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from rlr_fast.prediction import arrivals as module
 from rlr_fast.prediction.arrivals import Arrivals
 
 
@@ -90,18 +91,18 @@ def test_a_file_that_goes_before_it_is_complete_is_forgotten(folder, tmp_path, c
 
 
 def test_a_folder_without_changes_is_not_listed_again(folder, tmp_path, clock, monkeypatch):
-    from rlr_fast.prediction import arrivals as module
-
     listed = []
     list_images = module.list_images
     monkeypatch.setattr(module, "list_images", lambda f: listed.append(f) or list_images(f))
     write(folder / "a.png")
-    os.utime(folder, (100, 100))
+    monkeypatch.setattr(module.time, "time", lambda: time.monotonic() + 1e10)  # long after
     arrivals = Arrivals([folder], tmp_path / "out", settle=0, clock=clock)
     for clock.now in (0, 1, 2, 4, 5):  # once more when a change in the same second would be over
         arrivals.poll()
     assert listed == [folder] * 2
     listed.clear()
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "list_images", lambda f: listed.append(f) or list_images(f))
     write(folder / "b.png")  # now: the clock of the file system may not tell a further change
     for _ in range(5):
         arrivals.poll()
@@ -109,21 +110,38 @@ def test_a_folder_without_changes_is_not_listed_again(folder, tmp_path, clock, m
 
 
 @pytest.mark.parametrize("behind", [-30, 0, 30])
-def test_a_file_that_leaves_the_time_of_its_folder_is_told(folder, tmp_path, clock, behind):
+def test_a_file_that_leaves_the_times_of_its_folder_is_told(
+    folder, tmp_path, clock, monkeypatch, behind
+):
     """A server has its own clock, and stamps of a second: two changes may show one time."""
-    then = int(time.time()) - behind
+    then = (int(time.time()) - behind) * 10**9
+    monkeypatch.setattr(module, "_times_of_change", lambda folder: (then, then))
     arrivals = Arrivals([folder], tmp_path / "out", settle=0, clock=clock)
     told = []
     for name in ("a.png", "b.png"):
         write(folder / name)
         for _ in range(2):
-            os.utime(folder, (then, then))
             told += names(arrivals.poll())
             clock.now += 0.2
     for _ in range(20):
         told += names(arrivals.poll())
         clock.now += 0.2
     assert told == ["a.png", "b.png"]
+
+
+def test_an_archive_that_sets_the_time_of_its_folder_back_hides_nothing(
+    folder, tmp_path, clock, monkeypatch
+):
+    monkeypatch.setattr(module.time, "time", lambda: time.monotonic() + 1e10)  # long after
+    arrivals = Arrivals([folder], tmp_path / "out", settle=0, clock=clock)
+    told = []
+    for name in ("a.png", "b.png", "c.png"):
+        write(folder / name)
+        os.utime(folder, (1e9, 1e9))
+        for _ in range(4):
+            told += names(arrivals.poll())
+            clock.now += 2
+    assert told == ["a.png", "b.png", "c.png"]
 
 
 def test_a_folder_may_be_named_otherwise(folder, tmp_path, clock, monkeypatch):

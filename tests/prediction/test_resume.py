@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 from conftest import SMALL, save_picture
@@ -15,7 +17,7 @@ from rlr_fast.prediction import row_maker
 from rlr_fast.prediction.image_files import find_images
 from rlr_fast.prediction.predict import predict
 from rlr_fast.prediction.results import ResultsWriter, line
-from rlr_fast.prediction.shares import PARTS_FOLDER, SETTINGS_FILE, Share
+from rlr_fast.prediction.shares import PARTS_FOLDER, SETTINGS_FILE, Share, write_settings
 from rlr_fast.training.calibration import Calibration, ClassScores
 from rlr_fast.visualization.report import ReportWriter
 
@@ -151,6 +153,22 @@ def test_other_settings_are_refused_and_nothing_is_lost(whole, tmp_path, options
         again(whole, tmp_path / "out", **options)
     assert "without --resume or --watch all files are scored anew" in str(error.value)
     assert same(folder, tmp_path / "out")
+
+
+def test_relative_paths_are_of_the_folder_where_the_prediction_began(whole, tmp_path, monkeypatch):
+    folder, _ = whole
+    shutil.copytree(folder / "out", tmp_path / "out")
+    settings = tmp_path / "out" / SETTINGS_FILE
+    assert json.loads(settings.read_text())["folder"] is None  # these are absolute
+    write_settings(tmp_path / "out", json.loads(settings.read_text()), [Path("in/a.png")])
+    assert json.loads(settings.read_text())["folder"] == os.getcwd()
+    again(whole, tmp_path / "out")
+    write_settings(tmp_path / "out", json.loads(settings.read_text()), [Path("in/a.png")])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"are relative to '.*': go on there, or choose another"):
+        again(whole, tmp_path / "out")
+    for table in TABLES[:2]:
+        assert (tmp_path / "out" / table).read_bytes() == (folder / "out" / table).read_bytes()
 
 
 def test_a_prediction_from_before_a_setting_existed_goes_on(whole, tmp_path):
