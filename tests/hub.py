@@ -18,11 +18,13 @@ class Hub:
     Attributes:
         commits: Of each repository, from the first on: commit → name of file → content.
         requests: Methods and paths that were asked for.
+        gone: Answer that there is nothing; ``/gone`` sets it.
     """
 
     def __init__(self) -> None:
         self.commits: dict[str, dict[str, dict[str, bytes]]] = {}
         self.requests: list[str] = []
+        self.gone = False
 
     def commit(self, repository: str, files: dict[str, bytes], gone: Collection[str] = ()) -> str:
         """Add files to a repository, and leave some out; return the commit."""
@@ -65,6 +67,9 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
         def do_GET(self) -> None:
             path = unquote(urlsplit(self.path).path)
             hub.requests.append(f"{self.command} {path}")
+            hub.gone |= path == "/gone"
+            if hub.gone:
+                return self.missing()
             parts = path.strip("/").split("/")
             if parts[:2] == ["api", "models"]:
                 repository = "/".join(parts[2:4])

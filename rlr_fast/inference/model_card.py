@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from rlr_fast.config import PRESETS, RLRConfig, TrainConfig
+from rlr_fast.data.images import read_image_size
 from rlr_fast.files import replacing, write_atomically
 from rlr_fast.inference.decisions import ALPHA, Decider
 from rlr_fast.inference.evaluate import score_protocol
@@ -101,6 +102,7 @@ def write_published(
     for picture in pictures:
         if not picture.is_file():
             raise ValueError(f"pictures: there is no file {str(picture)!r}")
+        read_image_size(picture)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out must be a new or an empty folder, and {str(out)!r} is neither")
     _check_protocol((metrics or {}).get("protocol", {}), config)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import OfflineModeIsEnabled
 from torch import Tensor
 
 from rlr_fast.config import RLRConfig
@@ -26,6 +28,8 @@ _DIGEST = "digest"
 
 # What a checkpoint on the hub holds, beside what people read.
 _PUBLISHED = ["config.json", "model.safetensors", "calibration.json"]
+
+_log = logging.getLogger(__name__)
 
 
 class CheckpointError(RuntimeError):
@@ -54,6 +58,9 @@ def check_checkpoint(name: str | Path) -> None:
 def fetch_checkpoint(name: str | Path, revision: str | None = None, **options: Any) -> Path:
     """Return the folder of a checkpoint; one on the hub is loaded first, all of one revision.
 
+    Where the hub does not answer, or refuses, what was loaded earlier is taken, with a warning
+    that names its commit; without one where that was asked for (offline).
+
     Args:
         name: Folder of a run, or name of a repository, OWNER/NAME or OWNER/NAME@REVISION.
         revision: Branch, tag or commit of the repository; the newest by default.
@@ -67,15 +74,28 @@ def fetch_checkpoint(name: str | Path, revision: str | None = None, **options: A
     if Path(name).is_dir():
         return Path(name)
     repository, _, pinned = str(name).partition("@")
+    revision = revision or pinned or None
+    trouble = None
+    if not options.get("local_files_only"):
+        try:
+            HfApi(token=options.get("token")).model_info(repository, revision=revision)
+        except Exception as error:
+            if not _is_of_hub(error):
+                raise
+            trouble = None if isinstance(error, OfflineModeIsEnabled) else _first_line(error)
     with hub_errors(f"there is no folder {str(name)!r}, and the hub does not give it"):
-        return Path(
-            snapshot_download(
-                repository,
-                revision=revision or pinned or None,
-                allow_patterns=_PUBLISHED,
-                **options,
-            )
+        folder = Path(
+            snapshot_download(repository, revision=revision, allow_patterns=_PUBLISHED, **options)
         )
+    if trouble is not None and folder.name != revision:
+        _log.warning(
+            "%s may not be the newest: commit %s, which was loaded earlier, is taken, for the hub "
+            "does not give it now (%s)",
+            name,
+            folder.name,
+            trouble,
+        )
+    return folder
 
 
 @contextlib.contextmanager
@@ -88,12 +108,19 @@ def hub_errors(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        # Its HTTP library, another one from version to version, has errors of its own.
-        of_http = type(error).__module__.partition(".")[0].startswith("httpx")
-        if not of_http and not isinstance(error, (OSError, ValueError)):
+        if not _is_of_hub(error):
             raise
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{what}: {first_line}") from error
+        raise CheckpointError(f"{what}: {_first_line(error)}") from error
+
+
+def _is_of_hub(error: Exception) -> bool:
+    # Its HTTP library, another one from version to version, has errors of its own.
+    of_http = type(error).__module__.partition(".")[0].startswith("httpx")
+    return of_http or isinstance(error, (OSError, ValueError))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def load_config(path: Path) -> RLRConfig:

@@ -19,7 +19,7 @@ from conftest import SMALL, make_tree, save_picture
 from rlr_fast import TrainConfig
 from rlr_fast.cli import main
 from rlr_fast.config import PRESETS, TrainExecution
-from rlr_fast.data import read_dataset
+from rlr_fast.data import UnreadableImageError, read_dataset
 from rlr_fast.files import file_digest
 from rlr_fast.inference.evaluate import evaluate
 from rlr_fast.inference.model_card import _plain, model_card, write_published
@@ -158,6 +158,13 @@ def test_nothing_is_written_over_or_half(run, tmp_path):
     pictures = [run / "sheet.png", tmp_path / "missing.png"]
     with pytest.raises(ValueError, match=r"pictures: there is no file .*missing\.png"):
         write_published(run / "run", tmp_path / "out", "me/parts", license="mit", pictures=pictures)
+    (tmp_path / "metrics.png").write_text("{}")
+    with pytest.raises(UnreadableImageError, match=r"metrics\.png"):
+        write_published(
+            *(run / "run", tmp_path / "out", "me/parts"),
+            license="mit",
+            pictures=[tmp_path / "metrics.png"],
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -307,11 +314,24 @@ def test_a_run_goes_to_the_hub_and_comes_back(run, tmp_path):
         assert {*last[1]} == {".gitattributes", "README.md", "config.json", "model.safetensors"}
         # A revision is a commit: no later one changes what it gives.
         pinned = f"""
+import contextlib, urllib.request
 from rlr_fast.models.checkpoint import fetch_checkpoint
 folder = fetch_checkpoint("me/parts@{first[0]}")
 assert folder.name == "{first[0]}", folder
+assert fetch_checkpoint("me/parts").name == "{last[0]}"
+with contextlib.suppress(OSError):
+    urllib.request.urlopen("{address}/gone")
+assert fetch_checkpoint("me/parts@{first[0]}").name == "{first[0]}"
+assert fetch_checkpoint("me/parts", local_files_only=True).name == "{last[0]}"
+print("gone", flush=True)
+assert fetch_checkpoint("me/parts").name == "{last[0]}"
 """
-        subprocess.run([sys.executable, "-c", pinned], env=environment, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", pinned], env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0 and "gone" in done.stdout, done.stderr
+        told = f"me/parts may not be the newest: commit {last[0]}, which was loaded earlier"
+        assert done.stderr.count("may not be the newest") == 1 and told in done.stderr
 
 
 def test_a_model_that_is_pushed_without_its_run_says_how_to_load_it():
