@@ -183,7 +183,7 @@ def calibrate(
         raise ValueError(f"no image of {', '.join(empty)} can be read: {reason}")
     scoring = scoring_identity(model, execution.precision, tiles)
     kept = previous.classes if previous is not None and previous.scoring == scoring else {}
-    new = {name: ClassScores.of(of_class, source) for name, of_class in scores.items()}
+    new = {name: ClassScores.of_files(of_class, source) for name, of_class in scores.items()}
     calibration = Calibration(scoring, dict(sorted((kept | new).items())))
     write_calibration(checkpoint, calibration, mean_quantiles(torch.stack(quantiles)))
     return calibration, failures

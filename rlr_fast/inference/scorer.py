@@ -80,7 +80,9 @@ class Scorer:
         require(isinstance(run, (str, Path)), "run", "a folder or a name", run)
         is_execution = isinstance(execution, InferenceExecution)
         require(is_execution, "execution", "an InferenceExecution", execution)
-        self.run, self.execution, self.maps = str(run), execution, maps
+        # Absolute: a worker that unpickles it may have another working directory.
+        self.run = str(Path(run).absolute() if Path(run).is_dir() else run)
+        self.execution, self.maps = execution, maps
         self.backbone_weights = backbone_weights
         folder = fetch_checkpoint(run)
         tell_unfinished(folder)
@@ -128,7 +130,7 @@ class Scorer:
         failures = np.full(rows, None, dtype=object)
         maps: dict[int, NDArray[np.float32]] = {}
         if source == "path":
-            column = list(np.asarray(batch["path"]))
+            column = list(_column(batch["path"]))
             places = [i for i, x in enumerate(column) if isinstance(x, (str, bytes, os.PathLike))]
             for i in set(range(rows)).difference(places):  # None and NaN of a table
                 failures[i] = f"row {i}: no path, but {column[i]!r}"
@@ -146,7 +148,7 @@ class Scorer:
                     failures[index] = f"row {index}: {found}"
                 else:
                     scores[index], maps[index] = found
-        result = {name: np.asarray(values) for name, values in batch.items() if name != "image"}
+        result = {name: _column(values) for name, values in batch.items() if name != "image"}
         result |= {"score": scores, "failure": failures}
         if self._decider is not None:
             result |= self._decided(self._decider, scores, maps, classes)
@@ -172,11 +174,11 @@ class Scorer:
     def _named(self, column: ArrayLike) -> list[str | None]:
         """Return the class of each row, None where there is none; tell one that nobody knows."""
         names: list[str | None] = []
-        for i, name in enumerate(np.asarray(column).tolist()):
-            if name is None or name != name:  # pandas says NaN
-                names.append(None)
-            elif isinstance(name, (str, bytes)):
+        for i, name in enumerate(_column(column).tolist()):
+            if isinstance(name, (str, bytes)):
                 names.append(os.fsdecode(name))
+            elif name is None or str(name) in ("nan", "<NA>"):  # as pandas says it
+                names.append(None)
             else:
                 raise ValueError(f"class must be a name, got {name!r} in row {i}")
         strange = {name for name in names if name is not None} - self._classes - self._strange
@@ -255,6 +257,15 @@ def _check(batch: Mapping[str, ArrayLike]) -> tuple[str, int]:
     if len(set(lengths.values())) > 1:
         raise ValueError(f"columns of batch must have one length, got {lengths}")
     return found[0], lengths[found[0]]
+
+
+def _column(values: ArrayLike) -> NDArray[Any]:
+    """Return a column as an array; one of texts and others keeps both, where NumPy makes texts."""
+    column = np.asarray(values)
+    if column.dtype.kind not in "US" or isinstance(values, np.ndarray):
+        return column
+    items = list(values)  # type: ignore[arg-type]
+    return column if all(isinstance(x, (str, bytes)) for x in items) else np.array(items, object)
 
 
 def _rgb(image: ArrayLike, index: int) -> NDArray[np.uint8]:

@@ -7,6 +7,7 @@ images. Decisions rest on `Calibration` alone: images that the model has not see
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -17,6 +18,7 @@ import torch
 
 from rlr_fast.config import InferenceExecution, RLRConfig, Tiles
 from rlr_fast.data import ImageFailure, Sample, UnscoredImageError
+from rlr_fast.data.check import counted
 from rlr_fast.data.records import read_record
 from rlr_fast.files import file_digest, write_atomically
 from rlr_fast.models.checkpoint import CheckpointError
@@ -28,6 +30,8 @@ from rlr_fast.training.features import Features
 CALIBRATION_FILE = "calibration.json"
 _QUANTILES = (0.5, 0.9, 0.99, 0.999)
 _BATCH = 16
+
+_log = logging.getLogger(__name__)
 
 VALIDATION, HELD_OUT = "validation", "held out"
 """`ClassScores.source` of images that training kept out: as the data say, or by choice."""
@@ -54,6 +58,16 @@ class ClassScores:
         """Sort the (image score, highest pixel, digest of the file) of images."""
         image, pixel, files = zip(*scores, strict=True)
         return ClassScores(sorted(image), sorted(pixel), source, sorted(files))
+
+    @staticmethod
+    def of_files(scores: Iterable[tuple[float, float, str]], source: str) -> ClassScores:
+        """Sort the same of files, whose copies say no more than one of them: each counts once."""
+        scores = list(scores)
+        by_file = {file: (image, pixel, file) for image, pixel, file in scores}
+        if copies := len(scores) - len(by_file):
+            told = counted(copies, "copy", "copies")
+            _log.warning("%s among the images of %s: each counts once", told, source)
+        return ClassScores.of(by_file.values(), source)
 
 
 @dataclass(frozen=True)
@@ -223,7 +237,7 @@ def score_held_out(
     for name in images:
         of_class = [(s, p, f) for share, _ in shares for n, s, p, f in share if n == name]
         if of_class:
-            classes[name] = ClassScores.of(of_class, sources[name])
+            classes[name] = ClassScores.of_files(of_class, sources[name])
     failed = sorted((f for _, share in shares for f in share), key=lambda f: f.index)
     scoring = scoring_identity(model, tiles=model.config.tiles)
     return Calibration(scoring, classes) if classes else None, failed

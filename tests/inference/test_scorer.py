@@ -96,8 +96,10 @@ def test_an_array_of_equal_images_is_taken_as_it_is(run):
     assert scorer({"image": images[:0]})["score"].shape == (0,)
 
 
-def test_it_is_pickled_without_its_model(run, files):
-    scorer = Scorer(run, CPU, alpha=0.1)
+def test_it_is_pickled_without_its_model_and_may_go_elsewhere(run, files, tmp_path, monkeypatch):
+    monkeypatch.chdir(run.parent)
+    scorer = Scorer(run.name, CPU, alpha=0.1)
+    monkeypatch.chdir(tmp_path)
     batch = {"path": [str(file) for file in files]}
     before = scorer(batch)
     sent = pickle.dumps(scorer)
@@ -189,21 +191,34 @@ def test_threads_load_one_model(run, files, monkeypatch):
     assert len(loaded) == 1 and len(set(scores)) == 1
 
 
+class NotAvailable:
+    """As pandas.NA: it has a name, and compares with nothing."""
+
+    def __repr__(self):
+        return "<NA>"
+
+    def __ne__(self, other):
+        raise TypeError("boolean value of NA is ambiguous")
+
+
 def test_a_missing_class_of_pandas_and_a_path_of_bytes_are_known(run, files):
     plain = Scorer(run, CPU, alpha=0.1)({"path": [str(files[0])] * 2, "class": [None, "bolt"]})
     given = Scorer(run, CPU, alpha=0.1)(
         {"path": [os.fsencode(files[0])] * 2, "class": np.array([math.nan, "bolt"], dtype=object)}
     )
+    listed = Scorer(run, CPU, alpha=0.1)({"path": [str(files[0])] * 2, "class": [math.nan, "bolt"]})
     for name in ("score", "p_value", "anomalous"):
-        assert given[name].tolist() == plain[name].tolist() and None not in given[name]
+        assert given[name].tolist() == plain[name].tolist() == listed[name].tolist()
+        assert None not in given[name]
 
 
+@pytest.mark.parametrize("as_list", [False, True])
 @pytest.mark.parametrize("nothing", [None, math.nan])
-def test_a_row_without_a_path_is_a_failure_of_its_own(run, files, nothing):
+def test_a_row_without_a_path_is_a_failure_of_its_own(run, files, nothing, as_list):
     scorer = Scorer(run, CPU, maps=True)
     whole = scorer({"path": [str(path) for path in files[:2]]})
-    paths = np.array([nothing, str(files[0]), nothing, str(files[1])], dtype=object)
-    given = scorer({"path": paths})
+    paths = [nothing, str(files[0]), nothing, str(files[1])]
+    given = scorer({"path": paths if as_list else np.array(paths, dtype=object)})
     assert given["score"][[1, 3]].tolist() == whole["score"].tolist()
     np.testing.assert_array_equal(given["score_map"][[1, 3]], whole["score_map"])
     assert np.isnan(given["score"][[0, 2]]).all()

@@ -86,6 +86,14 @@ def test_a_score_field_changed_after_training_changes_the_identity():
     assert scoring_identity(RLRModel(SMALL)) != before  # other weights
 
 
+def test_copies_of_an_image_count_once(caplog):
+    scores = ClassScores.of_files([(2.0, 5.0, "a"), (1.0, 6.0, "b"), (2.0, 5.0, "a")], "test")
+    assert scores == ClassScores([1.0, 2.0], [5.0, 6.0], "test", ["a", "b"])
+    assert [r.getMessage() for r in caplog.records] == [
+        "1 copy among the images of test: each counts once"
+    ]
+
+
 @pytest.mark.parametrize(
     ("classes", "message"),
     [
