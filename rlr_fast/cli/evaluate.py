@@ -47,7 +47,7 @@ def evaluate(
         tell_unmeasured,
     )
     from rlr_fast.data import read_dataset
-    from rlr_fast.files import file_digest, lock_folder, write_atomically
+    from rlr_fast.files import lock_folder, readable_digest, write_atomically
     from rlr_fast.inference.evaluate import METRICS_FILE, FigureOptions, evaluate
     from rlr_fast.inference.report import model_facts
     from rlr_fast.models.checkpoint import (
@@ -84,6 +84,7 @@ def evaluate(
                 colors = given_scale(scale, folder)
             if figures and colors is not None:
                 sheets = FigureOptions(out / "figures", colors, per_defect)
+            weights = readable_digest(folder / WEIGHTS_FILE)
             model = load_model(folder, how, backbone_weights)
             decider = None
             if group.is_main:
@@ -121,7 +122,6 @@ def evaluate(
             if group.is_main:  # before the report is closed, which may meet a full disk
                 bar.close()
                 try:
-                    weights = file_digest(folder / WEIGHTS_FILE)
                     write_atomically(out / METRICS_FILE, result.to_json(weights))
                 finally:
                     print(result.table(), flush=True)

@@ -387,13 +387,16 @@ def _meant(folder: str, known: list[str]) -> str:
 
 
 def _image_tree(folder: Path) -> Iterable[tuple[Path, list[Path]]]:
-    """Yield every folder from `folder` down, sorted, with the images right in it, none twice."""
+    """Yield every folder from `folder` down, sorted, with the images right in it, none twice.
+
+    A folder that does not exist has none.
+    """
     seen: set[str] = set()  # Linked folders may lead back up.
     todo = [folder]
     while todo:
         part = todo.pop()
         real = os.path.realpath(part)
-        if real in seen:
+        if real in seen or not os.path.isdir(real):
             continue
         seen.add(real)
         yield part, list_images(part)

@@ -517,7 +517,14 @@ def _scan(folder: str | os.PathLike[str], folders: bool) -> list[tuple[str, str]
             return sorted(
                 (entry.name, entry.path)
                 for entry in entries
-                if not entry.name.startswith(".") and entry.is_dir() == folders
+                if not entry.name.startswith(".") and _is_folder(entry) == folders
             )
     except (FileNotFoundError, NotADirectoryError):
         return []
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link in a circle, or into a folder that is closed: its reader says so
+        return False

@@ -308,10 +308,10 @@ def check_masks(data: DataSet) -> None:
     Raises:
         ValueError: A mask is missing or of another size than its image.
     """
-    wrong = []
+    wrong, has_masks = [], data.has_masks
     for samples in data.test.values():
         for sample in samples:
-            if sample.is_anomaly and data.has_masks and not sample.mask_paths:
+            if sample.is_anomaly and has_masks and not sample.mask_paths:
                 wrong.append(f"{sample.path} shows a defect and has no mask")
             for mask in sample.mask_paths:
                 try:

@@ -119,6 +119,15 @@ def test_file_that_only_the_table_of_visa_knows_is_missing(tmp_path, pictures):
     ]
 
 
+def test_class_of_visas_table_that_has_no_folder_is_missing(tmp_path):
+    (tmp_path / "split_csv").mkdir()
+    (tmp_path / "split_csv/1cls.csv").write_text(
+        "object,split,label,image,mask\ncandle,train,normal,candle/Data/Images/Normal/0.JPG,\n"
+    )
+    report = check_dataset(tmp_path)
+    assert ("error", "missing", "candle", "0.JPG") in kinds(report)
+
+
 def test_mask_of_another_size_is_an_error(root, pictures):
     pictures.mask(root / "nut/ground_truth/dent/1_mask.png", (16, 12))
     report = check_dataset(root, size=(8, 8))

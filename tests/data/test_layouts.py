@@ -416,6 +416,12 @@ def test_links_to_folders_and_files_are_followed(tmp_path):
     assert read_dataset(tmp_path / "linked").classes == ("linked",)
 
 
+def test_link_that_leads_to_itself_is_listed_and_hides_nothing(tmp_path):
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    (tmp_path / "a.png").touch()
+    assert [path.name for path in list_images(tmp_path)] == ["a.png", "loop.png"]
+
+
 def test_link_that_leads_nowhere_is_listed_so_that_it_is_noticed(tmp_path):
     (tmp_path / "a.png").symlink_to(tmp_path / "gone.png")
     assert paths(read_dataset(tmp_path).train[tmp_path.name]) == ["a.png"]
