@@ -132,24 +132,26 @@ CASES: dict[str, Case] = dict(_cases())
 
 # What the tests run, by architecture and dtype: every kernel on both, with atomic and with
 # deterministic sums, with and without a row's maximum, and in each dtype on one at least.
-_BOTH = {
-    "bf16": (
-        "mlka-9x13-w5-d16-chunks", "lca-9x13-w5-d16-chunks",
-        "lca-20x20-w17-d16-raster-deterministic", "block",
-    ),
-    "fp32": ("block-deterministic", "distance-37", "mlka-9x13-w5-d16"),
-}  # fmt: skip
+_BOTH = (
+    "mlka-9x13-w5-d16-chunks", "lca-9x13-w5-d16-chunks",
+    "lca-20x20-w17-d16-raster-deterministic", "block",
+)  # fmt: skip
 CHOICE = {
     "80": {
-        "bf16": (*_BOTH["bf16"], "lca-16x16-w11-d64"),
+        "bf16": (*_BOTH, "lca-16x16-w11-d64"),
         "fp16": ("mlka-9x13-w5-d16-chunks", "lca-9x13-w5-d16-chunks"),
-        "fp32": (*_BOTH["fp32"], "lca-9x13-w5-d16", "distance-100-strided"),
+        "fp32": (
+            "mlka-9x13-w5-d16", "lca-9x13-w5-d16-deterministic",
+            "distance-37", "distance-100-strided",
+        ),
     },
     "90": {
-        "bf16": (*_BOTH["bf16"], "mlka-16x16-w5-d64-mixed", "distance-37"),
-        "fp32": (*_BOTH["fp32"], "mlka-3x1-w13-d16-offset"),
+        "bf16": (*_BOTH, "mlka-16x16-w5-d64-mixed", "distance-37"),
+        "fp32": (
+            "block-deterministic", "mlka-9x13-w5-d16", "mlka-3x1-w13-d16-offset", "distance-37",
+        ),
     },
-}
+}  # fmt: skip
 
 
 def random_case(random: np.random.Generator) -> Attention:

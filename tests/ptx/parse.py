@@ -71,6 +71,8 @@ _DIRECTIVES = (".file", ".section", ".pragma", ".local")
 
 def split_operands(text: str) -> list[Operand]:
     """Split at commas outside brackets; ``{a, b}`` becomes a list, ``[a+b]`` stays text."""
+    if "{" not in text and "[" not in text:
+        return [operand for part in text.split(",") if (operand := part.strip())]
     found: list[Operand] = []
     depth, start = 0, 0
     for i, c in enumerate(text + ","):
