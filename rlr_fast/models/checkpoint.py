@@ -110,7 +110,9 @@ def hub_errors(what: str) -> Iterator[None]:
     except Exception as error:
         if not _is_of_hub(error):
             raise
-        raise CheckpointError(f"{what}: {_first_line(error)}") from error
+        refused = getattr(getattr(error, "response", None), "status_code", None) in (401, 403)
+        hint = "; log in by hf auth login, or set HF_TOKEN" if refused else ""
+        raise CheckpointError(f"{what}: {_first_line(error)}{hint}") from error
 
 
 def _is_of_hub(error: Exception) -> bool:

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import hub
 import pytest
@@ -23,7 +24,7 @@ from rlr_fast.data import UnreadableImageError, read_dataset
 from rlr_fast.files import file_digest
 from rlr_fast.inference.evaluate import evaluate
 from rlr_fast.inference.model_card import _plain, model_card, write_published
-from rlr_fast.models.checkpoint import CheckpointError
+from rlr_fast.models.checkpoint import CheckpointError, hub_errors
 from rlr_fast.models.rlr import RLRModel
 from rlr_fast.training.calibration import read_calibration
 from rlr_fast.training.train import train
@@ -262,6 +263,15 @@ def test_a_hub_that_cannot_be_reached_is_told_in_a_line(run, tmp_path):
     )
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "the hub did not take me/parts: " in done.stderr
+
+
+def test_a_hub_that_refuses_says_how_to_log_in():
+    class Refused(OSError):
+        response = SimpleNamespace(status_code=401)
+
+    message = "the hub did not take it: who are you; log in by hf auth login"
+    with pytest.raises(CheckpointError, match=message), hub_errors("the hub did not take it"):
+        raise Refused("who are you\n(Request ID: 1)")
 
 
 # Run where the address of the hub is that of the stand-in: it is read when a library is imported.
