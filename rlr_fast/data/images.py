@@ -37,6 +37,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from rlr_fast.config import LARGEST
 from rlr_fast.data.layouts import Box, Sample
 from rlr_fast.data.threads import default_workers, map_ahead
+from rlr_fast.files import readable_digest
 
 # What Pillow raised over 150,000 broken files: cut short, or with bytes changed.
 _BROKEN_FILE = (
@@ -248,6 +249,16 @@ def load_sample_mask(sample: Sample, size: tuple[int, int]) -> torch.Tensor:
         )
     image_size = read_image_size(sample.path)
     return load_mask(sample.mask_paths, image_size, size, f"its image {str(sample.path)!r}")
+
+
+def digest_images(images: Sequence[Path], workers: int | None = None) -> list[str | None]:
+    """Return the digest of each file; None of one that cannot be read.
+
+    Args:
+        images: The files.
+        workers: Threads that read.
+    """
+    return list(map_ahead(readable_digest, images, workers))
 
 
 def iterate_images(

@@ -22,13 +22,14 @@ from torch import Tensor
 from rlr_fast.data.images import (
     ImageFailure,
     UnreadableImageError,
+    digest_images,
     iterate_images,
     load_image,
 )
 from rlr_fast.data.layouts import Sample
 from rlr_fast.data.records import read_record
-from rlr_fast.data.threads import BackgroundWriter, map_ahead
-from rlr_fast.files import file_digest, put_in_place, readable_digest, write_atomically
+from rlr_fast.data.threads import BackgroundWriter
+from rlr_fast.files import file_digest, put_in_place, write_atomically
 from rlr_fast.memory import available_memory
 from rlr_fast.models.rlr import RLRModel
 
@@ -110,8 +111,7 @@ def cached_features(
         samples: The images.
         root: Folder of all caches; default `default_cache_root`.
         placement: ``gpu``, ``ram``, ``disk``, or ``auto``: the first of them with room.
-        digests: `rlr_fast.files.file_digest` of each sample's file, None of one that cannot be
-            read; by default the files are read for it.
+        digests: Of each sample's file, as from `digest_images`; by default they are read for it.
         workers: Threads that read files and decode images.
         progress: Called with the number of images done since the last call.
         sharers: Processes that divide this machine's memory among them.
@@ -126,7 +126,7 @@ def cached_features(
         raise ValueError(f"cache placement 'gpu' needs the model on a GPU, it is on {device}")
     root = default_cache_root() if root is None else root
     if digests is None:
-        digests = list(map_ahead(readable_digest, (sample.path for sample in samples), workers))
+        digests = digest_images([sample.path for sample in samples], workers)
     identity = _identity(model, samples, digests)
     folder = root / identity["key"][:_NAME_LENGTH]
     meta = _read_meta(folder, identity, _shapes(model))

@@ -21,11 +21,10 @@ from torch import Tensor
 from rlr_fast.config import RLRConfig, TrainConfig, short_windows
 from rlr_fast.data import DataSet
 from rlr_fast.data.records import parse_record, read_record
-from rlr_fast.data.threads import BackgroundWriter, map_ahead
+from rlr_fast.data.threads import BackgroundWriter
 from rlr_fast.files import (
     check_writable,
     lock_folder,
-    readable_digest,
     write_atomically,
     write_tensors,
 )
@@ -146,22 +145,13 @@ def tell_unfinished(run: Path) -> None:
         _log.warning(told)
 
 
-def digest_images(images: Sequence[Path], workers: int | None = None) -> list[str | None]:
-    """Return the digest of each file; None of one that cannot be read.
-
-    Args:
-        images: The files.
-        workers: Threads that read.
-    """
-    return list(map_ahead(readable_digest, images, workers))
-
-
 def check_trained(out: Path, digests: Collection[str | None]) -> None:
     """Refuse to go on where a file has changed that a run was trained on.
 
     Args:
         out: Folder of the run.
-        digests: Of the files that it would go on with, as from `digest_images`.
+        digests: Of the files that it would go on with, as from
+            `rlr_fast.data.images.digest_images`.
 
     Raises:
         TrainingError: Some are others, or cannot be read; or the list of them is damaged.
@@ -181,7 +171,7 @@ def write_trained(out: Path, digests: Collection[str | None]) -> None:
 
     Args:
         out: Folder of the run.
-        digests: Of the files that could be read, as from `digest_images`.
+        digests: Of the files that could be read, as from `rlr_fast.data.images.digest_images`.
 
     Raises:
         TrainingError: The run that goes on read others, or its list of them is damaged.

@@ -21,6 +21,7 @@ from rlr_fast.data import DataSet, ImageFailure, Sample
 from rlr_fast.data.check import counted
 from rlr_fast.data.contents import describe_images
 from rlr_fast.data.hold_out import hold_out
+from rlr_fast.data.images import digest_images
 from rlr_fast.files import write_atomically
 from rlr_fast.models.checkpoint import CONFIG_FILE, CheckpointError, load_config
 from rlr_fast.models.environment import environment, start_device
@@ -45,7 +46,6 @@ from rlr_fast.training.run_dir import (
     TrainingError,
     check_folder,
     check_trained,
-    digest_images,
     lock_run,
     read_trained,
     tell_other_processes,
