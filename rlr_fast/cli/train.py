@@ -58,7 +58,7 @@ def train(
             training = from_dict(TrainConfig, recipe, base_recipe)
             how = TrainExecution(**execution)
             if previous is not None:
-                classes = classes or previous["data"].get("classes")
+                classes = classes or previous["data"]["classes"]
                 layout = previous["data"]["layout"] if layout == "auto" else layout
             images = read_dataset(data, layout, classes)
         result = train(settings, training, images, out, how, resume=resume, quiet=quiet)

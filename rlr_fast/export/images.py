@@ -33,7 +33,7 @@ def run_images(run: Path) -> list[Path]:
         here = "" if root.is_absolute() else f", seen from {Path.cwd()}"
         reason = f"its images are no longer in {root}{here}"
         try:
-            data = read_dataset(root, record["data"]["layout"], record["data"].get("classes"))
+            data = read_dataset(root, record["data"]["layout"], record["data"]["classes"])
         except ValueError as error:
             reason += f" ({error})"
         else:

@@ -31,16 +31,17 @@ from scipy.stats import betabinom, ks_2samp
 _DRIFT_LEVEL = 0.001
 MIN_DRIFT_IMAGES = 20
 """Fewer new images than these are not tested for drift."""
+_SMALLEST_ALPHA = 1e-9
 
 
 def check_alpha(alpha: float) -> float:
     """Return ``alpha`` itself.
 
     Raises:
-        ValueError: It is not between 0 and 1.
+        ValueError: It is not below 1, or so small that no set of images is large enough for it.
     """
-    if not isinstance(alpha, Real) or not 0 < alpha < 1:
-        raise ValueError(f"alpha must be above 0 and below 1, got {alpha=}")
+    if not isinstance(alpha, Real) or not _SMALLEST_ALPHA <= alpha < 1:
+        raise ValueError(f"alpha must be at least {_SMALLEST_ALPHA:g} and below 1, got {alpha=}")
     return alpha
 
 

@@ -85,12 +85,24 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
+class _Images:
+    """Which images a run takes, in ``run.json``; see `describe_images`."""
+
+    root: str
+    layout: str
+    classes: list[str]
+    images: int
+    files_digest: str
+    kept_out_digest: str
+
+
+@dataclass(frozen=True)
 class _Record:
     """The content of ``run.json`` that a resumed run is held against."""
 
     model: dict[str, Any]
     recipe: dict[str, Any]
-    data: dict[str, Any]
+    data: _Images
     processes: int = 1
 
 

@@ -41,9 +41,9 @@ def test_no_threshold_without_enough_images():
         )
 
 
-@pytest.mark.parametrize("alpha", [0, 1, -0.1, 5, float("nan")])
+@pytest.mark.parametrize("alpha", [0, 1e-309, 1, -0.1, 5, float("nan")])
 def test_alpha_is_a_share(alpha):
-    with pytest.raises(ValueError, match="alpha must be above 0 and below 1"):
+    with pytest.raises(ValueError, match="alpha must be at least 1e-09 and below 1"):
         check_alpha(alpha)
 
 

@@ -212,6 +212,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_features(dataset, tm
     [
         ("{}", "it has no 'model'"),
         ('{"model": {}, "recipe": 3, "data": {}}', "recipe must be an object"),
+        ('{"model": {}, "recipe": {}, "data": {}}', "data has no 'root'"),
         ("[]", r"it must be an object, got \[\]"),
         ("{", "Expecting property name"),
     ],
