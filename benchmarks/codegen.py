@@ -246,7 +246,7 @@ def headlines() -> list[Task]:
 def _run(jobs: int, chosen: Sequence[Task]) -> list[Row]:
     if jobs == 1:
         return [examine(task) for task in chosen]
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=get_context("fork")) as pool:
         return list(pool.map(examine, chosen))
 
 

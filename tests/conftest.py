@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from compiler import Compiler
 from gpu import DEVICE, ON_GPU
 from interpreter import quicken
 from PIL import Image
@@ -45,6 +46,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.parent.name not in _LONG)
+
+
+@pytest.fixture(scope="session")
+def compiler():
+    """A process with Triton's compiler; see `Compiler`."""
+    with Compiler() as process:
+        yield process
 
 
 @pytest.fixture(autouse=True)

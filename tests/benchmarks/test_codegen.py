@@ -6,16 +6,12 @@ In float32 the largest grid is held to the first alone.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
 pytest.importorskip("triton", reason="compiling the kernels needs Triton")
+
+from benchmarks import codegen
 
 SHAPES = ("64x64-d16-w11", "32x32-d32-w7", "16x16-d64-w5")
 KERNELS = (
@@ -37,24 +33,15 @@ EVERY_DTYPE += [pytest.param(k, SHAPES[0], "fp32", id=f"{k}-{SHAPES[0]}-fp32") f
 MARGIN = 1.10
 
 
-def run(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
-    """Run the command in a process of its own, with Triton's compiler and not its interpreter."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | more
-    return subprocess.run(
-        [sys.executable, "-m", "benchmarks.codegen", *arguments],
-        cwd=ROOT, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
-
-
 @pytest.fixture(scope="module")
-def report(tmp_path_factory):
+def report(compiler, tmp_path_factory):
     folder = tmp_path_factory.mktemp("codegen")
     reports = []
     for dtype, shapes in (("bf16", SHAPES), ("fp32", SHAPES[:1])):
-        done = run(
+        done = compiler.main(
+            "benchmarks.codegen",
             "--arch", "90", "--dtype", dtype, "--kernel", *KERNELS, "--shape", *shapes,
-            "--jobs", "2", "--json", str(folder / f"{dtype}.json"),
-            TRITON_CACHE_DIR=str(folder / "cache"),
+            "--jobs", "2", "--json", folder / f"{dtype}.json",
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         reports.append(json.loads((folder / f"{dtype}.json").read_text()))
@@ -64,7 +51,7 @@ def report(tmp_path_factory):
 @pytest.fixture(scope="module")
 def record(report):
     """The counts recorded for the Triton that compiled the report."""
-    known = json.loads((ROOT / "benchmarks" / "codegen.json").read_text())
+    known = json.loads(codegen.RECORD.read_text())
     version = ".".join(report["triton"].split(".")[:2])
     if version not in known:
         pytest.skip(f"no counts are recorded for Triton {version}, only for {', '.join(known)}")
@@ -121,16 +108,6 @@ def test_issue_slots_stay_within_the_record(report, record, kernel, shape):
         assert loop["issue"] <= most, f"{loop['name']}, tiles {row['tiles']}"
 
 
-def run_script(script: str) -> Any:
-    """Run Python with Triton's compiler and not its interpreter; return what it prints as JSON."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
 # Of the levels of EfficientNet-B6.
 CHANNELS = (40, 72, 200)
 PREDICTIONS = f"""
@@ -168,9 +145,9 @@ print(json.dumps([limits, [of_distance(channels) for channels in {CHANNELS}]]))
 
 
 @pytest.fixture(scope="module")
-def predictions():
+def predictions(compiler):
     """The limits of the paper's levels, and what the distance of each of `CHANNELS` takes."""
-    return run_script(PREDICTIONS)
+    return compiler.values(PREDICTIONS)
 
 
 def test_limits_are_those_of_the_design(predictions):
@@ -191,11 +168,10 @@ def test_token_distance_is_bound_by_memory(predictions, channels):
         assert issue < MARGIN * memory  # 72 channels are 128 lanes
 
 
-def test_interpreter_is_refused_in_one_line():
-    done = run("--shape", SHAPES[0], TRITON_INTERPRET="1")
-    assert done.returncode == 1
-    (line,) = done.stderr.splitlines()
-    assert "unset TRITON_INTERPRET" in line
+def test_interpreter_is_refused_in_one_line(monkeypatch):
+    monkeypatch.setattr(codegen._launch, "INTERPRETING", True)
+    with pytest.raises(SystemExit, match=r"^nothing compiles .*: unset TRITON_INTERPRET$"):
+        codegen.main(["--shape", SHAPES[0]])
 
 
 BANDS = """
@@ -209,9 +185,9 @@ print(json.dumps([rows.programs == made["lca-backward"].programs, backward._LARG
 """
 
 
-def test_partial_halos_of_a_large_grid_are_counted_as_one_launch():
+def test_partial_halos_of_a_large_grid_are_counted_as_one_launch(compiler):
     """It is made in bands; the first alone would be predicted to take a fraction of the time."""
-    whole, most = run_script(BANDS)
+    whole, most = compiler.values(BANDS)
     assert whole
     assert most == 256 * 2**20
 
@@ -256,9 +232,9 @@ print(json.dumps([of(batch) for batch in (64, 63, 17)]))
 
 
 @pytest.fixture(scope="module")
-def specializations():
+def specializations(compiler):
     """What Triton and `benchmarks.compiling` specialise of each launch, for three batches."""
-    return run_script(SPECIALIZATIONS)
+    return compiler.values(SPECIALIZATIONS)
 
 
 def test_batches_of_every_size_share_their_kernels(specializations):

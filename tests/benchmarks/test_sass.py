@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
 pytest.importorskip("triton", reason="reading machine code needs Triton")
-sys.path.insert(0, str(ROOT))
 
-from benchmarks import sass  # noqa: E402
+from benchmarks import sass
+from rlr_fast.kernels import distance
 
 # An outer loop that ends in an unconditional branch, an inner one, and the slow path of a shuffle
 # behind the kernel's end, whose branch back is no loop; then the end's padding.
@@ -104,23 +97,9 @@ print(json.dumps(report))
 """
 
 
-def run(script: str, folder: Path, **more: str) -> subprocess.CompletedProcess[str]:
-    """Run a script in a process of its own, with Triton's compiler and not its interpreter."""
-    path = folder / "script.py"
-    path.write_text(script)
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    found = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment |= {"PYTHONPATH": found, "TRITON_CACHE_DIR": str(folder / "cache")} | more
-    return subprocess.run(
-        [sys.executable, str(path)], env=environment, capture_output=True, text=True
-    )
-
-
 @pytest.fixture(scope="module")
-def report(tmp_path_factory):
-    done = run(SCRIPT, tmp_path_factory.mktemp("sass"))
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+def report(compiler):
+    return compiler.values(SCRIPT)
 
 
 def test_parse():
@@ -207,10 +186,10 @@ def test_compiled_for_others(report):
     assert "CUDA only" in report["amd"]
 
 
-def test_interpreter_is_refused(tmp_path):
-    done = run(SCRIPT, tmp_path, TRITON_INTERPRET="1")
-    assert done.returncode == 1
-    assert "only without TRITON_INTERPRET" in done.stderr
+def test_interpreter_is_refused(monkeypatch):
+    monkeypatch.setattr(sass.triton.knobs.runtime, "interpret", True)
+    with pytest.raises(RuntimeError, match="only without TRITON_INTERPRET"):
+        sass.compile_kernel(distance.forward_kernel, {}, {}, arch=90, num_warps=4, num_stages=1)
 
 
 def test_missing_tool_is_named(monkeypatch):

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +17,6 @@ from rlr_fast.kernels import _choice, _launch, _trial
 from rlr_fast.kernels._launch import Geometry, Launch, Target
 from rlr_fast.kernels.tiles import Problem, candidates, fits_in_shared_memory
 
-ROOT = Path(__file__).resolve().parents[2]
 GRID, WINDOW = (4, 5), (3, 5)
 TOO_LARGE = OutOfResources(126976, 101376, "shared memory")
 
@@ -308,13 +302,8 @@ print(json.dumps([taken, after_trial, ran, after_launch, refused]))
 """
 
 
-def test_a_trial_compiles_what_a_launch_finds_compiled():
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", TRIAL], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    taken, after_trial, ran, after_launch, refused = json.loads(done.stdout.splitlines()[-1])
+def test_a_trial_compiles_what_a_launch_finds_compiled(compiler):
+    taken, after_trial, ran, after_launch, refused = compiler.values(TRIAL)
     assert taken is None
     assert (after_trial, ran) == (1, 0)
     assert after_launch == 1

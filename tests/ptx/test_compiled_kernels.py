@@ -6,17 +6,15 @@ What is run is the choice of `cases` and `planted`; `python -m tests.ptx` runs e
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from tests.ptx.cases import ARCHES, CHOICE, DTYPES
 
-ROOT = Path(__file__).resolve().parents[2]
 triton = pytest.importorskip("triton", reason="compiling the kernels needs Triton")
+
+from tests.ptx.driver import machine_as_device  # noqa: E402
+
 # Before Triton 3.8 the operand of a product is packed behind the fence that orders registers before
 # it. The compiler of NVIDIA keeps the order: on an H100 all results with Triton 3.6 are within
 # their budgets.
@@ -35,33 +33,17 @@ CASES = [
 ]
 
 
-def start(folder: Path, name: str, *arguments: str) -> tuple[subprocess.Popen, Path, Path]:
-    """Start the command in a process with Triton's compiler and not its interpreter.
-
-    Returns:
-        The process, the file of its rows and that of what it says.
-    """
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(folder / "cache")
-    out, said = folder / f"{name}.json", folder / f"{name}.txt"
-    command = [sys.executable, "-m", "tests.ptx", *arguments, "--out", str(out)]
-    with said.open("w") as file:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
-    return process, out, said
-
-
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    """Return all rows, by architecture, dtype and name; the architectures run side by side."""
-    folder = tmp_path_factory.mktemp("ptx")
-    started = [start(folder, a, "cases", "planted", "--choice", "--arch", a) for a in ARCHES]
-    started.append(start(folder, "examples", "examples", "--case", *EXAMPLES))
-    found = {}
-    for process, out, said in started:
+def rows(compiler, tmp_path_factory):
+    """Return all rows, by architecture, dtype and name."""
+    out, found = tmp_path_factory.mktemp("ptx") / "rows.json", {}
+    for arguments in (("cases", "planted", "--choice"), ("examples", "--case", *EXAMPLES)):
+        done = compiler.main("tests.ptx.__main__", *arguments, "--out", out)
         # 1: a row is bad, which is a test's to say.
-        assert process.wait() in (0, 1) and out.exists(), said.read_text()
+        assert done.returncode in (0, 1) and out.exists(), done.stderr
         for row in json.loads(out.read_text()):
             found[row["arch"], row["dtype"], row["name"]] = row
+        out.unlink()
     return found
 
 
@@ -104,11 +86,7 @@ def test_the_machine_is_right_about_small_kernels(rows, name):
     assert [f"sm_{arch} {dtype}" for (arch, dtype), row in found.items() if not row["ok"]] == []
 
 
-def test_the_interpreter_is_refused_in_words():
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.ptx", "--case", "distance-37"],
-        cwd=ROOT, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 1
-    assert "unset TRITON_INTERPRET" in done.stderr.splitlines()[-1]
+def test_the_interpreter_is_refused_in_words(monkeypatch):
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
+    with pytest.raises(RuntimeError, match="unset TRITON_INTERPRET"), machine_as_device("80"):
+        pass
