@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from compiler import Compiler
+from forks import Forks
 from gpu import DEVICE, ON_GPU
 from interpreter import quicken
 from PIL import Image
@@ -50,8 +50,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def compiler():
-    """A process with Triton's compiler; see `Compiler`."""
-    with Compiler() as process:
+    """A process with Triton's compiler; Triton takes it or its interpreter when imported."""
+    modules = ("benchmarks.codegen", "benchmarks.survey", "tests.ptx.__main__")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    with Forks(modules, environment) as process:
         yield process
 
 

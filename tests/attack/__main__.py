@@ -7,6 +7,7 @@ import collections
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 # Triton reads this when it is imported: kernels run on a CPU.
@@ -25,7 +26,7 @@ ATTACKS = {
 }
 
 
-def main() -> int:
+def main(words: Sequence[str] | None = None) -> int:
     """Run attacks and print a table of what they found; return 1 if it is anything."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("attack", choices=[*ATTACKS, "all"])
@@ -33,7 +34,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", help="part of the name of an attack")
     parser.add_argument("--keep", type=Path, help="folder for the files that show a fault")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     chosen = ATTACKS if arguments.attack == "all" else {arguments.attack: ATTACKS[arguments.attack]}
     faults = 0
     print(f"{'attack':40s} {'tries':>7s} {'found':>6s} {'seconds':>8s}", flush=True)

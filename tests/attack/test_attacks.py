@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
+import os
 
 import numpy as np
 import pytest
+from forks import Forks
 
 from rlr_fast.functional import unsupported_reason
 from tests.attack import figures, files, operators
@@ -16,7 +15,13 @@ from tests.attack.lab import Lab, quick
 # Of each attack on files: enough to meet most kinds of damage.
 TRIES = {"images": 64, "masks": 12, "split tables": 20, "YAML files": 20, "config.json": 12}
 FEW = 6
-ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def untouched():
+    """A process in which PyTorch's threads never ran: what is forked while they run may hang."""
+    with Forks(["tests.attack.__main__"], os.environ) as process:
+        yield process
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +46,8 @@ def test_damaged_files_end_in_a_result_or_in_a_line(lab, name):
     ],
     ids=["kills", "power", "together"],
 )
-def test_commands_that_are_killed_or_meet_each_other(words):
-    """In a process of its own: they are forked, and PyTorch's threads must not run before."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.attack", *words], cwd=ROOT, capture_output=True, text=True
-    )
+def test_commands_that_are_killed_or_meet_each_other(untouched, words):
+    done = untouched.main("tests.attack.__main__", *words)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("\n") > 1, "nothing has that name"
 

@@ -1,8 +1,4 @@
-"""Scripts run with Triton's compiler, where the tests' own process has Triton's interpreter.
-
-Triton chooses between the two when it is imported. So one more process imports it, and with it what
-the scripts need, which takes seconds; a fork of that process runs each script.
-"""
+"""A process that imports what scripts need, which takes seconds, and is forked for each script."""
 
 from __future__ import annotations
 
@@ -14,23 +10,28 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-class Compiler:
-    """A process that waits for scripts; a context manager ends it."""
+class Forks:
+    """The process, which waits for scripts; a context manager ends it.
 
-    def __init__(self) -> None:
-        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    Args:
+        modules: What it imports.
+        environment: Its variables.
+    """
+
+    def __init__(self, modules: Sequence[str], environment: Mapping[str, str]) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.compiler"],
+            [sys.executable, "-m", "tests.forks", *modules],
             cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
 
-    def __enter__(self) -> Compiler:
+    def __enter__(self) -> Forks:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -59,9 +60,8 @@ class Compiler:
 
 
 def _serve() -> None:
-    for name in ("benchmarks.codegen", "benchmarks.survey", "tests.ptx.__main__"):
+    for name in sys.argv[1:]:
         importlib.import_module(name)
-
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
