@@ -133,8 +133,7 @@ CASES: dict[str, Case] = dict(_cases())
 # What the tests run, by architecture and dtype: every kernel on both, with atomic and with
 # deterministic sums, with and without a row's maximum, and in each dtype on one at least.
 _BOTH = (
-    "mlka-9x13-w5-d16-chunks", "lca-9x13-w5-d16-chunks",
-    "lca-20x20-w17-d16-raster-deterministic", "block",
+    "mlka-9x13-w5-d16-chunks", "lca-9x13-w5-d16-chunks", "lca-20x20-w17-d16-raster-deterministic",
 )  # fmt: skip
 CHOICE = {
     "80": {
@@ -146,7 +145,7 @@ CHOICE = {
         ),
     },
     "90": {
-        "bf16": (*_BOTH, "mlka-16x16-w5-d64-mixed", "distance-37"),
+        "bf16": (*_BOTH, "block", "mlka-16x16-w5-d64-mixed", "distance-37"),
         "fp32": (
             "block-deterministic", "mlka-9x13-w5-d16", "mlka-3x1-w13-d16-offset", "distance-37",
         ),
