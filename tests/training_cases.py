@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import safetensors.torch
 import torch
@@ -17,6 +18,13 @@ def run(dataset, out, tmp_path, config=SMALL, recipe=BRIEF, **options):
     given = {name: options.pop(name) for name in names & options.keys()}
     execution = TrainExecution(device="cpu", cache_dir=tmp_path / "cache", **given)
     return train(config, recipe, dataset, out, execution, **{"quiet": True} | options)
+
+
+def run_record(root, classes):
+    """Return the text of ``run.json``, of a run on a set in MVTec-AD's layout."""
+    images = {"layout": "mvtec", "classes": [*classes], "images": 0, "files_digest": ""}
+    data = {"root": str(root), **images, "kept_out_digest": ""}
+    return json.dumps({"model": {}, "recipe": {}, "data": data})
 
 
 def weights(out):

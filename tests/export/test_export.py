@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import make_tree, save_picture
 from PIL import Image
+from training_cases import run_record
 
 from rlr_fast import RLRConfig, RLRModel
 from rlr_fast.cli import main
@@ -62,8 +63,7 @@ def folder(tmp_path_factory):
         level.limit.fill_(1.0)
     for name in ("run", "bare"):
         model.save_pretrained(root / name)
-        record = {"model": {}, "recipe": {}, "data": {"root": str(data), "layout": "mvtec"}}
-        (root / name / "run.json").write_text(json.dumps(record))
+        (root / name / "run.json").write_text(run_record(data, ["bolt", "cloth"]))
     images = {name: sorted((data / name / "train/good").iterdir()) for name in ("bolt", "cloth")}
     maxima = {name: {"max": 1.0 + i} for i, name in enumerate(images)}
     image = {"max": 2.0, "classes": maxima}
@@ -569,12 +569,10 @@ def test_images_that_are_gone_are_asked_for(folder, tmp_path, capsys):
     (tmp_path / "run/run.json").unlink()
     argv = [tmp_path / "run", "--to", "torch", "--out", tmp_path / "a.pt2"]
     assert "does not say where its images are" in refused(capsys, *argv)
-    record = {"model": {}, "recipe": {}, "data": {"root": "/nowhere", "layout": "mvtec"}}
-    (tmp_path / "run/run.json").write_text(json.dumps(record))
+    (tmp_path / "run/run.json").write_text(run_record("/nowhere", ["bolt"]))
     assert "its images are no longer in /nowhere (" in refused(capsys, *argv)
     (tmp_path / "data/bolt/train/good").mkdir(parents=True)  # folders without their images
-    record["data"]["root"] = str(tmp_path / "data")
-    (tmp_path / "run/run.json").write_text(json.dumps(record))
+    (tmp_path / "run/run.json").write_text(run_record(tmp_path / "data", ["bolt"]))
     told = refused(capsys, *argv)
     assert f"no longer in {tmp_path}/data" in told and "name a few images" in told
 
@@ -582,9 +580,7 @@ def test_images_that_are_gone_are_asked_for(folder, tmp_path, capsys):
 def test_images_of_other_classes_than_the_runs_are_not_compared(folder, tmp_path):
     shutil.copytree(folder / "bare", tmp_path / "run")
     data = make_tree(tmp_path / "data")
-    about = {"root": str(data), "layout": "mvtec", "classes": ["bolt"]}
-    record = {"model": {}, "recipe": {}, "data": about}
-    (tmp_path / "run/run.json").write_text(json.dumps(record))
+    (tmp_path / "run/run.json").write_text(run_record(data, ["bolt"]))
     found = run_images(tmp_path / "run")
     assert found and all(path.is_relative_to(data / "bolt") for path in found)
 

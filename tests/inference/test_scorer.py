@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import save_picture
 from PIL import Image
+from training_cases import run_record
 
 from rlr_fast import RLRModel, Scorer
 from rlr_fast.config import InferenceExecution
@@ -229,7 +230,7 @@ def test_a_row_without_a_path_is_a_failure_of_its_own(run, files, nothing, as_li
 def test_a_run_that_was_stopped_before_its_end_is_told(run, caplog):
     Scorer(run)
     assert not caplog.records
-    (run / "run.json").write_text('{"model": {}, "recipe": {}, "data": {}}')
+    (run / "run.json").write_text(run_record("/nowhere", ["bolt"]))
     (run / "calibration.json").unlink()  # as training leaves it that is killed
     Scorer(run)
     assert f"{run} was not trained to its end" in caplog.text
