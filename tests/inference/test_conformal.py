@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.stats import ks_2samp
 
 from rlr_fast.inference.conformal import (
     MIN_DRIFT_IMAGES,
@@ -39,21 +40,24 @@ def test_no_threshold_without_enough_images():
         assert (
             threshold([0.0] * needed, alpha) == 0 and threshold([0.0] * (needed - 1), alpha) is None
         )
+    assert [smallest_alpha(images) for images in (2, 9, 19, 99)] == [0.3334, 0.1, 0.05, 0.01]
 
 
-@pytest.mark.parametrize("alpha", [0, 1e-309, 1, -0.1, 5, float("nan")])
+@pytest.mark.parametrize("alpha", [0, 1e-309, 1, -0.1, 5, float("nan"), "0.1"])
 def test_alpha_is_a_share(alpha):
+    assert check_alpha(1e-9) == 1e-9
     with pytest.raises(ValueError, match="alpha must be at least 1e-09 and below 1"):
         check_alpha(alpha)
 
 
-def test_defects_above_the_threshold_are_no_drift():
+@pytest.mark.parametrize("alpha", [0.05, 0.2])
+def test_defects_above_the_threshold_are_no_drift(alpha):
     rng = np.random.default_rng(0)
     reported = [
         drift(
             sorted(rng.gamma(3, size=60)),
-            [*rng.gamma(3, size=100), *rng.uniform(50, 90, size=50)],
-            0.05,
+            [*rng.gamma(3, size=100), *rng.uniform(50, 90, size=25)],
+            alpha,
         )
         for _ in range(300)
     ]
@@ -71,6 +75,26 @@ def test_a_drift_of_normal_scores_is_told_with_its_direction(factor, way):
 def test_a_folder_that_lies_above_the_threshold_is_told():
     known = [i / 100 for i in range(100)]
     assert drift(known, [5.0] * 30 + [0.5] * 10, 0.05) == "30 of 40 score above the threshold"
+    spread = [i / 10 for i in range(10)]
+    assert drift(known, [5.0] * 11 + spread[:9], 0.05) == "11 of 20 score above the threshold"
+    assert drift(known, [5.0] * 10 + spread, 0.05) is None
+
+
+def test_it_is_as_rare_without_drift_that_a_folder_lies_above():
+    """Of the 1,771 orders of 3 known scores among 20 new ones, the known come first in one."""
+    told = drift([1.0, 2.0, 3.0], [5.0] * 20, 0.05)
+    assert told == "20 of 20 score above the highest score of the calibration"
+    # In 4 of them at most one new score is below the highest known.
+    assert drift([1.0, 2.0, 3.0], [5.0] * 19 + [0.5], 0.05) is None
+
+
+def test_several_tests_share_the_error():
+    assert drift([1.0, 2.0, 3.0], [5.0] * 20, 0.05, tests=2) is None  # 1 / 1,771 is above 1 / 2,000
+    known, lower = [i / 100 for i in range(100)], [i / 50 for i in range(25)]
+    p_value = ks_2samp(known[:95], lower).pvalue
+    assert 2e-5 < p_value < 5e-4
+    assert drift(known, lower, 0.05, tests=2) is not None
+    assert drift(known, lower, 0.05, tests=50) is None
 
 
 @pytest.mark.parametrize("images", [1, 2, 3, 8, 19])
