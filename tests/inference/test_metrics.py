@@ -152,9 +152,11 @@ def test_ranking_metrics_by_hand(scores, labels, expected, dtype):
         assert found == pytest.approx(expected, abs=1e-12)
 
 
-def test_doubles_that_differ_below_single_precision_are_not_tied():
+def test_scores_that_differ_by_the_least_are_not_tied():
     scores, labels = np.array([1.0, 1.0 + 1e-12]), np.array([False, True])
     assert [found[0] for found in ranking_metrics(scores, labels)] == [1, 1]
+    neighbors = np.array([1, np.nextafter(np.float32(1), np.float32(2))], np.float32)
+    assert [found[0] for found in ranking_metrics(neighbors, labels)] == [1, 1]
     single = ranking_metrics(scores.astype(np.float32), labels)
     assert [found[0] for found in single] == [0.5, 0.5]
 
@@ -323,7 +325,9 @@ def spoiled(value):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        pytest.param({"scores": spoiled(np.nan)}, "^scores must be finite", id="nan-score"),
+        pytest.param(
+            {"scores": spoiled(np.nan)}, "^scores must be finite, got 1 val", id="nan-score"
+        ),
         pytest.param({"score_maps": spoiled(np.inf)}, "^score_maps must be finite", id="inf-pixel"),
         pytest.param(
             {"score_maps": lambda a: a[:, None]}, r"^score_maps.*\(n, H, W\)", id="channel"
@@ -341,7 +345,7 @@ def spoiled(value):
         ),
         pytest.param({"masks": spoiled(True)}, "^masks must be empty.*image 0", id="normal-mask"),
         pytest.param({"max_fpr": lambda _: 0.0}, "^max_fpr", id="empty-limit"),
-        pytest.param({"max_fpr": lambda _: 30}, "^max_fpr", id="limit-in-percent"),
+        pytest.param({"max_fpr": lambda _: 1.5}, "^max_fpr", id="limit-above-all"),
         pytest.param({"max_fpr": lambda _: math.nan}, "^max_fpr", id="nan-limit"),
     ],
 )
