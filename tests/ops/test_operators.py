@@ -334,9 +334,10 @@ def test_scores_of_any_size_stay_finite(operator):
     assert found["output"].abs().max() <= inputs.value.abs().max() * 1.0001
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_empty_batch(operator):
-    inputs = make_inputs((4, 4), batch=0)
+def test_empty_batch(operator, dtype):
+    inputs = make_inputs((4, 4), batch=0, dtype=dtype)
     found = results(operator, inputs, (4, 4), 3)
     assert found["output"].shape == (0, 2, 16, 8)
     assert (found["dkey"] == 0).all()

@@ -116,6 +116,9 @@ def attend(
     """Attend piece by piece: queries (A, h, Q, d), keys and values (A, h, K, d)."""
     outputs = []
     for query, key, value, geometry in zip(queries, keys, values, masks, strict=True):
+        if query.shape[1] == 0:  # of an empty batch; PyTorch 2.11 divides by the heads on a CPU
+            outputs.append(query @ key.mT @ value)
+            continue
         single = len(masks) == 1
         mask = mask_of(geometry, query) if single else geometry.build(query.dtype, query.device)
         # The compiler cannot trace the hooks, and decides itself what it computes again; tensors
