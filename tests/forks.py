@@ -44,9 +44,10 @@ class Forks:
             assert self._process.stdin is not None and self._process.stdout is not None
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
-            code = int(self._process.stdout.readline())
+            code = self._process.stdout.readline()
+            assert code, "the process has ended; it says why among the errors of the tests"
             out, told = (Path(folder, name).read_text() for name in ("out", "err"))
-        return subprocess.CompletedProcess(words, code, out, told)
+        return subprocess.CompletedProcess(words, int(code), out, told)
 
     def main(self, module: str, *words: object) -> subprocess.CompletedProcess[str]:
         """Run the command ``python -m module``; see `run`."""
