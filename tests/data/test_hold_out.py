@@ -53,6 +53,6 @@ def test_validation_images_of_a_layout_are_taken_instead():
     assert len(held.validation["nut"]) == 10
 
 
-@pytest.mark.parametrize("share", [0.5, 1.0])
-def test_an_image_stays_to_train_on(share):
-    assert hold_out(dataset(bolt=MIN_IMAGES), share, seed=0).train["bolt"]
+@pytest.mark.parametrize(("share", "stay"), [(0.5, MIN_IMAGES // 2), (1.0, 1)])
+def test_an_image_stays_to_train_on(share, stay):
+    assert len(hold_out(dataset(bolt=MIN_IMAGES), share, seed=0).train["bolt"]) == stay

@@ -45,6 +45,8 @@ def test_pooled_scores_count_in_the_units_of_their_classes():
     assert decider.own_rule(None) is decider.rule(None) and decider.own_rule("c") is None
     alone = Decider(calibration(**classes), 0.1, pool=True, units={"a": 2.0})
     assert alone.rule("a") is alone.rule("b") and alone.rule("a").threshold == 450
+    small = Decider(calibration(**classes), 0.1, pool=True, units={"a": 0.5, "b": 50.0})
+    assert (small.rule("a").threshold, small.rule("b").threshold) == (4.5, 450)
 
 
 def test_image_and_pixels_are_decided():
@@ -53,7 +55,7 @@ def test_image_and_pixels_are_decided():
     normal = rule.decide(8.0, score_map)
     assert (normal.p_value, normal.anomalous, normal.area) == (0.2, False, 0.0)
     assert normal.box((40, 60)) is None
-    score_map[1, 2:4] = 19
+    score_map[0, 0], score_map[1, 2:4] = 18, 19  # the first is not above the threshold
     found = rule.decide(8.5, score_map)
     assert (found.p_value, found.anomalous, found.threshold) == (0.1, True, 8.0)
     assert found.area == 2 / 24 and found.box((40, 60)) == (20, 10, 20, 10)
@@ -76,6 +78,9 @@ def test_a_mark_between_the_pixels_of_a_small_file_has_a_box():
     mask = np.zeros((24, 32), dtype=bool)
     mask[23, 31] = True
     assert Decision(0.0, 0.0, True, mask).box((3, 4)) == (3, 2, 1, 1)
+    mask = np.zeros((24, 32), dtype=bool)
+    mask[5, 13] = True
+    assert Decision(0.0, 0.0, True, mask).box((3, 4)) == (1, 0, 1, 1)
 
 
 def test_too_few_images_give_p_values_and_a_line_that_says_what_would_do():
@@ -93,6 +98,8 @@ def test_too_few_images_give_p_values_and_a_line_that_says_what_would_do():
     assert "--pool" not in Decider(calibration(a=scores(1, 2)), 0.05).undecided(["a"])
     few = Decider(calibration(a=scores(*range(9)), b=scores(*range(9))), 0.05)
     assert "--pool" not in few.undecided(["a", "b"])  # 18 are too few, too
+    just = Decider(calibration(a=scores(*range(9)), b=scores(*range(10))), 0.05)
+    assert "or --pool (all 19 together)" in just.undecided(["a", "b"])
 
 
 def test_scores_of_another_kind_are_refused_by_name():

@@ -38,6 +38,8 @@ def test_distance_is_of_tokens_of_one_shape(backend):
     for other in (tokens[:1], tokens[:, :2], tokens[..., :2], tokens[0]):
         with pytest.raises(ValueError, match=r"must be of one shape \(B, N, C\), got"):
             distance(tokens, other, backend)
+    with pytest.raises(ValueError, match="must be on one device, got cpu and meta"):
+        distance(tokens, tokens.to("meta"), backend)
 
 
 def test_whole_numbers_are_smoothed_as_they_are():
@@ -123,6 +125,13 @@ def test_levels_are_shifted_and_weighed_before_their_mean():
     full, _ = ScoreMap((16, 16), 0.0, (0.25, -1.0), (2.0, 0.5))(maps)
     expected = (2 * (plain[0] - 0.25) + 0.5 * (plain[1] + 1)) / 2
     torch.testing.assert_close(full, expected)
+
+
+def test_levels_are_shifted_and_weighted():
+    maps = [torch.rand(2, 1, 4, 6), torch.rand(2, 1, 2, 3)]
+    found, _ = ScoreMap((8, 12), 0.0, offsets=(0.25, 0.5), weights=(4.0, 0.5))(maps)
+    one, two = (F.interpolate(m, (8, 12), mode="bilinear", align_corners=True) for m in maps)
+    torch.testing.assert_close(found, (4 * (one - 0.25) + 0.5 * (two - 0.5)) / 2)
 
 
 def test_weights_of_one_and_offsets_of_zero_are_eq_16_to_the_bit():
