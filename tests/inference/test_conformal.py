@@ -78,6 +78,9 @@ def test_a_folder_that_lies_above_the_threshold_is_told():
     spread = [i / 10 for i in range(10)]
     assert drift(known, [5.0] * 11 + spread[:9], 0.05) == "11 of 20 score above the threshold"
     assert drift(known, [5.0] * 10 + spread, 0.05) is None
+    # The threshold itself, 0.95, is not above it.
+    told = drift(known, [0.95] * 11 + spread[:9], 0.05)
+    assert told == "scores of normal images are higher than in the calibration"
 
 
 def test_it_is_as_rare_without_drift_that_a_folder_lies_above():
