@@ -86,7 +86,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class _Images:
-    """Which images a run takes, in ``run.json``; see `describe_images`."""
+    """Which images a run takes, in ``run.json``; see `rlr_fast.data.contents.describe_images`."""
 
     root: str
     layout: str
